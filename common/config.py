@@ -1,0 +1,136 @@
+"""The config every run starts from, its checks, and what of it may change on resume."""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from common import optim, probe
+from common.data import presets, sources
+from common.errors import UserError
+
+# What may differ between a run and its continuation: none of these changes a training step.
+FREE_ON_RESUME = ("log_every", "checkpoint", "evaluate", "data.dir", "data.cache_gib")
+
+_AT_LEAST = {
+    "seed": 0,
+    "batch_size": 1,
+    "log_every": 1,
+    "data.image_size": 1,
+    "model.bn_groups": 1,
+    "evaluate.knn_k": 0,
+    "evaluate.knn_examples": 0,
+    "evaluate.batch_size": 0,
+    "checkpoint.keep": 1,
+}
+
+
+def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
+    """Defaults of every field; a config file starts from here and changes what it must.
+
+    Args:
+        method: name of the method, which is also the name of its section.
+        method_config: that section.
+
+    Returns:
+        A locked `ConfigDict`. Durations are strings: "100 epochs", "500 steps", "5 %".
+    """
+    c = ConfigDict()
+    c.method = method
+    c.seed = 0
+    c.batch_size = 256  # images of the global batch; each gives two views
+    c.duration = "100 epochs"
+    c.log_every = 50  # steps
+    c[method] = method_config
+    c.data = sources.default_config()
+    c.augment = presets.default_config("simclr")
+    c.augment_view2 = presets.default_config(None)  # None everywhere: as view 1
+    c.model = ConfigDict(
+        {
+            "depth": 50,
+            "stages": (),  # a network of your own, e.g. (2, 2, 2); then depth is ignored
+            "width": 64,
+            "width_multiplier": 1,
+            "stem": "imagenet",  # imagenet | cifar | patch2 | patch4
+            "bn_groups": 1,  # blocks of the global batch that share batch statistics
+            "dtype": "float32",  # of convolutions and matrix products: float32 | bfloat16
+        }
+    )
+    c.head = ConfigDict({"kind": "simclr", "layers": 2, "hidden": 0, "dim": 128})
+    c.optimizer = optim.default_config()
+    c.probe = probe.default_config()
+    c.evaluate = ConfigDict(
+        {
+            "every": "10 %",  # weighted kNN; "0 steps" = only before and after the run
+            "knn_k": 0,  # 0 = min(200, n / 10)
+            "knn_temperature": 0.1,
+            "knn_center": False,  # subtract the train mean first
+            "knn_examples": 0,  # of the train split, 0 = all
+            "batch_size": 0,  # 0 = the training batch
+            "pictures": True,  # augmented pairs and nearest neighbours, as PNG in the workdir
+        }
+    )
+    c.checkpoint = ConfigDict({"every": "5 %", "keep": 2})
+    return c.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what no builder sees alone; the builders check their own sections.
+
+    Raises:
+        UserError: naming the field, what was found and what would do.
+    """
+    for field, least in _AT_LEAST.items():
+        value = config
+        for name in field.split("."):
+            value = value[name]
+        if value < least:
+            raise UserError(f"{field}={value}: expected at least {least}")
+    if config.model.dtype not in ("float32", "bfloat16", "float64"):
+        raise UserError(f"model.dtype={config.model.dtype!r}: choose float32 or bfloat16")
+    if config.evaluate.knn_temperature <= 0:
+        raise UserError(
+            f"evaluate.knn_temperature={config.evaluate.knn_temperature}: expected more than 0"
+        )
+
+
+def as_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: tuples become lists, placeholders None."""
+    return json.loads(config.to_json_best_effort())
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict to {"a.b": value}."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str) -> None:
+    """Refuses to continue a run under a config that would have trained something else.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    a, b = flatten(saved), flatten(current)
+
+    def free(name: str) -> bool:
+        return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
+
+    missing = object()
+    differing = sorted(
+        name
+        for name in a.keys() | b.keys()
+        if not free(name) and a.get(name, missing) != b.get(name, missing)
+    )
+    if differing:
+        shown = ", ".join(
+            f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]
+        )
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"{workdir} holds the run of another config: {shown}{more} differ; "
+            "give another --workdir, or the config of that run (its config.json) to continue it"
+        )

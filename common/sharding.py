@@ -1,0 +1,96 @@
+"""Mesh, shardings, and the way from host rows to a global array.
+
+One mesh axis, "data". Arrays are replicated unless a state dataclass says otherwise through
+`sharded(...)`; batches are split along their first axis.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common.errors import UserError
+
+AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with the single axis "data" over `devices` (default: all devices).
+
+    The axis type is named because the default became Explicit, under which a similarity matrix
+    of two sharded arrays is refused.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (axis 0) are split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def sharded(*axes: str | None) -> Any:
+    """Field of a state dataclass whose arrays are split, e.g. `sharded(None, "data", None)`."""
+    return flax.struct.field(metadata={"spec": PartitionSpec(*axes)})
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a (nested) state dataclass: replicated, except fields marked `sharded(...)`.
+
+    Args:
+        mesh: the device mesh.
+        state: the state, or its `jax.eval_shape`.
+
+    Returns:
+        A tree like `state` with a `NamedSharding` at every leaf.
+    """
+
+    def place(tree: Any, spec: PartitionSpec) -> Any:
+        if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+            fields = {
+                f.name: place(getattr(tree, f.name), f.metadata.get("spec", spec))
+                for f in dataclasses.fields(tree)
+            }
+            return dataclasses.replace(tree, **fields)
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
+
+    return place(state, PartitionSpec())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of the global batch that this process holds, in the order its array needs them.
+
+    Args:
+        mesh: the device mesh; it may have reordered the devices.
+        batch_size: rows of the global batch.
+
+    Returns:
+        int64 `[batch_size / process_count]`, ascending.
+
+    Raises:
+        UserError: if the batch cannot be split evenly.
+    """
+    if batch_size % mesh.size:
+        raise UserError(
+            f"batch_size={batch_size} cannot be split over {mesh.size} devices: "
+            f"use a multiple of {mesh.size}, e.g. {max(1, batch_size // mesh.size) * mesh.size}"
+        )
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    starts = sorted({(s[0].start or 0) for s in slices.values()})
+    size = batch_size // mesh.size
+    return np.concatenate([np.arange(start, start + size) for start in starts])
+
+
+def to_global(mesh: Mesh, batch: Any) -> Any:
+    """Turns this process's rows, a tree of NumPy `[b_local, ...]`, into global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
