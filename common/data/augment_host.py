@@ -1,0 +1,203 @@
+"""Two views of images on the host: of a batch of one shape, or of one encoded image.
+
+The first is for small images, which are held as pixels; the second decodes as little as it can.
+Both take what `draws.py` drew; nothing here is random but the boxes of `draw_box`, whose seed is.
+"""
+
+import numpy as np
+
+from common.data import draws, pixel_ops
+from common.data.presets import Augmentation
+from common.data.tensorflow_host import tf
+
+
+def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
+    """Everything after crop, resize and flip.
+
+    Args:
+      images: float32 [n, 3, size, size], about [0, 1].
+      parameters: float32 [n, draws.PARAMETERS].
+      augmentation: the recipe; operations of probability 0 leave no trace in the graph.
+
+    Returns:
+      uint8 [n, size, size, 3].
+    """
+    a = augmentation
+    if a.color_style == "pil":  # PIL clips what bicubic overshoots, TensorFlow carries it along
+        images = tf.clip_by_value(images, 0.0, 1.0)
+    if a.rotate > 0:
+        images = pixel_ops.rotate(images, parameters[:, draws.ANGLE])
+
+    def grey(x: tf.Tensor) -> tf.Tensor:
+        chosen = parameters[:, draws.GREY, None, None, None] > 0
+        return tf.where(chosen, pixel_ops.greyscale(x, a.color_style), x)
+
+    if a.grey > 0 and a.grey_first:
+        images = grey(images)
+    if a.jitter > 0:
+        orders, factors = parameters[:, draws.ORDER], parameters[:, draws.FACTORS]
+        images = pixel_ops.jitter(images, orders, factors, a)
+    if a.grey > 0 and not a.grey_first:
+        images = grey(images)
+    if a.blur > 0:
+        images = pixel_ops.blur(images, parameters[:, draws.SIGMA], a)
+    if a.solarise > 0:
+        invert = parameters[:, draws.SOLARISE, None, None, None] > 0
+        invert = tf.logical_and(invert, images >= a.solarise_threshold)
+        images = tf.where(invert, 1.0 - images, images)
+    pixels = tf.cast(tf.clip_by_value(images, 0.0, 1.0) * 255.0 + 0.5, tf.uint8)
+    return tf.transpose(pixels, [0, 2, 3, 1])
+
+
+def augment_pixels(
+    images: tf.Tensor, parameters: tf.Tensor, augmentations: tuple[Augmentation, Augmentation]
+) -> tf.Tensor:
+    """Two views of every image of a batch of one shape.
+
+    Args:
+      images: uint8 [b, h, w, 3].
+      parameters: float32 [b, 2, draws.PARAMETERS], boxes included.
+      augmentations: of view 1 and view 2.
+
+    Returns:
+      uint8 [b, 2, size, size, 3].
+    """
+    first, second = augmentations
+    planes = tf.cast(tf.transpose(images, [0, 3, 1, 2]), tf.float32) * (1 / 255)
+
+    def views(x: tf.Tensor, p: tf.Tensor, a: Augmentation) -> tf.Tensor:
+        return colour_ops(pixel_ops.crop_resize(x, p[:, draws.BOX], p[:, draws.FLIP], a), p, a)
+
+    if first != second:
+        pair = [views(planes, parameters[:, i], a) for i, a in enumerate(augmentations)]
+        return tf.stack(pair, axis=1)
+    parameters = tf.reshape(parameters, [-1, draws.PARAMETERS])
+    both = views(tf.repeat(planes, 2, axis=0), parameters, first)
+    return tf.reshape(both, [-1, 2, first.size, first.size, 3])
+
+
+def decode(data: tf.Tensor) -> tf.Tensor:
+    """Decodes a scalar string with a JPEG, PNG, GIF or BMP file to uint8 [h, w, 3]."""
+    return tf.io.decode_image(data, channels=3, expand_animations=False)
+
+
+def augment_encoded(
+    data: tf.Tensor,
+    parameters: tf.Tensor,
+    crops: tf.Tensor,
+    augmentations: tuple[Augmentation, Augmentation],
+    whole: bool = False,
+) -> tf.Tensor:
+    """Two views of one encoded image.
+
+    Of a JPEG, only the part that the two crops cover together is decoded, once.
+
+    Args:
+      data: scalar string, the file.
+      parameters: float32 [2, draws.PARAMETERS]; the boxes in it are not used.
+      crops: float32 [2, draws.CROP_DRAWS].
+      augmentations: of view 1 and view 2.
+      whole: decode all of the image, so that any damage in it is seen.
+
+    Returns:
+      uint8 [2, size, size, 3].
+    """
+
+    def boxes_for(shape: tf.Tensor) -> tf.Tensor:
+        pair = zip(augmentations, tf.unstack(crops), strict=True)
+        return tf.stack([draw_box(a, shape[0], shape[1], crop) for a, crop in pair])
+
+    def everything():
+        image = decode(data)
+        return image, boxes_for(tf.shape(image))
+
+    def jpeg_part():
+        boxes = boxes_for(tf.image.extract_jpeg_shape(data))
+        start = tf.reduce_min(boxes[:, :2], axis=0)
+        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
+        window = tf.concat([start, end - start], axis=0)
+        image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
+        return image, boxes - tf.concat([start, [0, 0]], axis=0)
+
+    if whole:
+        image, boxes = everything()
+    else:
+        image, boxes = tf.cond(tf.io.is_jpeg(data), jpeg_part, everything)
+    views = []
+    for a, box in zip(augmentations, tf.unstack(boxes), strict=True):
+        crop = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+        size = [a.size, a.size]
+        view = tf.image.resize(crop, size, method=a.interpolation, antialias=a.antialias)
+        views.append(tf.ensure_shape(view, [*size, 3]))
+    planes = tf.transpose(tf.stack(views), [0, 3, 1, 2]) * (1 / 255)
+    planes = tf.where(parameters[:, draws.FLIP, None, None, None] > 0, planes[..., ::-1], planes)
+    first, second = augmentations
+    if first == second:
+        return colour_ops(planes, parameters, first)
+    pair = [colour_ops(planes[i : i + 1], parameters[i : i + 1], a)
+            for i, a in enumerate(augmentations)]  # fmt: skip
+    return tf.concat(pair, axis=0)
+
+
+def draw_box(
+    augmentation: Augmentation, height: tf.Tensor, width: tf.Tensor, u: tf.Tensor
+) -> tf.Tensor:
+    """Draws a crop box for an image whose size is known only now.
+
+    The distribution is that of `draws.crop_boxes`; the boxes are other ones.
+
+    Args:
+      augmentation: the recipe.
+      height, width: int32 scalars.
+      u: float32 [draws.CROP_DRAWS] in [0, 1).
+
+    Returns:
+      int32 [4]: top, left, height, width.
+    """
+    a = augmentation
+    if a.crop == "tf":
+        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+            tf.stack([height, width, 3]),
+            bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            seed=tf.cast(u[:2] * 2.0**24, tf.int32),
+            min_object_covered=draws.OBJECT_COVERED,
+            aspect_ratio_range=(a.ratio_min, a.ratio_max),
+            area_range=(a.area_min, a.area_max),
+            max_attempts=draws.TF_TRIES,
+        )
+        return tf.concat([begin[:2], size[:2]], axis=0)
+    tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    tries = tf.reshape(u[2:], [draws.TORCH_TRIES, 2])
+    area = tall * wide * (a.area_min + (a.area_max - a.area_min) * tries[:, 0])
+    low, high = np.log(a.ratio_min), np.log(a.ratio_max)
+    ratio = tf.exp(low + (high - low) * tries[:, 1])
+    h, w = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
+    good = tf.logical_and(tf.logical_and(h >= 1, h <= tall), tf.logical_and(w >= 1, w <= wide))
+    first = tf.argmax(good)
+    # The way out is the largest central box within the ratios.
+    out_h = tf.clip_by_value(tf.round(wide / a.ratio_min), 1.0, tall)
+    out_w = tf.clip_by_value(tf.round(tall * a.ratio_max), 1.0, wide)
+    found = tf.reduce_any(good)
+    h, w = tf.where(found, h[first], out_h), tf.where(found, w[first], out_w)
+    top = tf.where(found, tf.floor(u[0] * (tall - h + 1)), tf.floor((tall - h) / 2))
+    left = tf.where(found, tf.floor(u[1] * (wide - w + 1)), tf.floor((wide - w) / 2))
+    return tf.cast(tf.stack([top, left, h, w]), tf.int32)
+
+
+def centre(image: tf.Tensor, shorter: int, size: int) -> tf.Tensor:
+    """Resizes the shorter side (bilinear, antialiased) and cuts the centre out.
+
+    Args:
+      image: uint8 [h, w, 3].
+      shorter: length of the shorter side after resizing, >= size.
+      size: side of the result.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    shape = tf.cast(tf.shape(image)[:2], tf.float32)
+    shape = tf.cast(tf.round(shape * (shorter / tf.reduce_min(shape))), tf.int32)
+    image = tf.image.resize(image, shape, antialias=True)
+    top, left = tf.unstack((shape - size) // 2)
+    image = tf.slice(image, [top, left, 0], [size, size, 3])
+    return tf.cast(tf.clip_by_value(image, 0.0, 255.0) + 0.5, tf.uint8)

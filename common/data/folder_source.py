@@ -1,0 +1,109 @@
+"""A tree of image files, in class folders or not."""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+
+from common.data.sources import Source
+from common.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# What stands in for a split that has no folder of its name.
+_STAND_INS = {"test": ("val", "validation"), "val": ("validation", "test"), "train": ()}
+
+
+@dataclasses.dataclass
+class FolderSource(Source):
+    """Files on disk."""
+
+    paths: np.ndarray = None
+
+    def read(self, ids):
+        return self.paths[ids], self.labels[ids]
+
+    def describe(self, index):
+        return str(self.paths[index])
+
+
+def open_folder(path: str, split: str) -> Source:
+    """Opens a tree of image files.
+
+    PATH/<split> is used when it exists ("val" and "validation" stand in for "test"). Below that,
+    either every folder is a class (sorted names are the labels 0, 1, ...), or images lie directly
+    in the root and nothing is labelled, at any depth.
+
+    Args:
+      path: folder, local or remote.
+      split: name of the split.
+
+    Returns:
+      A source of kind "path", in sorted order.
+
+    Raises:
+      UserError: no such folder, no such split, or no JPEG or PNG file.
+    """
+    base = epath.Path(path).expanduser()
+    if not base.is_dir():
+        raise UserError(
+            f"no folder {path}; expected a folder of JPEG or PNG files. Check data.source."
+        )
+    root, train = _split_folder(base, split), base / "train"
+    files, folders = _listing(root)
+    if files:
+        paths, names, labels = _walk(root), (), None
+    else:
+        names = tuple(folder.name for folder in folders)
+        if root != train and train.is_dir():  # a split may lack a class: the training set decides
+            known = tuple(folder.name for folder in _listing(train)[1])
+            unknown = sorted(set(names) - set(known))
+            if unknown and known:
+                raise UserError(
+                    f"{root} has the class folder {unknown[0]!r}, which {train} has not; expected "
+                    "the same classes in both. Rename or remove it."
+                )
+            names = known
+        per_class = [_walk(root / name) if (root / name).is_dir() else [] for name in names]
+        paths = [file for group in per_class for file in group]
+        labels = np.repeat(np.arange(len(names), dtype=np.int32), [len(g) for g in per_class])
+    if not paths:
+        raise UserError(
+            f"no image in {root}; expected files ending in {', '.join(IMAGE_SUFFIXES)}, either "
+            "directly there or in one folder for each class."
+        )
+    if labels is None:
+        labels = np.full(len(paths), -1, np.int32)
+    return FolderSource(
+        name=base.name, split=split, kind="path", num_examples=len(paths), num_classes=len(names),
+        class_names=names, labels=labels, paths=np.array(paths, object),
+    )  # fmt: skip
+
+
+def _split_folder(base: epath.Path, split: str) -> epath.Path:
+    for name in (split, *_STAND_INS.get(split, ())):
+        if (base / name).is_dir():
+            return base / name
+    present = [n for n in ("train", "val", "validation", "test") if (base / n).is_dir()]
+    if split == "train" and not present:
+        return base
+    found = f"it has {', '.join(present)}" if present else "it has no folder for any split"
+    raise UserError(
+        f"no split {split!r} in {base} ({found}); expected the folder {base / split}. Make it, or "
+        "name another one in data.train_split or data.test_split."
+    )
+
+
+def _listing(folder: epath.Path) -> tuple[list[str], list[epath.Path]]:
+    """Image files and folders directly in `folder`, sorted, without hidden ones."""
+    entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=str)
+    is_image = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
+    files = [str(entry) for entry, image in zip(entries, is_image, strict=True) if image]
+    rest = (entry for entry, image in zip(entries, is_image, strict=True) if not image)
+    return files, [entry for entry in rest if entry.is_dir()]
+
+
+def _walk(folder: epath.Path) -> list[str]:
+    files, folders = _listing(folder)
+    for inner in folders:
+        files += _walk(inner)
+    return files

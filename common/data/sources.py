@@ -1,0 +1,194 @@
+"""Where images come from: one config string opens a `Source`.
+
+    embedded     Fashion-MNIST, ships with this code (10,000 + 2,000 images, 28 x 28)
+    tfds:NAME    any TensorFlow data set of images that is already prepared on this machine
+    folder:PATH  a tree of JPEG and PNG files, in class folders or not
+    fake         random views, made once: everything but the data can be timed with it
+
+Paths may be remote (`gs://...`). Nothing is ever downloaded. Grey images become RGB.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from common.data import draws
+from common.errors import UserError
+
+
+def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict:
+    """The config's `data` section.
+
+    Args:
+      source: see the top of this file.
+      image_size: side of the training views and of the evaluation images, in pixels.
+
+    Returns:
+      ConfigDict; the comments below say what each field means.
+    """
+    config = ConfigDict()
+    config.source = source
+    config.train_split = "train"
+    config.test_split = "test"
+    config.dir = ""  # of TensorFlow data sets; "" = TFDS_DATA_DIR, or else TFDS's own default
+    config.image_size = image_size
+    config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
+    config.shuffle_buffer = 16384  # encoded images, for streamed sets only
+    config.on_corrupt = "error"  # or "replace": by the next good image, with a counted warning
+    config.fake_examples = 4096
+    config.fake_classes = 10
+    return config
+
+
+@dataclasses.dataclass
+class Source:
+    """A labelled or unlabelled set of images with random access.
+
+    Attributes:
+      name, split: for messages.
+      kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
+        "path" (object [b] of str), "views" (pixels that want no augmentation), or "stream" (no
+        random access; see `stream.py`).
+      num_examples: >= 1.
+      num_classes: 0 when unlabelled.
+      class_names: of length num_classes, or empty when the classes have no names.
+      labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
+      image_shape: (h, w) when all images share it, else None.
+      on_corrupt: "error" or "replace".
+      replaced: id of a corrupt image -> id of the image that stands in for it.
+    """
+
+    name: str
+    split: str
+    kind: str
+    num_examples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    labels: np.ndarray | None
+    image_shape: tuple[int, int] | None = None
+    on_corrupt: str = "error"
+    replaced: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (as `kind` says) and int32 labels of the examples [b]; nothing is replaced."""
+        raise NotImplementedError
+
+    def fetch(self, ids: np.ndarray) -> np.ndarray:
+        """Images of the examples [b], as `kind` says; corrupt ones, once known, are replaced."""
+        return self.read(self.stand_ins(ids))[0]
+
+    def stand_ins(self, ids: np.ndarray) -> np.ndarray:
+        """Puts the ids of the replacements in the place of corrupt examples."""
+        if not self.replaced:
+            return ids
+        return np.array([self.replaced.get(int(i), int(i)) for i in ids], np.int64)
+
+    def describe(self, index: int) -> str:
+        """Names one example in an error message."""
+        return f"example {index} of {self.name} ({self.split})"
+
+    @property
+    def corrupt_count(self) -> int:
+        """How many corrupt images have been replaced so far."""
+        return len(self.replaced)
+
+
+@dataclasses.dataclass
+class ArraySource(Source):
+    """Images in memory: pixels [n, h, w, 3], or encoded bytes [n]."""
+
+    images: np.ndarray = None
+
+    def read(self, ids):
+        return self.images[ids], self.labels[ids]
+
+
+@dataclasses.dataclass
+class FakeSource(Source):
+    """A small pool of random images, seen again and again."""
+
+    pool: np.ndarray = None
+
+    def read(self, ids):
+        return self.pool[ids % len(self.pool)], self.labels[ids % self.num_examples]
+
+
+def open_source(config: ConfigDict, split: str) -> Source:
+    """Opens a data set.
+
+    Args:
+      config: the config's `data` section.
+      split: "train" or "test" (then `config.train_split`, `config.test_split` say which split of
+        the data set that is), or the name of a split.
+
+    Returns:
+      The source.
+
+    Raises:
+      UserError: unknown source, missing data set or split, empty folder, no image in it.
+    """
+    split = {"train": config.train_split, "test": config.test_split}.get(split, split)
+    if config.on_corrupt not in ("error", "replace"):
+        raise UserError(
+            f"data.on_corrupt is {config.on_corrupt!r}; expected 'error' (stop and name the file) "
+            "or 'replace' (use another image and count it)."
+        )
+    kind, _, rest = config.source.partition(":")
+    if kind == "embedded" and not rest:
+        source = _open_embedded(split)
+    elif kind == "fake" and not rest:
+        source = _open_fake(config, split)
+    elif kind == "folder" and rest:
+        from common.data import folder_source  # which builds on this module
+
+        source = folder_source.open_folder(rest, split)
+    elif kind == "tfds" and rest:
+        from common.data import tfds_source  # imports TensorFlow
+
+        source = tfds_source.open_tfds(rest, split, config)
+    else:
+        raise UserError(
+            f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH' "
+            "or 'fake'."
+        )
+    source.on_corrupt = config.on_corrupt
+    return source
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Repeats the one channel of grey images: [..., h, w, 1] -> [..., h, w, 3]."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _open_embedded(split: str) -> Source:
+    if split not in ("train", "test"):
+        raise UserError(f"the embedded data set has no split {split!r}; expected train or test.")
+    with np.load(pathlib.Path(__file__).with_name("fashion_mnist.npz")) as arrays:
+        images = to_rgb(arrays[f"{split}_images"][..., None])
+        labels = arrays[f"{split}_labels"].astype(np.int32)
+        names = tuple(str(name) for name in arrays["class_names"])
+    return ArraySource(
+        name="fashion_mnist", split=split, kind="pixels", num_examples=len(images),
+        num_classes=len(names), class_names=names, labels=labels, image_shape=images.shape[1:3],
+        images=images,
+    )  # fmt: skip
+
+
+def _open_fake(config: ConfigDict, split: str) -> Source:
+    n, classes, size = config.fake_examples, config.fake_classes, config.image_size
+    if n < 1 or classes < 0:
+        raise UserError(
+            f"data.fake_examples is {n} and data.fake_classes {classes}; expected at least 1 "
+            "and 0."
+        )
+    count = min(n, 64)
+    words = draws.hash64(split == "train", np.arange(count * size * size * 3 // 8 + 1))
+    pool = words.view(np.uint8)[: count * size * size * 3].reshape(count, size, size, 3)
+    labels = np.arange(n, dtype=np.int32) % classes if classes else np.full(n, -1, np.int32)
+    return FakeSource(
+        name="fake", split=split, kind="views", num_examples=n, num_classes=classes,
+        class_names=tuple(f"class {i}" for i in range(classes)), labels=labels,
+        image_shape=(size, size), pool=pool,
+    )  # fmt: skip

@@ -1,0 +1,229 @@
+"""TensorFlow data sets that are already prepared on this machine (or in a bucket).
+
+ArrayRecord sets are read at random from disk. TFRecord sets are read into memory, as pixels where
+all images have one shape and as encoded bytes otherwise; those larger than `data.cache_gib` are
+streamed.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from common.data.sources import ArraySource, Source, to_rgb
+from common.data.tensorflow_host import tf
+from common.errors import UserError
+
+_UNLABELLED = ("unlabelled", "unlabeled")
+_GIB = 2**30
+
+# TFDS warns its users of a property that only TFDS itself reads.
+logging.getLogger("absl").addFilter(lambda r: "`FeatureConnector.dtype`" not in r.getMessage())
+
+
+@dataclasses.dataclass
+class Shard:
+    """Part of a TFRecord file: `take` records after the first `skip`; `first` is the id of one."""
+
+    path: str
+    skip: int
+    take: int
+    first: int
+
+
+@dataclasses.dataclass
+class StreamSource(Source):
+    """A TFRecord set that is too large for memory; `stream.py` reads it.
+
+    Attributes:
+      shards: in order; their records are examples 0..num_examples-1.
+      features: parses a record.
+      shuffle_buffer: encoded images kept to shuffle among.
+    """
+
+    shards: list[Shard] = None
+    features: "Features" = None
+    shuffle_buffer: int = 1
+
+
+@dataclasses.dataclass
+class RecordSource(Source):
+    """An ArrayRecord set."""
+
+    records: object = None
+    features: "Features" = None
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def read(self, ids):
+        with self._lock:  # its readers are opened on first use, by one thread only
+            examples = self.records.__getitems__([int(i) for i in ids])
+        images = np.array([example[self.features.image] for example in examples], object)
+        if self.features.label is None:
+            return images, np.full(len(ids), -1, np.int32)
+        return images, np.array([example[self.features.label] for example in examples], np.int32)
+
+
+class Features:
+    """Which of a data set's features are the image and the label.
+
+    Args:
+      info: the data set's description.
+      labelled: False ignores the labels there may be.
+
+    Raises:
+      UserError: no feature, or more than one, is an image.
+    """
+
+    def __init__(self, info, labelled: bool = True):
+        import tensorflow_datasets as tfds
+
+        images = [k for k, v in info.features.items() if isinstance(v, tfds.features.Image)]
+        labels = [k for k, v in info.features.items() if isinstance(v, tfds.features.ClassLabel)]
+        if "image" not in images and len(images) != 1:
+            found = f"{len(images)} of them are images" if images else "none of them is an image"
+            raise UserError(
+                f"tfds:{info.name} has the features {', '.join(info.features)}, and {found}; "
+                "expected one image feature. Use a data set of single images."
+            )
+        self.image = "image" if "image" in images else images[0]
+        self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+        feature = info.features[self.label] if self.label else None
+        self.num_classes = feature.num_classes if feature else 0
+        self.class_names = tuple(feature.names) if feature and feature.names else ()
+        if not labelled:
+            self.label = None
+        self.image_feature = info.features[self.image]
+        self.decoders = {self.image: tfds.decode.SkipDecoding()}
+        wanted = [self.image] + ([self.label] if self.label else [])
+        self._parser = tfds.features.FeaturesDict({name: info.features[name] for name in wanted})
+        self.parse = tf.function(self._parse)  # traced once for all epochs
+
+    def _parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """A serialised record -> (encoded image, int32 label)."""
+        example = self._parser.deserialize_example(record, decoders=self.decoders)
+        label = tf.cast(example[self.label], tf.int32) if self.label else tf.constant(-1)
+        return example[self.image], label
+
+
+def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
+    """Opens a prepared data set.
+
+    Args:
+      name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
+      split: a split or a slice of one, such as "train" or "train[:10%]".
+      config: the config's `data` section.
+
+    Returns:
+      An `ArraySource`, `RecordSource` or `StreamSource`.
+
+    Raises:
+      UserError: not prepared, no such split, or no image in it.
+    """
+    builder = _builder(name, config.dir)
+    info = builder.info
+    try:
+        chosen = info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"tfds:{name} has no split {split!r}; expected one of {', '.join(info.splits)} or a "
+            "slice of it. Set data.train_split or data.test_split."
+        ) from error
+    if not chosen.num_examples:
+        raise UserError(f"the split {split!r} of tfds:{name} is empty; expected images.")
+    features = Features(info, labelled=split.split("[")[0] not in _UNLABELLED)
+    shape = features.image_feature.shape[:2]
+    common = dict(
+        name=info.name, split=split, num_examples=chosen.num_examples,
+        num_classes=features.num_classes, class_names=features.class_names,
+    )  # fmt: skip
+    base = info.splits[split.split("[")[0]]
+    encoded = base.num_bytes * chosen.num_examples / base.num_examples / _GIB
+    fixed = None not in shape
+    decoded = chosen.num_examples * np.prod(shape) * 3 / _GIB if fixed else np.inf
+    random_access = info.file_format.name == "ARRAY_RECORD"
+    if random_access:
+        records = builder.as_data_source(split=split, decoders=features.decoders)
+        source = RecordSource(
+            kind="encoded", labels=None, records=records, features=features, **common
+        )
+        if decoded > config.cache_gib:
+            return source
+        pairs = (source.read(ids) for ids in np.array_split(
+            np.arange(chosen.num_examples), max(1, chosen.num_examples // 1024)))  # fmt: skip
+        return _in_memory(pairs, shape, common)
+    shards = _shards(chosen)
+    if min(encoded, decoded) > config.cache_gib:
+        return StreamSource(
+            kind="stream", labels=None, shards=shards, features=features,
+            shuffle_buffer=config.get("shuffle_buffer", 16384), **common,
+        )  # fmt: skip
+    shape = shape if decoded <= config.cache_gib else None
+    return _in_memory(_read(shards, features), shape, common)
+
+
+def _builder(name: str, folder: str):
+    import tensorflow_datasets as tfds
+
+    folder = folder or None
+    where = folder or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
+    fix = (
+        "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
+        f"`tfds build {name}` (`python -m tensorflow_datasets.scripts.cli.main build {name}`)."
+    )
+    try:
+        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UserError(f"no data set tfds:{name} (looked in {where}). {fix}") from error
+    except (ValueError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise UserError(f"cannot open tfds:{name}: {''.join(reason)} {fix}") from error
+    if not builder.info.splits:
+        raise UserError(f"tfds:{name} is not prepared (looked in {builder.data_dir}). {fix}")
+    return builder
+
+
+def _shards(chosen) -> list[Shard]:
+    shards, first = [], 0
+    for part in chosen.file_instructions:
+        take = part.examples_in_shard - part.skip if part.take == -1 else part.take
+        shards.append(Shard(str(part.filename), part.skip, take, first))
+        first += take
+    return shards
+
+
+def records(shard: Shard) -> tf.data.Dataset:
+    """The serialised records of a shard."""
+    return tf.data.TFRecordDataset(shard.path).skip(shard.skip).take(shard.take)
+
+
+def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All encoded images and labels, in order, in pieces."""
+    for shard in shards:
+        data = records(shard).map(features.parse, num_parallel_calls=tf.data.AUTOTUNE)
+        yield from data.batch(1024).prefetch(2).as_numpy_iterator()
+
+
+def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> ArraySource:
+    """Keeps the set in memory: as pixels if all images have one shape, else encoded."""
+    images, labels = [], []
+    for payload, label in pairs:
+        images.append(payload if shape is None else _decode_all(payload, shape))
+        labels.append(label)
+    return ArraySource(
+        kind="encoded" if shape is None else "pixels", labels=np.concatenate(labels),
+        image_shape=shape, images=np.concatenate(images), **common,
+    )  # fmt: skip
+
+
+def _decode_all(payload: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    data = tf.data.Dataset.from_tensor_slices(list(payload)).map(
+        lambda x: tf.ensure_shape(
+            tf.io.decode_image(x, channels=3, expand_animations=False), [*shape, 3]
+        ),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    return to_rgb(next(data.batch(len(payload)).as_numpy_iterator()))
