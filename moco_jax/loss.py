@@ -1,0 +1,121 @@
+"""InfoNCE against a queue of keys that is split over the devices."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from common import contrast
+from common.errors import UserError
+from common.sharding import AXIS
+from moco_jax import queue as queue_lib
+
+
+def info_nce(
+    queries: jax.Array,
+    keys: jax.Array,
+    queue: queue_lib.Queue,
+    *,
+    length: int,
+    step: jax.Array | int,
+    temperature: float | jax.Array = 0.2,
+    mesh: Mesh | None = None,
+    block_size: int | None = None,
+    precision: str = "highest",
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """InfoNCE loss of queries with their keys as positives and the queue as negatives.
+
+    He et al. 2020 (arXiv 1911.05722), eq. 1, averaged over the batch: minus the log-softmax of
+    `query . key / temperature` over itself and the similarities with the queue's `length` keys.
+    Push the new keys after this, not before.
+
+    Each device scores the queries of *all* devices against its own share of the queue, and the
+    log-sum-exps are combined: what travels is `[b, d]`, never the queue.
+
+    Args:
+        queries: `[b, d]`, any float type; normalised here.
+        keys: `[b, d]`, row by row the positives; normalised here, no gradient.
+        queue: negatives, unit norm, no gradient.
+        length: number of keys of the queue that count, >= 1.
+        step: int >= 0, number of pushes so far.
+        temperature: > 0.
+        mesh: where `queries`, `keys` and the rows of the queue are split. None: one device.
+        block_size: edge of the tiles of logits; memory is O(b d + block_size^2) beside the queue.
+        precision: of the similarity products, see `common.contrast.rows_lse`.
+
+    Returns:
+        The loss, a scalar of at least float32, and metrics without gradient: `contrastive_top1`,
+        `contrastive_top5` (share of queries whose key is the best, or among the best five, of
+        1 + length; ties are misses), `positive_similarity`, `negative_similarity` (mean cosines).
+
+    Raises:
+        UserError: if shapes do not fit together, the batch or the queue cannot be split over the
+            mesh, or length or temperature are not positive.
+    """
+    contrast.check_temperature(temperature)
+    _check_shapes(queries, keys, queue.keys, length, mesh)
+    dtype = jnp.result_type(queries, keys, queue.keys, jnp.float32)
+    live = queue_lib.mask(length, queue.keys.shape[1], step)
+
+    def local(queries, keys, negatives, live, temperature):
+        axis = None if mesh is None else AXIS
+
+        def mean(x):  # over rows, of all devices
+            return x.mean(axis=0) if axis is None else jax.lax.pmean(x.mean(axis=0), axis)
+
+        keys, negatives = jax.lax.stop_gradient((keys, negatives))
+        queries = contrast.normalize(queries.astype(dtype))
+        similarity = jnp.sum(queries * contrast.normalize(keys.astype(dtype)), axis=-1)
+        positive = similarity / temperature
+        live = live.reshape(-1)
+        negatives = negatives.astype(dtype).reshape(live.shape[0], -1)
+        threshold = contrast.tie_threshold(positive, temperature)
+        everyone = contrast.gather_rows(queries / temperature, axis)
+        lse, above = contrast.rows_lse(
+            everyone,
+            negatives,
+            jnp.zeros(everyone.shape[0], jnp.int32),
+            jnp.where(live, 1, -1).astype(jnp.int32),
+            contrast.gather_rows(threshold, axis),
+            block_size=block_size,
+            precision=precision,
+        )
+        lse = contrast.scattered_lse(lse, axis)
+        loss = mean(contrast.cross_entropy(positive, lse))
+        total = jnp.where(live[:, None], negatives, 0).sum(axis=0)
+        if axis is not None:
+            above, total = jax.lax.psum((above, total), axis)
+        queries, similarity = jax.lax.stop_gradient((queries, similarity))
+        return loss, {
+            "contrastive_top1": jnp.mean(above < 1, dtype=dtype),
+            "contrastive_top5": jnp.mean(above < 5, dtype=dtype),
+            "positive_similarity": mean(similarity),
+            "negative_similarity": jnp.sum(mean(queries) * total) / length,
+        }
+
+    args = queries, keys, queue.keys, live, jnp.asarray(temperature, dtype)
+    if mesh is None:
+        return local(*args)
+    rows, slots = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+    specs = rows, rows, slots, slots, PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(*args)
+
+
+def _check_shapes(queries, keys, negatives, length, mesh):
+    if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] < 1:
+        raise UserError(
+            f"info_nce: queries are {list(queries.shape)} and keys {list(keys.shape)}: expected "
+            "two equal shapes [b, d] with b >= 1"
+        )
+    slots, rows, dim = negatives.shape
+    expected = queue_lib.slots(length, rows), rows, queries.shape[1]
+    if (slots, rows, dim) != expected:
+        raise UserError(
+            f"info_nce: the queue is {[slots, rows, dim]}: expected {list(expected)} for length "
+            f"{length} and queries {list(queries.shape)}, make it with queue.init of that length"
+        )
+    devices = 1 if mesh is None else mesh.size
+    if queries.shape[0] % devices or rows % devices:
+        raise UserError(
+            f"info_nce: {queries.shape[0]} queries and {rows} queue rows cannot be split over "
+            f"{devices} devices: use multiples of {devices}"
+        )
