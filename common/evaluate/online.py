@@ -1,0 +1,142 @@
+"""What a run measures of itself: weighted kNN and the online probe, on the test split."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common import pictures
+from common.data import pipeline
+from common.data.sources import Source
+from common.evaluate import features, knn
+from common.method import Method
+from common.probe import Probe
+from common.sharding import local_rows
+
+
+class Evaluator:
+    """One protocol for the trained encoder, the untrained one, and raw pixels.
+
+    Cosine kNN on the pooled backbone features of un-augmented images, train split against test
+    split: k = min(200, n / 10), T = 0.1 unless `config.evaluate` says otherwise.
+
+    Args:
+        method: gives `encode`.
+        probe: of the run; with labels its test accuracy is reported too.
+        train, test: the sources; `test=None` or an unlabelled set leaves kNN out.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        method: Method,
+        probe: Probe,
+        train: Source,
+        test: Source | None,
+    ) -> None:
+        self.config, self.mesh, self.probe = config, mesh, probe
+        self.train, self.test = train, test
+        self._encode = features.jit_encoder(method.encode, mesh)
+        self._pixels = features.jit_encoder(lambda _, x: x.reshape(x.shape[0], -1), mesh)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are labels to score by."""
+        return self.test is not None and self.train.num_classes > 0
+
+    def __call__(self, state: Any) -> dict[str, float]:
+        """Returns `knn_top1`, and `probe_test_top1` when there is a probe; {} without labels."""
+        if not self.enabled:
+            return {}
+        bank, queries = self._both(functools.partial(self._encode, state))
+        metrics = {"knn_top1": self._knn(bank, queries)}
+        if getattr(state, "probe", None) is not None:
+            logits = np.asarray(self.probe.predict(jax.device_get(state.probe), queries[0]))
+            labelled = queries[1] >= 0
+            metrics["probe_test_top1"] = float((logits.argmax(-1) == queries[1])[labelled].mean())
+        return metrics
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The same kNN on pixels, which no encoder should lose against."""
+        if not self.enabled:
+            return {}
+        bank, queries = self._both(functools.partial(self._pixels, None))
+        return {"knn_top1_raw_pixels": self._knn(bank, queries)}
+
+    def draw_neighbours(
+        self, state: Any, path: epath.Path, rows: int = 8, columns: int = 8
+    ) -> bool:
+        """Draws test images with their nearest train images; False where neither is at hand."""
+        sources = (self.train, self.test)
+        if self.test is None or any(source.kind == "stream" for source in sources):
+            return False
+        bank, queries = self._both(functools.partial(self._encode, state))
+        # evenly spread, so that sorted test sets show several classes
+        chosen = np.linspace(0, len(queries[0]) - 1, min(rows, len(queries[0]))).astype(int)
+        k = min(columns, len(bank[0]))
+        indices, _ = knn.neighbours(
+            bank[0], queries[0][chosen], k, center=self.config.evaluate.knn_center
+        )
+        size = self.config.data.image_size
+        shown = images_of(self.test, queries[2][chosen], size)
+        found = images_of(self.train, bank[2][np.asarray(indices).reshape(-1)], size)
+        if jax.process_index() == 0:
+            pictures.nearest_neighbours(
+                shown,
+                found.reshape(len(chosen), k, *found.shape[1:]),
+                queries[1][chosen] if self.enabled else None,
+                bank[1][np.asarray(indices)] if self.enabled else None,
+                self.train.class_names or None,
+                path,
+            )
+        return True
+
+    def _knn(self, bank: tuple, queries: tuple) -> float:
+        c = self.config.evaluate
+        return knn.knn_top1(
+            bank[0],
+            bank[1],
+            queries[0],
+            queries[1],
+            self.train.num_classes,
+            k=c.knn_k or None,
+            temperature=c.knn_temperature,
+            center=c.knn_center,
+        )
+
+    def _both(self, encode: Callable) -> tuple[tuple, tuple]:
+        """`(features, labels, ids)` of the train split and of the test split."""
+        limit = self.config.evaluate.knn_examples
+        return tuple(
+            features.extract(encode, self._batches(source, n), self.mesh)
+            for source, n in ((self.train, limit), (self.test, 0))
+        )
+
+    def _batches(self, source: Source, limit: int) -> Iterator[dict[str, np.ndarray]]:
+        size = self.config.evaluate.batch_size or self.config.batch_size
+        size = -(-size // self.mesh.size) * self.mesh.size  # padding makes up the rest
+        batches = pipeline.eval_batches(
+            source,
+            size,
+            self.config.data.image_size,
+            local_rows(self.mesh, size),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return itertools.islice(batches, -(-limit // size)) if limit else batches
+
+
+def images_of(source: Source, ids: np.ndarray, image_size: int) -> np.ndarray:
+    """The un-augmented images `[n, h, w, 3]` of some examples, as evaluation sees them."""
+    if source.image_shape == (image_size, image_size) and source.kind in ("pixels", "views"):
+        return source.fetch(ids)
+    from common.data import feed  # imports TensorFlow
+
+    return next(iter(feed.eval_feed(source, [ids], image_size)))[0]

@@ -1,0 +1,217 @@
+"""Config -> learning-rate schedule and optax transformation.
+
+Everything that moves a parameter is optax's own; this file only chooses, scales by the global
+batch, and sets the masks that the published recipes need.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from common.errors import UserError
+
+FORMS = '"10 epochs", "500 steps", "5 %" (of the whole run), or a whole number of steps'
+_DURATION = re.compile(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?\s*", re.IGNORECASE)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns the `config.optimizer` sub-tree with its defaults."""
+    c = ml_collections.ConfigDict()
+    c.name = "sgd"  # sgd | lars | adamw
+    c.learning_rate = 0.06  # the base value: `scaling` makes the peak of it
+    c.scaling = "linear"  # linear: x batch / 256 | sqrt: x sqrt(batch) | none; of the global batch
+    c.weight_decay = 1e-4  # on kernels only, unless decay_bn_and_bias
+    c.decay_bn_and_bias = False  # also decay biases and batch-norm scales, as MoCo's PyTorch code
+    c.momentum = 0.9  # sgd and lars
+    c.nesterov = False  # look-ahead form of the momentum (any optimiser)
+    c.b1 = 0.9  # adamw: decay of the first moment
+    c.b2 = 0.999  # adamw: decay of the second moment
+    c.trust_coefficient = 1e-3  # lars: eta in You et al. 2017, eq. 6
+    c.warmup = "0 steps"  # linear warm-up: "10 epochs", "500 steps" or "5 %"
+    c.schedule = "cosine"  # after the warm-up: cosine (to 0) | step | constant
+    c.decay_at = (120, 160)  # schedule=step: where to decay, in epochs, or durations as above
+    c.decay_rate = 0.1  # schedule=step: factor at each of decay_at
+    c.clip_norm = 0.0  # clip the gradient to this global norm; 0 = off
+    return c
+
+
+def one_of(name: str, found: str, options: Iterable[str]) -> str:
+    """Returns `found`, or raises a `UserError` that lists `options` and suggests the nearest."""
+    options = list(options)
+    if found in options:
+        return found
+    near = difflib.get_close_matches(str(found), options, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise UserError(f'{name}="{found}" is unknown: use one of {", ".join(options)}{hint}')
+
+
+def steps_of(
+    duration: str | float, steps_per_epoch: int, total: int | None = None, name: str = "duration"
+) -> int:
+    """Turns a duration into a number of steps, to the nearest; only 0 becomes 0.
+
+    Args:
+        duration: "10 epochs", "500 steps", "5 %", or a whole number (of steps).
+        steps_per_epoch: steps in one epoch, >= 1.
+        total: steps of the whole run, for "%"; None where a percentage makes no sense.
+        name: the config field, for the error.
+
+    Returns:
+        The number of steps, >= 0.
+
+    Raises:
+        UserError: if the text has none of these forms.
+    """
+    text = str(duration)
+    match = _DURATION.fullmatch(text)
+    if isinstance(duration, bool) or not match:
+        raise UserError(f'{name}="{text}" is not a duration: write {FORMS}')
+    value, unit = float(match[1]), (match[2] or "").lower()
+    if unit.startswith("epoch"):
+        steps = value * steps_per_epoch
+    elif unit == "%":
+        if total is None:
+            raise UserError(f'{name}="{text}" has nothing to be a part of: use epochs or steps')
+        steps = value / 100 * total
+    else:
+        steps = value
+        if value != int(value):
+            raise UserError(f'{name}="{text}" is not a whole number of steps: write {FORMS}')
+    # The small term keeps products such as 0.07 * 50 = 3.5000000000000004 on their own side.
+    return max(1, math.floor(steps + 0.5 + 1e-9)) if steps > 0 else 0
+
+
+def peak_learning_rate(config: ml_collections.ConfigDict) -> float:
+    """Returns the learning rate after warm-up: the base value scaled by the global batch."""
+    c = config.optimizer
+    one_of("optimizer.scaling", c.scaling, ("linear", "sqrt", "none"))
+    factor = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size), "none": 1.0}
+    return c.learning_rate * factor[c.scaling]
+
+
+def learning_rate_schedule(
+    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates done before.
+
+    With w = warm-up steps, T = total_steps and p = learning_rate x (batch_size / 256 |
+    sqrt(batch_size) | 1), the update that follows t earlier ones uses
+
+        t < w:              p (t + 1) / (w + 1)
+        t >= w, cosine:     p / 2 (1 + cos(pi (t - w) / (T - w)))
+        t >= w, step:       p decay_rate ** (how many of decay_at are <= t)
+        t >= w, constant:   p
+
+    so the first update (t = 0) already moves the parameters, p is reached at t = w, and the
+    cosine would be 0 at t = T, one step after the last.
+
+    Args:
+        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        total_steps: updates in the whole run.
+        steps_per_epoch: updates in one epoch.
+
+    Raises:
+        UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
+    """
+    c = config.optimizer
+    one_of("optimizer.schedule", c.schedule, ("cosine", "step", "constant"))
+    peak = peak_learning_rate(config)
+    warmup = steps_of(c.warmup, steps_per_epoch, total_steps, "optimizer.warmup")
+    if warmup > total_steps:
+        raise UserError(
+            f'optimizer.warmup="{c.warmup}" is {warmup} steps, the whole run only {total_steps}: '
+            'shorten it, e.g. "5 %", or train for longer'
+        )
+    after = optax.constant_schedule(peak)
+    if c.schedule == "cosine" and total_steps > warmup:
+        after = optax.cosine_decay_schedule(peak, total_steps - warmup)
+    elif c.schedule == "step":
+        boundaries = {}
+        for at in c.decay_at:
+            at = at if isinstance(at, str) else f"{at} epochs"
+            step = steps_of(at, steps_per_epoch, total_steps, "optimizer.decay_at")
+            step = max(step - warmup, 0)  # join_schedules counts from the end of the warm-up
+            boundaries[step] = boundaries.get(step, 1.0) * c.decay_rate
+        after = optax.piecewise_constant_schedule(peak, boundaries)
+    if not warmup:
+        return after
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def kernels(params: Any) -> Any:
+    """Mask that is False on biases and on batch-norm scales: whatever has at most one axis.
+
+    By shape and not by name, so that it holds for any module. LARS needs it twice, for the decay
+    and for the trust ratio: optax defaults both to every parameter.
+    """
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _everything(params: Any) -> Any:
+    return jax.tree.map(lambda _: True, params)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds the optax transformation and its schedule from `config.optimizer`.
+
+    sgd:   g += weight_decay p;  v = momentum v + g;  p -= lr v   (as in PyTorch)
+    lars:  You et al. 2017, in the order of SimCLR's code: weight decay, then the trust ratio
+           eta |p| / |g + weight_decay p|, then the learning rate, and the momentum last
+    adamw: Loshchilov & Hutter 2019, decoupled weight decay times the learning rate
+
+    Biases and batch-norm parameters take no weight decay (unless `decay_bn_and_bias`) and never a
+    trust ratio. Clipping, when on, comes first.
+
+    Args:
+        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        total_steps: updates in the whole run.
+        steps_per_epoch: updates in one epoch.
+
+    Returns:
+        The transformation and the schedule (for the logs and the start-up summary).
+
+    Raises:
+        UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
+    """
+    c = config.optimizer
+    one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
+    schedule = learning_rate_schedule(config, total_steps, steps_per_epoch)
+    decayed = _everything if c.decay_bn_and_bias else kernels
+    parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
+    if c.name == "sgd":
+        if c.weight_decay:
+            parts.append(optax.add_decayed_weights(c.weight_decay, mask=decayed))
+        parts.append(optax.sgd(schedule, momentum=c.momentum or None, nesterov=c.nesterov))
+    elif c.name == "lars":
+        parts.append(
+            optax.lars(
+                schedule,
+                weight_decay=c.weight_decay,
+                weight_decay_mask=decayed,
+                trust_coefficient=c.trust_coefficient,
+                trust_ratio_mask=kernels,
+                momentum=c.momentum,
+                nesterov=c.nesterov,
+            )
+        )
+    else:
+        parts.append(
+            optax.adamw(
+                schedule,
+                b1=c.b1,
+                b2=c.b2,
+                weight_decay=c.weight_decay,
+                mask=decayed,
+                nesterov=c.nesterov,
+            )
+        )
+    return optax.chain(*parts), schedule

@@ -1,0 +1,340 @@
+"""What lands in the files, also after a crash, and what the terminal says."""
+
+import io
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from common import jsonl, metrics, progress
+from common.metrics import MetricsWriter, NonFiniteLossError
+
+
+def make_writer(workdir, start=0, total=10, **kw):
+    kw = {"images_per_step": 4, "steps_per_epoch": 5, "stream": io.StringIO(), **kw}
+    return MetricsWriter(workdir, start, total, **kw)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in lines(path)]
+
+
+def run(workdir, start, stop):
+    with make_writer(workdir, start) as writer:
+        for step in range(start + 1, stop + 1):
+            writer.write(step, {"loss": jnp.float32(10 / step), "top1": jnp.float32(step / 100)})
+
+
+def test_lines_hold_the_scalars_one_call_late(tmp_path):
+    path = tmp_path / jsonl.FILE
+    with make_writer(tmp_path) as writer:
+        writer.write(1, {"loss": jnp.float32(2.5), "top1": 0.5})
+        assert lines(path) == []
+        writer.write(2, {"loss": np.float32(1.25), "top1": 0.75})
+        assert steps(path) == [1]
+        writer.write_now(2, {"knn_top1": 0.625})
+        assert steps(path) == [1, 2, 2]
+    records = [json.loads(line) for line in lines(path)]
+    assert jsonl.read(path) == records
+    assert [{k: r[k] for k in r if k not in metrics.TIMING_KEYS} for r in records] == [
+        {"step": 1, "epoch": 0.2, "loss": 2.5, "top1": 0.5},
+        {"step": 2, "epoch": 0.4, "loss": 1.25, "top1": 0.75},
+        {"step": 2, "epoch": 0.4, "knn_top1": 0.625},
+    ]
+
+
+def test_writing_waits_for_the_step_before_only(tmp_path):
+    class Scalar:
+        """Stands for an array on the device; notes when it is fetched."""
+
+        def __init__(self, value):
+            self.value, self.fetched = value, False
+
+        def __array__(self, dtype=None, copy=None):
+            self.fetched = True
+            return np.asarray(self.value, dtype)
+
+    with make_writer(tmp_path) as writer:
+        scalars = [Scalar(float(step)) for step in range(1, 4)]
+        for step, scalar in enumerate(scalars, 1):
+            writer.write(step, {"loss": scalar})
+            assert [s.fetched for s in scalars] == [i < step - 1 for i in range(3)]
+
+
+def test_device_scalars_are_fetched_explicitly(tmp_path):
+    with make_writer(tmp_path) as writer:
+        loss = jax.jit(lambda: jnp.ones(()) / 3)()
+        with jax.transfer_guard("disallow"):
+            writer.write(1, {"loss": loss})
+            writer.flush()
+    assert json.loads(lines(tmp_path / jsonl.FILE)[0])["loss"] == float(np.float32(1) / 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["loss", "probe_loss"])
+def test_a_bad_loss_stops_the_run_and_names_the_step(tmp_path, bad, name):
+    writer = make_writer(tmp_path)
+    writer.write(6, {"loss": 1.0})
+    writer.write(7, {"loss": 1.0, name: jnp.float32(bad)})
+    with pytest.raises(NonFiniteLossError, match=rf"^{name} is .* at step 7"):
+        writer.write(8, {"loss": 1.0})
+    writer.close()
+
+    def strict(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    records = [json.loads(x, parse_constant=strict) for x in lines(tmp_path / jsonl.FILE)]
+    assert [r["step"] for r in records] == [6, 7]
+    assert records[1][name] is None
+
+
+def test_the_last_step_is_checked_on_close(tmp_path):
+    with pytest.raises(NonFiniteLossError, match="step 3"), make_writer(tmp_path) as writer:
+        writer.write(3, {"loss": math.nan})
+
+
+def test_a_bad_loss_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    with pytest.raises(KeyError), make_writer(tmp_path) as writer:
+        writer.write(3, {"loss": math.nan})
+        raise KeyError("the cause")
+    assert steps(tmp_path / jsonl.FILE) == [3]
+
+
+def test_other_scalars_may_be_non_finite(tmp_path):
+    with make_writer(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0, "grad_norm": math.inf})
+    assert json.loads(lines(tmp_path / jsonl.FILE)[0])["grad_norm"] is None
+
+
+def test_resume_moves_later_lines_once(tmp_path):
+    path, discarded = tmp_path / jsonl.FILE, tmp_path / jsonl.DISCARDED
+    run(tmp_path, 0, 7)
+    before = lines(path)
+    run(tmp_path, 4, 6)  # restored at 4, interrupted again at 6
+    assert lines(discarded) == before[4:]
+    assert steps(path) == [1, 2, 3, 4, 5, 6]
+    second = lines(path)
+    run(tmp_path, 4, 10)
+    assert lines(discarded) == before[4:] + second[4:]
+    assert steps(path) == list(range(1, 11))
+    assert lines(path)[:4] == before[:4]  # untouched, byte for byte
+    run(tmp_path, 10, 10)  # a finished run started again changes nothing
+    assert steps(path) == list(range(1, 11))
+    assert lines(discarded) == before[4:] + second[4:]
+
+
+def test_a_run_from_scratch_also_moves_step_zero(tmp_path):
+    for _ in range(2):
+        with make_writer(tmp_path) as writer:
+            writer.write_now(0, {"knn_top1": 0.1})
+            writer.write(1, {"loss": 1.0})
+    assert steps(tmp_path / jsonl.FILE) == [0, 1]
+    assert steps(tmp_path / jsonl.DISCARDED) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 8, "lo', '{"step": 8}\n{"ste', "{", '{"step": 3', "\x00"]
+)
+def test_a_torn_last_line(tmp_path, torn):
+    run(tmp_path, 0, 5)
+    path = tmp_path / jsonl.FILE
+    with path.open("a") as file:
+        file.write(torn)
+    whole = 8 in [r["step"] for r in jsonl.read(path)]
+    run(tmp_path, 4, 6)
+    assert steps(path) == [1, 2, 3, 4, 5, 6]
+    assert steps(tmp_path / jsonl.DISCARDED) == ([5, 8] if whole else [5])
+
+
+def test_a_line_that_only_lacks_its_newline_is_kept(tmp_path):
+    run(tmp_path, 0, 3)
+    path = tmp_path / jsonl.FILE
+    path.write_text(path.read_text().removesuffix("\n"))
+    run(tmp_path, 3, 4)
+    assert steps(path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3, 4])
+def test_a_crash_in_the_middle_of_discarding_loses_and_repeats_nothing(
+    tmp_path, monkeypatch, crash_at
+):
+    run(tmp_path, 0, 6)
+    path, discarded = tmp_path / jsonl.FILE, tmp_path / jsonl.DISCARDED
+    discarded.write_text('{"step": 9}\n')
+    before = lines(path)
+    kind = type(jsonl.epath.Path(tmp_path))
+    calls = []
+
+    def crash_on(name):
+        original = getattr(kind, name)
+
+        def method(self, *args, **kw):
+            calls.append(name)
+            if len(calls) == crash_at:
+                if name == "write_text":  # half of it reached the disk
+                    original(self, args[0][: len(args[0]) // 2])
+                raise KeyboardInterrupt
+            return original(self, *args, **kw)
+
+        monkeypatch.setattr(kind, name, method, raising=False)
+
+    crash_on("write_text")
+    crash_on("replace")
+    with pytest.raises(KeyboardInterrupt):
+        jsonl.discard_after(jsonl.epath.Path(tmp_path), 2)
+    assert set(before) <= set(lines(path)) | set(lines(discarded))
+    monkeypatch.undo()
+    jsonl.discard_after(jsonl.epath.Path(tmp_path), 2)
+    assert lines(path) == before[:2]
+    assert lines(discarded) == ['{"step": 9}', *before[2:]]
+
+
+def test_an_object_store_gets_whole_files(tmp_path):
+    path = jsonl.epath.Path(tmp_path / "x.jsonl")
+    path.write_text("1\n")
+    file = jsonl.Lines(path)
+    file.close()
+    file = jsonl.Lines.__new__(jsonl.Lines)
+    file._path, file._remote, file._saved, file._text = path, True, -math.inf, path.read_text()
+    file.add("2")
+    assert path.read_text() == "1\n2\n"
+    file.add("3")
+    assert path.read_text() == "1\n2\n"  # not rewritten for every line
+    file.flush()
+    assert path.read_text() == "1\n2\n3\n"
+    file.add("4")
+    file.close()
+    assert path.read_text() == "1\n2\n3\n4\n"
+
+
+def read_events(directory):
+    """TFRecord framing by hand: length, its CRC, payload, its CRC. One list an event file."""
+    files = []
+    for path in sorted(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        raw, events = path.read_bytes(), []
+        while raw:
+            size = int.from_bytes(raw[:8], "little")
+            events.append(event_pb2.Event.FromString(raw[12 : 12 + size]))
+            raw = raw[16 + size :]
+        files.append(events)
+    return files
+
+
+def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path):
+    run(tmp_path, 0, 5)
+    time.sleep(1.1)  # the file name has the second in it
+    run(tmp_path, 3, 4)
+    first, second = read_events(tmp_path / "tensorboard")
+
+    def scalars(events):
+        return [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+
+    losses = [(s, v) for s, tag, v in scalars(first) if tag == "loss"]
+    assert losses == [(s, pytest.approx(10 / s)) for s in range(1, 6)]
+    start = event_pb2.SessionLog.START
+    assert [e.step for e in second if e.session_log.status == start] == [4]
+    assert not [e for e in first if e.session_log.status == start]
+    assert [s for s, tag, _ in scalars(second) if tag == "loss"] == [4]
+
+
+def test_images_per_second_leaves_out_compilation_and_pauses(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    writer = make_writer(tmp_path, total=20)
+    assert writer.images_per_second is None
+
+    def train(step, seconds):
+        writer.write(step, {"loss": 1.0})
+        now[0] += seconds
+        writer.flush()
+
+    train(1, 60.0)  # compiles
+    assert writer.images_per_second is None
+    train(3, 1.0)
+    with writer.pause():
+        now[0] += 500.0
+        writer.write_now(3, {"knn_top1": 0.5})
+    with writer.pause():
+        now[0] += 70.0
+    train(5, 3.0)
+    writer.close()
+    rates = [r.get("images_per_second") for r in jsonl.read(tmp_path / jsonl.FILE)]
+    assert rates == [None, 2 * 4 / 1.0, None, 2.67]
+    assert writer.images_per_second == pytest.approx(4 * 4 / 4.0)
+
+
+def test_due_is_each_interval_and_the_two_ends(tmp_path):
+    writer = make_writer(tmp_path, start=7, total=24, log_every=5)
+    assert [s for s in range(8, 25) if writer.due(s)] == [8, 10, 15, 20, 24]
+    writer.close()
+
+
+def test_a_log_file_gets_plain_lines(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with make_writer(tmp_path, total=1560, stream=out, images_per_step=812) as writer:
+        for step in range(1, 122):
+            writer.write(step, {"loss": 4.8123, "contrastive_top1": 0.4119, "grad_norm": 3.0})
+            now[0] += 1.0
+        writer.write_now(121, {"knn_top1": 0.5})
+    got = out.getvalue().splitlines()
+    # One step a second, a line each 10 s: and none of it with control characters.
+    assert got[0] == "step 1/1560  epoch 0.2  loss 4.812  contrastive_top1 41.2 %"
+    assert got[1] == (
+        "step 11/1560  epoch 2.2  loss 4.812  contrastive_top1 41.2 %  812 images/s  ETA 25:49"
+    )
+    assert len(got) == 14
+    assert got[-1] == "step 121  knn_top1 50.0 %"
+    assert "\r" not in out.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_line_rewrites_itself(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "60")
+    out = Terminal()
+    bar = progress.Progress(100, out)
+    bar.show(1, 0.1, {"loss": 12.5, "probe_top1": 0.1}, None, None)
+    now[0] += 1
+    bar.show(2, 0.2, {"loss": 2.5, "probe_top1": 0.1}, 20_000.0, 3723.0)
+    bar.message(2, {"knn_top1": 0.5})
+    now[0] += 1
+    bar.show(100, 10.0, {"loss": 1.0}, 5.0, 0.0)
+    bar.close()
+    screen = [""]  # what a person would see
+    for piece in out.getvalue().replace("\r", "\n\r").split("\n"):
+        if piece.startswith("\r"):
+            screen[-1] = piece[1:] + screen[-1][len(piece) - 1 :]
+        else:
+            screen.append(piece)
+    assert [line.rstrip() for line in screen if line.strip()] == [
+        "step 2  knn_top1 50.0 %",
+        "step 100/100  epoch 10.0  loss 1.000  5 images/s",
+    ]
+    shown = out.getvalue().split("\r")[2]
+    assert shown == "step 2/100  epoch 0.2  loss 2.500  probe_top1 10.0 %  20,000 images/s"[:59]
+
+
+def test_duration():
+    assert [progress.duration(s) for s in (0, 59.6, 192, 3725)] == [
+        "0:00",
+        "1:00",
+        "3:12",
+        "1:02:05",
+    ]
