@@ -1,0 +1,176 @@
+"""What a person reads: the summary at the start, the last lines at the end, and the pictures."""
+
+import json
+import math
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common import optim, pictures
+from common.data import pipeline, presets, sources
+from common.data.sources import Source
+from common.errors import UserError
+from common.evaluate.online import Evaluator
+from common.method import Setup
+
+PAIRS = 16  # augmented pairs in the picture
+
+
+def say(text: str) -> None:
+    """Prints on process 0."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def open_test(config: ConfigDict) -> Source | None:
+    """The test split; None if `data.test_split` is empty.
+
+    Raises:
+        UserError: if it is named but missing, or smaller than nothing.
+    """
+    if not config.data.test_split:
+        return None
+    try:
+        return sources.open_source(config.data, "test")
+    except UserError as error:
+        raise UserError(
+            f"{error} (Set data.test_split='' to train without a test set: no kNN then.)"
+        ) from error
+
+
+def start_up(
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    setup: Setup,
+    state: Any,
+    step_fn: jax.stages.Compiled,
+    source: Source,
+    start: int,
+    total: int,
+    per_epoch: int,
+) -> None:
+    """Says on which devices what is about to be trained, and where it goes."""
+    device = mesh.devices.flat[0]
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
+    flops = (step_fn.cost_analysis() or {}).get("flops", float("nan")) * mesh.size
+    labels = f"{source.num_classes} classes" if source.num_classes else "no labels"
+    model = setup.network.backbone
+    name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"
+    lines = {
+        "method": config.method,
+        "data": f"{source.name} ({source.split}): {source.num_examples:,} images, {labels}",
+        "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
+        f"mesh {dict(mesh.shape)}",
+        "network": f"{name} width {model.width * model.width_multiplier}, "
+        f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
+        "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
+        f"2 views each, {presets.resolve_views(config)[0].size} px",
+        "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
+        "optimiser": f"{config.optimizer.name}, peak learning rate "
+        f"{optim.peak_learning_rate(config):.4g}",
+        "workdir": str(workdir),
+    }
+    if start:
+        lines["resuming"] = f"after step {start:,} of {total:,}"
+    say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()))
+
+
+def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
+    """What training has to beat: kNN on raw pixels and on the untrained network; {} unlabelled."""
+    results = evaluator.raw_pixels()
+    if scores := evaluator(state):
+        results["knn_top1_at_init"] = scores["knn_top1"]
+    return results
+
+
+def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
+    """Draws the views of a few images, to see by eye what the augmentation does."""
+    if jax.process_count() > 1:
+        return
+    n = min(PAIRS, config.batch_size)
+    with config.copy_and_resolve_references().unlocked() as small:
+        small.batch_size = n
+    batch = next(pipeline.train_batches(source, small, rows=np.arange(n)))
+    originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
+    pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")
+
+
+def finished(workdir: epath.Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended, said again; None if there is none yet."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    say(f"This run is finished: {path} has the result. For another run give another --workdir.")
+    say("\n".join(in_words(summary, workdir, [])))
+    return summary
+
+
+def finish(
+    config: ConfigDict,
+    workdir: epath.Path,
+    evaluator: Evaluator,
+    state: Any,
+    progress: dict[str, Any],
+    dataset: str,
+    steps: int,
+) -> dict[str, Any]:
+    """Writes `summary.json` and the neighbours' picture, and says in words how it went.
+
+    Args:
+        progress: of the last checkpoint: results, images_per_second, seconds.
+    """
+    results = progress["results"]
+    drawn = []
+    if config.evaluate.pictures:
+        path = workdir / "nearest_neighbours.png"
+        drawn = ["augmented_pairs.png"] if (workdir / "augmented_pairs.png").exists() else []
+        if evaluator.draw_neighbours(state, path):
+            drawn.append(path.name)
+    summary = {
+        "method": config.method,
+        "dataset": dataset,
+        "seed": config.seed,
+        "steps": steps,
+        "batch_size": config.batch_size,
+        "knn_top1": results.get("knn_top1"),
+        "knn_top1_at_init": results.get("knn_top1_at_init"),
+        "knn_top1_raw_pixels": results.get("knn_top1_raw_pixels"),
+        "probe_top1": results.get("probe_test_top1"),
+        "images_per_second": progress["images_per_second"],
+        "seconds": round(progress["seconds"], 1),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    if jax.process_index() == 0:
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    say("\n".join(in_words(summary, workdir, drawn)))
+    return summary
+
+
+def in_words(summary: dict[str, Any], workdir: epath.Path, drawn: list[str]) -> list[str]:
+    """The last lines of a run."""
+    lines = ["", f"Trained {summary['method']} for {summary['steps']:,} steps."]
+    if summary["knn_top1"] is not None:
+        knn, init, raw = (
+            100 * summary[name] for name in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
+        )
+        verb = "learned" if knn > init else "did NOT learn"
+        lines += [
+            f"A kNN classifier on its features is right on {knn:.1f} % of the test images.",
+            f"The same network before training: {init:.1f} %, raw pixels: {raw:.1f} %.",
+            f"So it {verb}: {knn - init:+.1f} points over its untrained state, "
+            f"{knn - raw:+.1f} points over raw pixels, without seeing a label.",
+        ]
+    if summary["probe_top1"] is not None:
+        lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")
+    if drawn:
+        lines.append(f"Pictures to look at: {', '.join(str(workdir / name) for name in drawn)}")
+    return lines

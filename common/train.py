@@ -1,0 +1,270 @@
+"""The training loop, one for every method."""
+
+import collections
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common import config as configs
+from common import report
+from common.checkpoint import Checkpoints
+from common.data import pipeline, presets, sources
+from common.errors import UserError
+from common.evaluate.online import Evaluator
+from common.method import Method, Setup, make_setup
+from common.metrics import MetricsWriter, NonFiniteLossError
+from common.optim import steps_of
+from common.sharding import (
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    replicated,
+    state_shardings,
+    to_global,
+)
+
+IN_FLIGHT = 2  # steps the host may run ahead of the device: each holds a batch in device memory
+
+
+def train(
+    make_method: Callable[[Setup], Method],
+    config: ConfigDict,
+    workdir: str | epath.PathLike,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Trains, or continues the run that `workdir` holds, to the end.
+
+    Args:
+        make_method: class of the method, e.g. `simclr_jax.method.SimCLR`.
+        config: from a file in `configs/`.
+        workdir: where everything is written; local or e.g. `gs://...`.
+        mesh: default all devices.
+
+    Returns:
+        What `<workdir>/summary.json` holds.
+
+    Raises:
+        UserError: for a mistake in the config or the data.
+        NonFiniteLossError: when the loss stops being a number; the last checkpoint stays.
+    """
+    begin = time.perf_counter()
+    configs.check(config)
+    mesh = mesh or make_mesh()
+    rows = local_rows(mesh, config.batch_size)
+    train_source = sources.open_source(config.data, "train")
+    test_source = report.open_test(config)
+    per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
+    total = steps_of(config.duration, per_epoch, name="duration")
+    if total < 1:
+        raise UserError(f'duration="{config.duration}" is no step at all: expected 1 step or more')
+    every = {
+        name: steps_of(config[name].every, per_epoch, total, name=f"{name}.every")
+        for name in ("checkpoint", "evaluate")
+    }
+    setup = make_setup(config, mesh, total, per_epoch, train_source.num_classes)
+    method = make_method(setup)
+    workdir = claim(workdir, config)
+
+    key = jax.random.key(config.seed)
+    init_key, loop_key = jax.random.split(key)
+    abstract = jax.eval_shape(method.init, init_key)
+    shardings = state_shardings(mesh, abstract)
+    root_key = jax.device_put(loop_key, replicated(mesh))
+
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        start = checkpoints.latest_step or 0
+        if start == total and (summary := report.finished(workdir)):
+            return summary
+        step_fn = compile_step(method, config, mesh, abstract, shardings)
+        if start:
+            state, progress = checkpoints.restore(start, abstract, shardings)
+        else:
+            state = jax.jit(method.init, out_shardings=shardings)(init_key)
+            progress = {"position": 0, "process_count": None, "results": {}, "seconds": 0.0}
+        evaluator = Evaluator(config, mesh, method, setup.probe, train_source, test_source)
+        report.start_up(
+            config, workdir, mesh, setup, state, step_fn, train_source, start, total, per_epoch
+        )
+        batches = pipeline.train_batches(
+            train_source,
+            config,
+            rows=rows,
+            start_step=progress["position"],
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            saved_process_count=progress["process_count"],
+        )
+        with MetricsWriter(
+            workdir, start, total, config.batch_size, per_epoch, config.log_every
+        ) as writer:
+            results = progress["results"]
+            if not start:
+                with writer.pause():
+                    results = report.baselines(evaluator, state)
+                    if results:
+                        writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
+                    if config.evaluate.pictures:
+                        report.draw_pairs(config, train_source, workdir)
+            in_flight: collections.deque = collections.deque()
+
+            def now() -> dict[str, Any]:
+                return {
+                    "position": batches.position,
+                    "process_count": jax.process_count(),
+                    "results": results,
+                    "images_per_second": writer.images_per_second,
+                    "seconds": progress["seconds"] + time.perf_counter() - begin,
+                }
+
+            for step in range(start + 1, total + 1):
+                batch = next(batches)
+                batch = to_global(mesh, {k: batch[k] for k in ("images", "labels")})
+                state, metrics = step_fn(state, batch, root_key)
+                in_flight.append((step, metrics["loss"]))
+                settled = step - (1 if writer.due(step - 1) else IN_FLIGHT)
+                while in_flight[0][0] <= settled:  # in order, so that the first bad one is named
+                    check_finite(*in_flight.popleft())
+                writer.flush()  # scalars of the step before: the device has its next work
+                if writer.due(step):
+                    writer.write(step, metrics)
+                last = step == total
+                save = last or (every["checkpoint"] and step % every["checkpoint"] == 0)
+                evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
+                if not (save or evaluate):
+                    continue
+                while in_flight:  # never save what came out of a bad step
+                    check_finite(*in_flight.popleft())
+                with writer.pause(wait_for=state):
+                    if save and not all_finite(state):  # the loss is of what was before the step
+                        raise NonFiniteLossError(diverged(step, "the state is not finite"))
+                    # Scores first: a kill in between must not lose the line that belongs here.
+                    if evaluate and (scores := evaluator(state)):
+                        writer.write_now(step, scores)
+                        results |= scores
+                    if save:
+                        progress_now = now()
+                        checkpoints.save(step, state, progress_now)
+            if start < total:
+                progress = progress_now
+        checkpoints.wait()
+        dataset = f"{train_source.name} ({train_source.split})"
+        return report.finish(config, workdir, evaluator, state, progress, dataset, total)
+
+
+def compile_step(
+    method: Method, config: ConfigDict, mesh: Mesh, abstract: Any, shardings: Any
+) -> jax.stages.Compiled:
+    """Compiles the train step once, before any data is read.
+
+    The compiled object refuses every other shape or sharding, so that a run cannot recompile
+    unseen; its analysis gives the FLOPs of the start-up summary.
+
+    Args:
+        method: gives `train_step`.
+        config: for the batch.
+        mesh: the device mesh.
+        abstract: the state's `jax.eval_shape`.
+        shardings: the state's, from `state_shardings`.
+    """
+    def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+    b, size = config.batch_size, presets.resolve_views(config)[0].size
+    rows = batch_sharding(mesh)
+    batch = {
+        "images": jax.ShapeDtypeStruct((b, 2, size, size, 3), np.uint8, sharding=rows),
+        "labels": jax.ShapeDtypeStruct((b,), np.int32, sharding=rows),
+    }
+    key = place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    step = jax.jit(
+        method.train_step,
+        donate_argnames=("state",),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    return step.lower(jax.tree.map(place, abstract, shardings), batch, key).compile()
+
+
+def check_finite(step: int, loss: jax.Array) -> None:
+    """Waits for the loss of `step`, and stops the run if it is no number."""
+    value = float(loss)
+    if not math.isfinite(value):
+        raise NonFiniteLossError(diverged(step, f"loss is {value}"))
+
+
+def diverged(step: int, what: str) -> str:
+    """The message of a run that stops itself."""
+    return (
+        f"{what} at step {step}: the run stops, and the last good checkpoint stays; "
+        "try a smaller learning rate, a longer warm-up or optimizer.clip_norm"
+    )
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no float of a tree of arrays is NaN or infinite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def claim(workdir: str | epath.PathLike, config: ConfigDict) -> epath.Path:
+    """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
+
+    Raises:
+        UserError: if the directory holds another run, or files but no run.
+    """
+    workdir, refusal = epath.Path(workdir), None
+    if jax.process_index() == 0:
+        try:
+            _claim(workdir, configs.as_dict(config))
+        except UserError as error:
+            refusal = error
+        except OSError as error:
+            reason = error.strerror or error
+            refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # one decides for all, and nobody goes on before config.json is written
+        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)) and not refusal:
+            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+    if refusal:
+        raise refusal
+    return workdir
+
+
+def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
+    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
+    if checkpoints.name in names and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        names.remove(checkpoints.name)
+    # with nothing beside it, config.json is of a run that never took a step: a mistake in the
+    # config was found while the step was compiled
+    if path.name in names and len(names) > 1:
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({error}): restore it, or give another --workdir"
+            ) from error
+        configs.check_same_run(saved, current, str(workdir))
+    elif names - {path.name}:
+        raise UserError(
+            f"{workdir} exists, is not empty and holds no run (no config.json): "
+            "give a new or an empty directory as --workdir"
+        )
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(current, indent=2) + "\n")
+        logging.info("new run in %s", workdir)

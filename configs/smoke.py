@@ -1,0 +1,39 @@
+"""What `:smoke` behind a config's name means: the same run, shrunk to seconds on a CPU."""
+
+from ml_collections import ConfigDict
+
+from common.errors import UserError
+
+
+def apply(config: ConfigDict, arg: str) -> ConfigDict:
+    """Returns the config, shrunk if `arg` is "smoke".
+
+    Random images stand in for the data, so that no data set need be there.
+
+    Raises:
+        UserError: for any other argument.
+    """
+    if arg not in ("", "smoke"):
+        raise UserError(f"config argument {arg!r} is unknown: use :smoke or nothing")
+    if arg == "smoke":
+        c = config
+        c.data.source = "fake"
+        c.data.fake_examples = 64
+        c.data.fake_classes = 4
+        c.data.image_size = 32
+        c.data.train_split, c.data.test_split = "train", "test"
+        c.batch_size = 16
+        c.duration = "4 steps"
+        c.log_every = 1
+        c.model.stages = (1, 1)
+        c.model.width = 8
+        c.head.hidden = 16
+        c.head.dim = 16
+        c.model.bn_groups = min(c.model.bn_groups, 4)
+        c.optimizer.warmup = "1 step"
+        c.evaluate.every = "2 steps"
+        c.evaluate.knn_examples = 0
+        c.checkpoint.every = "2 steps"
+        if "moco" in c:
+            c.moco.queue_length = min(c.moco.queue_length, 40)
+    return config

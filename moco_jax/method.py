@@ -1,0 +1,162 @@
+"""MoCo v1 and v2 (He et al. 2020; Chen et al. 2020c): momentum encoder and queue of keys."""
+
+import logging
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from common.contrast import normalize
+from common.errors import UserError
+from common.method import Setup, embedding_metrics
+from moco_jax import queue as queues
+from moco_jax.loss import info_nce
+
+
+@flax.struct.dataclass
+class MoCoState:
+    """Everything that changes during a run."""
+
+    step: jax.Array  # int32 scalar
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    key_params: Any
+    key_batch_stats: Any
+    queue: queues.Queue
+    probe: Any  # ProbeState, or None without labels
+
+
+def shuffle(x: jax.Array, groups: int) -> jax.Array:
+    """Deals the rows of `x [b, ...]` over the BN groups, so that no group keeps its own images.
+
+    Row j of group g goes to place `j * groups + g`: under a sharded batch an all-to-all of one
+    local batch. The new group g shares at most `ceil(b / groups^2)` images with the old one
+    (shuffling BN, He et al. 2020, section 3.3).
+    """
+    blocks = x.reshape((groups, x.shape[0] // groups) + x.shape[1:])
+    return blocks.swapaxes(0, 1).reshape(x.shape)
+
+
+def unshuffle(x: jax.Array, groups: int) -> jax.Array:
+    """The inverse of `shuffle`."""
+    return shuffle(x, x.shape[0] // groups)
+
+
+class MoCo:
+    """The `common.method.Method` of MoCo."""
+
+    @staticmethod
+    def default_config() -> ConfigDict:
+        """`config.moco`."""
+        return ConfigDict(
+            {
+                "temperature": 0.2,  # v2; 0.07 in v1
+                "queue_length": 65536,
+                "momentum": 0.999,  # of the key encoder's parameters
+                # Both views are queries once and keys once, and the two losses are added, as in
+                # the authors' CIFAR-10 notebook.
+                "symmetric": False,
+            }
+        )
+
+    def __init__(self, setup: Setup) -> None:
+        moco = setup.config.moco
+        if not 0 <= moco.momentum < 1:
+            raise UserError(f"moco.momentum={moco.momentum}: expected 0 <= momentum < 1")
+        groups, b = setup.config.model.bn_groups, setup.config.batch_size
+        if b % groups:
+            raise UserError(
+                f"model.bn_groups={groups} does not divide batch_size={b}: shuffling BN needs "
+                "groups of one size, choose a divisor"
+            )
+        if groups == 1:
+            logging.warning(
+                "bn_groups=1: a query and its key see the same batch statistics, which lets the "
+                "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
+            )
+        self.setup = setup
+        self.rows = setup.config.batch_size * (2 if moco.symmetric else 1)
+
+    def init(self, key: jax.Array) -> MoCoState:
+        """See `Method.init`. The key encoder starts as a copy of the query encoder."""
+        network_key, probe_key, queue_key = jax.random.split(key, 3)
+        params, batch_stats = self.setup.init_network(network_key)
+        length, dim = self.setup.config.moco.queue_length, self.setup.config.head.dim
+        return MoCoState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=self.setup.tx.init(params),
+            key_params=jax.tree.map(jnp.copy, params),
+            key_batch_stats=jax.tree.map(jnp.copy, batch_stats),
+            queue=queues.init(queue_key, length, self.rows, dim),
+            probe=self.setup.init_probe(probe_key),
+        )
+
+    def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
+        """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""
+        del key  # nothing in this step is random: shuffling BN deals rows in a fixed order
+        setup, moco = self.setup, self.setup.config.moco
+        groups = setup.config.model.bn_groups
+        images = batch["images"]
+        # (query view, key view)
+        pairs = ((0, 1), (1, 0)) if moco.symmetric else ((0, 1),)
+
+        key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
+        key_stats, keys = state.key_batch_stats, []
+        for _, view in pairs:
+            shuffled = shuffle(images[:, view], groups)
+            _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled)
+            # unit length already here: these rows enter the queue
+            keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups))))
+
+        def loss_fn(params: Any) -> tuple:
+            stats, losses, metrics, features, queries = state.batch_stats, [], [], [], []
+            for (view, _), key_embeddings in zip(pairs, keys, strict=True):
+                f, q, stats = setup.forward(params, stats, images[:, view])
+                loss, scores = info_nce(
+                    q,
+                    key_embeddings,
+                    state.queue,
+                    length=moco.queue_length,
+                    step=state.step,
+                    temperature=moco.temperature,
+                    mesh=setup.mesh,
+                )
+                losses.append(loss)
+                metrics.append(scores)
+                features.append(f)
+                queries.append(q)
+            # means over the directions; the loss itself is their sum
+            scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
+            features = jnp.stack(features, 1).reshape(-1, features[0].shape[-1])
+            scores |= embedding_metrics(features, jnp.stack(queries, 1).reshape(-1, q.shape[-1]))
+            return sum(losses), (stats, features, scores)
+
+        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        params, opt_state, update_metrics = setup.update(state, grads)
+        labels = jnp.repeat(batch["labels"], len(pairs))
+        probe, probe_metrics = setup.update_probe(state.probe, features, labels)
+        # [b, directions, d] -> rows: an image's keys stay on its device
+        new_keys = jnp.stack(keys, 1).reshape(self.rows, -1)
+        state = MoCoState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=stats,
+            opt_state=opt_state,
+            key_params=key_params,
+            key_batch_stats=key_stats,
+            queue=queues.push(state.queue, new_keys, state.step),
+            probe=probe,
+        )
+        return state, {"loss": loss} | metrics | update_metrics | probe_metrics
+
+    def encode(self, state: MoCoState, images: jax.Array, layer: str = "backbone") -> jax.Array:
+        """See `Method.encode`; the query encoder's features."""
+        return self.setup.encode(state.params, state.batch_stats, images, layer)
