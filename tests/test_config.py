@@ -1,0 +1,146 @@
+"""Configs: what they check, and what a continued run may change."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+import tiny
+from absl import flags
+from ml_collections import config_flags
+
+from common import command_line, config
+from common.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs" / "simclr_demo.py"
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "__init__")
+
+
+def parse(*arguments):
+    """What `main.py` makes of a command line, with flags of its own."""
+    argv, values = ["main.py", *map(str, arguments)], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], values)
+    command_line.parse(argv, values)
+    return values.config
+
+
+def test_the_six_configs_are_there():
+    both = {f"{method}_{name}" for method in ("simclr", "moco") for name in
+            ("tpu", "cifar10", "demo")}  # fmt: skip
+    assert both <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_locked_json_and_takes_smoke(name):
+    module = importlib.import_module(f"configs.{name}")
+    c = module.get_config()
+    assert c.is_locked
+    config.check(c)
+    assert json.loads(json.dumps(config.as_dict(c)))["batch_size"] == c.batch_size
+    smoke = module.get_config("smoke")
+    assert smoke.data.source == "fake" and smoke.duration == "4 steps"
+    with pytest.raises(UserError, match=r"'nope' is unknown.*smoke"):
+        module.get_config("nope")
+
+
+def test_overrides_arrive_with_their_types():
+    c = parse(
+        f"--config={DEMO}:smoke", "--workdir=x", "--config.batch_size=8",
+        "--config.optimizer.warmup=3 steps", "--config.model.stages=(2, 1)",
+        "--config.augment.blur=0.25",
+    )  # fmt: skip
+    assert (c.batch_size, c.optimizer.warmup, c.model.stages) == (8, "3 steps", (2, 1))
+    assert c.augment.blur == 0.25 and c.is_locked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.batch_sze=3"], ["batch_sze", "did you mean 'batch_size'"]),
+        (["--config.optimizer.learning_rat=3"], ["learning_rat", "did you mean 'learning_rate'"]),
+        (["--config.zzz=3"], ["no field 'zzz'"]),
+        (["--config.batch_size=abc"], ["--config.batch_size=abc"]),
+        (["--config.optimizer.learning_rate=fast"], ["--config.optimizer.learning_rate=fast"]),
+        (["--bogus=3"], ["bogus"]),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, words):
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={DEMO}:smoke", "--workdir=x", *arguments)
+    assert_one_line(caught.value, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir=x"], ["--config"]),
+        ([f"--config={DEMO}"], ["--workdir"]),
+        (["--config=nowhere.py", "--workdir=x"], ["no config file nowhere.py", "get_config()"]),
+        (["--config=nowhere.py", "--workdir=x", "--config.seed=1"], ["no config file nowhere.py"]),
+        ([f"--config={DEMO}:nope", "--workdir=x"], ["'nope' is unknown", "smoke"]),
+        (["--config.seed=1", f"--config={DEMO}", "--workdir=x"], ["--config.seed=1", "before"]),
+    ],
+)
+def test_bad_flags_are_one_line(arguments, words):
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    assert_one_line(caught.value, words)
+
+
+def test_a_mistake_inside_a_config_file_says_where(tmp_path):
+    text = DEMO.read_text()
+    path = tmp_path / "mine.py"
+    line = next(i for i, x in enumerate(text.splitlines(), 1) if "c.model.width" in x)
+    path.write_text(text.replace("c.model.width", "c.model.widht"))
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={path}", "--workdir=x")
+    assert_one_line(caught.value, [f"{path}, line {line}", "did you mean 'width'"])
+
+
+def assert_one_line(error, words):
+    assert "\n" not in str(error) and "Traceback" not in str(error)
+    for word in words:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("batch_size", 0, 1), ("log_every", 0, 1), ("model__bn_groups", 0, 1), ("seed", -1, 0),
+        ("checkpoint__keep", 0, 1), ("evaluate__knn_k", -1, 0), ("data__image_size", 0, 1),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused(field, value, least):
+    dotted = field.replace("__", ".")
+    with pytest.raises(UserError, match=rf"{dotted}={value}: expected at least {least}"):
+        config.check(tiny.config("simclr", **{field: value}))
+    config.check(tiny.config("simclr", **{field: max(least, 1)}))
+
+
+def test_unknown_dtype_and_temperature_are_refused():
+    with pytest.raises(UserError, match="float16"):
+        config.check(tiny.config("simclr", model__dtype="float16"))
+    with pytest.raises(UserError, match="knn_temperature=0"):
+        config.check(tiny.config("simclr", evaluate__knn_temperature=0.0))
+
+
+def test_what_a_continued_run_may_change():
+    saved = config.as_dict(tiny.config("moco"))
+    free = {"log_every": 1, "checkpoint__every": "1 step", "evaluate__knn_k": 3, "data__dir": "d"}
+    config.check_same_run(saved, config.as_dict(tiny.config("moco", **free)), "w")
+    fixed = {"batch_size": 32, "model__stages": (2,), "seed": 1, "moco__momentum": 0.5,
+             "duration": "9 steps"}  # fmt: skip
+    for field, value in fixed.items():
+        with pytest.raises(UserError, match=rf"^w holds.*{field.replace('__', '.')} \(was"):
+            config.check_same_run(saved, config.as_dict(tiny.config("moco", **{field: value})), "w")
+
+
+def test_a_field_of_another_version_is_named():
+    saved = config.as_dict(tiny.config("simclr"))
+    now = json.loads(json.dumps(saved))
+    del saved["head"]["dim"]
+    with pytest.raises(UserError, match=r"head.dim \(was 'absent', now 8\)"):
+        config.check_same_run(saved, now, "w")

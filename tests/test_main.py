@@ -1,0 +1,174 @@
+"""`python main.py` as a person runs it: real processes, their exit status, and what they print."""
+
+import json
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common import jsonl
+from common.metrics import TIMING_KEYS
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEMO = "--config=configs/simclr_demo.py:smoke"
+# The demo's own images, few of them scored, and steps that take no time.
+REAL = ("--config.data.source=embedded", "--config.data.image_size=28",
+        "--config.evaluate.knn_examples=64", "--config.evaluate.every=0 steps",
+        "--config.evaluate.pictures=False")  # fmt: skip
+
+
+def environment():
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "PYTHONWARNINGS"))}
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments):
+    return [sys.executable, "main.py", "--compile_cache=", *map(str, arguments)]
+
+
+def call(*arguments):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+def assert_one_error(done, *words):
+    """Exit status, and one line on stderr without a stack trace."""
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.rstrip().endswith(errors[0])
+    for word in words:
+        assert word in errors[0]
+    return errors[0]
+
+
+def test_smoke_run_prints_its_result_and_no_noise(tmp_path):
+    done = call(DEMO, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    for word in ("devices", "parameters", "step 4/4", "kNN classifier", "Pictures to look at"):
+        assert word in done.stderr
+    noise = ("Warning", "WARNING", "Traceback", "oneDNN", "absl", "tensorflow")
+    assert not [word for word in noise if word in done.stderr], done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+def test_unknown_key_is_one_line():
+    done = call(DEMO, "--workdir=unused", "--config.batch_sze=3")
+    assert_one_error(done, "batch_sze", "did you mean 'batch_size'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_mistake_found_while_tracing_is_one_line(tmp_path):
+    done = call(DEMO, f"--workdir={tmp_path}", "--config.model.bn_groups=3")
+    assert_one_error(done, "bn_groups", "3")
+
+
+def test_random_images_need_no_tensorflow(tmp_path):
+    """TensorFlow takes seconds to import, and need not be there for a run without its pipeline."""
+    code = (
+        "import sys\n"
+        "sys.modules['tensorflow'] = sys.modules['tensorflow_datasets'] = None\n"  # not importable
+        "import common.train, main\n"
+        "from common.sharding import make_mesh\n"
+        "from configs import moco_demo\n"
+        "c = moco_demo.get_config('smoke')\n"
+        "with c.unlocked(): c.duration = '1 steps'\n"
+        f"main.train(main.METHODS[c.method], c, {str(tmp_path / 'run')!r})\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0].startswith('tensorflow')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["['tensorflow',", "'tensorflow_datasets']"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((DEMO, "--workdir=x", "--config.batch_size=abc"), ["batch_size=abc"]),
+        (("--workdir=x",), ["--config"]),
+        ((DEMO,), ["--workdir"]),
+        (("--config=configs/nope.py", "--workdir=x"), ["no config file configs/nope.py"]),
+        (("--config=configs/simclr_demo.py:fast", "--workdir=x"), ["'fast' is unknown"]),
+        ((DEMO, "--workdir=/proc/run"), ["/proc/run"]),
+        ((DEMO, "--workdir=main.py"), ["main.py is a file"]),
+        ((DEMO, "--workdir=tests"), ["tests", "holds no run"]),
+        ((DEMO, "--workdir=x", "extra"), ["extra"]),
+        ((DEMO, "--workdir=x", "--config.data.source=tfds:no_such_set"), ["no_such_set"]),
+        ((DEMO, "--workdir=x", "--config.augment.preset=simclear"), ["simclear", "simclr"]),
+        ((DEMO, "--workdir=x", "--config.duration=-1 steps"), ["duration", "-1 steps"]),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words):
+    assert_one_error(call(*arguments), *words)
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.slow
+def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command(DEMO, f"--workdir={tmp_path / 'run'}", *REAL), cwd=ROOT, env=environment(),
+        stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            piece = os.read(reader, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        output += piece
+    os.close(reader)
+    text = output.decode()
+    assert process.wait() == 0, text
+    assert "\rstep 4/4" in text
+    for word in ("oneDNN", "absl::InitializeLog", "WARNING", "Traceback", "E0000", "W0000"):
+        assert word not in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["simclr_demo", "moco_demo"])
+def test_a_process_killed_at_any_moment_continues_bit_by_bit(config, tmp_path):
+    arguments = (f"--config=configs/{config}.py:smoke", *REAL, "--config.duration=40 steps",
+                 "--config.checkpoint.every=3 steps", "--config.data.train_split=test")  # fmt: skip
+
+    def records(workdir):
+        return [{k: v for k, v in r.items() if k not in TIMING_KEYS}
+                for r in jsonl.read(workdir / jsonl.FILE)]  # fmt: skip
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = call(*arguments, f"--workdir={whole}")
+    assert done.returncode == 0, done.stderr
+
+    process = subprocess.Popen(
+        command(*arguments, f"--workdir={broken}"), cwd=ROOT, env=environment(),
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoints = broken / "checkpoints"
+    while process.poll() is None and not (checkpoints.is_dir() and any(
+        p.name.isdigit() and int(p.name) >= 3 for p in checkpoints.iterdir())):  # fmt: skip
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (broken / "summary.json").exists()
+
+    done = call(*arguments, f"--workdir={broken}")
+    assert done.returncode == 0, done.stderr
+    assert "resuming  after step" in done.stderr
+    assert records(broken) == records(whole)  # losses and norms of all parameters, to the last bit
+    timed = {"images_per_second", "seconds"}
+    a, b = (json.loads((w / "summary.json").read_text()) for w in (whole, broken))
+    assert {k: v for k, v in a.items() if k not in timed} == {
+        k: v for k, v in b.items() if k not in timed}  # fmt: skip

@@ -1,0 +1,254 @@
+"""MoCo's step against He et al. 2020, algorithm 1, written densely and group by group."""
+
+import functools
+import logging
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from common.errors import UserError
+from common.sharding import batch_sharding, make_mesh
+from moco_jax import method as moco
+from moco_jax import queue as queues
+
+VARIANTS = ["moco", "moco_symmetric", pytest.param("moco_short_queue", marks=pytest.mark.slow)]
+ONE_GROUP = {"model__bn_groups": 1}
+MEAN = np.reshape([0.485, 0.456, 0.406], (1, 1, 1, 3))  # of the preset moco_v2, for RGB in [0, 1]
+STD = np.reshape([0.229, 0.224, 0.225], (1, 1, 1, 3))
+
+
+def groups_of(b, groups, shuffled):
+    """Row numbers of each BN group: neighbours, or dealt like cards, one to each in turn."""
+    size = b // groups
+    if not shuffled:
+        return np.arange(b).reshape(groups, size)
+    hands = [[] for _ in range(groups)]
+    deck = [g * size + j for j in range(size) for g in range(groups)]  # row j of every group
+    for place, row in enumerate(deck):
+        hands[place // size].append(row)
+    return np.array(hands)
+
+
+class Oracle:
+    """The step without grouped BN, without shuffling code, without a sharded queue."""
+
+    def __init__(self, run):
+        c = run.method.setup.config
+        self.c, self.groups = c, c.model.bn_groups
+        changes = tiny.VARIANTS["moco"] | {"head__kind": c.head.kind} | ONE_GROUP
+        single = tiny.config("moco", model__dtype="float64", **changes)
+        self.network = tiny.build(single, 1).setup.network  # statistics of all rows it is given
+        # (query view, key view)
+        self.pairs = [(0, 1), (1, 0)] if c.moco.symmetric else [(0, 1)]
+
+    def forward(self, params, stats, images, shuffled):
+        """One group after another: embeddings in the order of the batch, mean statistics."""
+        x = (images / 255 - MEAN) / STD
+        rows = groups_of(len(x), self.groups, shuffled)
+
+        def one(x):
+            (_, z), new = self.network.apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
+            return z / jnp.linalg.norm(z, axis=1, keepdims=True), new["batch_stats"]
+
+        z, stats = jax.lax.map(one, jnp.asarray(x)[rows])
+        back = np.argsort(rows.ravel())
+        return z.reshape(len(x), -1)[back], jax.tree.map(lambda s: s.mean(0), stats)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def keys(self, params, stats, images):
+        found = []
+        for _, view in self.pairs:
+            z, stats = self.forward(params, stats, images[:, view], shuffled=True)
+            found.append(z)
+        return found, stats
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss_and_gradient(self, params, stats, keys, queue, images):
+        def loss_fn(params, stats):
+            loss = 0.0
+            for (view, _), k in zip(self.pairs, keys, strict=True):
+                q, stats = self.forward(params, stats, images[:, view], shuffled=False)
+                logits = jnp.concatenate([(q * k).sum(1, keepdims=True), q @ queue.T], 1)
+                logits = logits / self.c.moco.temperature
+                loss += (jax.nn.logsumexp(logits, 1) - logits[:, 0]).mean()
+            return loss, stats
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, stats)
+
+
+def ema(run, steps):
+    """Closed form: m^s k_0 + (1 - m) sum_i m^(s-1-i) theta_i, theta_i from *before* step i."""
+    m, states = run.method.setup.config.moco.momentum, run.states
+
+    def closed(start, *thetas):
+        past = [m ** (steps - 1 - i) * theta for i, theta in enumerate(thetas)]
+        return m**steps * start + (1 - m) * sum(past)
+
+    return jax.tree.map(closed, states[0].key_params, *(s.params for s in states[:steps]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_key_parameters_are_the_closed_form_of_their_average(variant):
+    run = tiny.cached_run(variant, 8)
+    for steps in (1, 2, 3):
+        tiny.assert_close(run.states[steps].key_params, ema(run, steps), 1e-12, 0)
+    # and the terms differ: shifted by one step, or without the last, it is another average
+    a, b = (jax.tree.leaves(s.params["head"])[0] for s in (run.states[1], run.states[2]))
+    assert np.linalg.norm(a - b) > 1e-3 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_the_dense_oracle(variant):
+    """Keys, queue, loss, gradient, both encoders' statistics; each step from the state before."""
+    run = tiny.cached_run(variant, 8)
+    oracle, length = Oracle(run), run.method.setup.config.moco.queue_length
+    remembered = list(np.asarray(run.states[0].queue.keys).reshape(-1, 8))  # oldest first
+    with jax.enable_x64(True):
+        for step in range(3):
+            before, after = run.states[step], run.states[step + 1]
+            images = tiny.host_batch(run.method.setup.config, step)["images"]
+            keys, key_stats = oracle.keys(ema(run, step + 1), before.key_batch_stats, images)
+            tiny.assert_close(after.key_batch_stats, jax.device_get(key_stats), 1e-10, 0)
+            # the loss sees the queue before this step's keys enter it
+            queue = np.stack(remembered[-length:])
+            (loss, stats), grads = oracle.loss_and_gradient(
+                before.params, before.batch_stats, keys, queue, images
+            )
+            np.testing.assert_allclose(run.metrics[step]["loss"], loss, rtol=1e-10)
+            tiny.assert_close(after.batch_stats, jax.device_get(stats), 1e-10, 0)
+            got = jax.tree.map(
+                lambda new, old: new - 0.9 * old,
+                after.opt_state[0][0].trace, before.opt_state[0][0].trace,
+            )  # fmt: skip
+            tiny.assert_close(got, jax.device_get(grads), 1e-8, 1e-12)
+            # image by image, both directions of one together
+            remembered += list(np.stack(keys, 1).reshape(-1, 8))
+            np.testing.assert_allclose(
+                queues.contents(after.queue, length, step + 1),
+                np.stack(remembered[-length:]), rtol=1e-9, atol=1e-12,
+            )  # fmt: skip
+
+
+def test_no_gradient_reaches_the_key_encoder_or_the_queue():
+    method = tiny.build(tiny.config("moco", model__bn_groups=4), 1)
+    state = tiny.place_state(method)
+    batch = tiny.host_batch(method.setup.config, 0)
+
+    def loss(key_params, keys):
+        new = state.replace(key_params=key_params, queue=queues.Queue(keys=keys))
+        return method.train_step(new, batch, jax.random.key(0))[1]["loss"]
+
+    grads = jax.jit(jax.grad(loss, (0, 1)))(state.key_params, state.queue.keys)
+    assert all(not np.any(x) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(("b", "groups"), [(16, 1), (16, 2), (16, 4), (16, 8), (16, 16), (24, 4),
+                                           (256, 8), (40, 4)])  # fmt: skip
+def test_shuffled_groups_share_few_images_with_the_group_in_their_place(b, groups):
+    rows = np.arange(b)
+    shuffled = np.asarray(moco.shuffle(rows, groups)).reshape(groups, -1)
+    np.testing.assert_array_equal(shuffled, groups_of(b, groups, shuffled=True))
+    for mine, theirs in zip(shuffled, rows.reshape(groups, -1), strict=True):
+        assert len(set(mine) & set(theirs)) <= math.ceil(b / groups**2)
+    np.testing.assert_array_equal(moco.unshuffle(moco.shuffle(rows, groups), groups), rows)
+    images = np.random.default_rng(0).integers(0, 256, (b, 2, 2, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(moco.shuffle(images, groups), images[shuffled.ravel()])
+
+
+KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+
+
+def collectives(text):
+    """`(kind, dtype, elements)` of every array that a collective of a compiled program makes."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({KINDS}|ragged-all-to-all)(-start)?\(", line)
+        if match:
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+                found.append((match[2], dtype, math.prod(int(d) for d in dims.split(",") if d)))
+    return found
+
+
+def test_no_collective_of_the_compiled_step_is_as_large_as_a_share_of_the_queue():
+    run = tiny.cached_run("moco", 8)
+    queue = run.state.queue.keys
+    assert {s.data.shape for s in queue.addressable_shards} == {(512, 2, 8)}
+    found = collectives(run.step_fn.as_text())
+    assert {"all-reduce", "all-gather"} <= {kind for kind, _, _ in found}, "parsed nothing"
+    assert max(size for _, _, size in found) < 512 * 2 * 8
+    # Shuffling moves images, as bytes; only reductions (of gradients) are as large.
+    moved = [x for x in found if x[0] != "all-reduce" and x[2] >= 16 * 8 * 8 * 3 // 8]
+    assert moved and {dtype for _, dtype, _ in moved} == {"u8"}, moved
+
+
+def test_the_parser_sees_a_queue_that_does_travel():
+    """What the test above would find if the queue were gathered."""
+    mesh = make_mesh()
+    place = jax.NamedSharding(mesh, jax.P(None, "data"))
+    keys = jax.ShapeDtypeStruct((512, 16, 8), np.float32, sharding=place)
+    gather = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))
+    found = collectives(gather.lower(keys).compile().as_text())
+    assert ("all-gather", "f32", 512 * 16 * 8) in found
+
+
+@pytest.mark.parametrize("groups", [4, 8, 16])
+def test_shuffling_moves_one_local_batch_per_device(groups):
+    mesh = make_mesh()
+    rows = batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((64, 4, 4, 3), np.uint8, sharding=rows)
+    deal = jax.jit(lambda x: moco.shuffle(x, groups), out_shardings=rows)
+    found = collectives(deal.lower(images).compile().as_text())
+    assert found
+    assert sum(size for _, _, size in found) <= 2 * 64 * 4 * 4 * 3 // 8, found
+
+
+def test_init_copies_the_query_encoder_and_fills_the_queue_with_unit_vectors():
+    method = tiny.build(tiny.config("moco", model__bn_groups=4, model__stages=(1,)), 8)
+    state = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, state.key_params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.key_batch_stats, state.batch_stats)
+    assert state.queue.keys.shape == (3, 16, 8)  # ceil(40 / 16) slots
+    np.testing.assert_allclose(np.linalg.norm(state.queue.keys, axis=2), 1, rtol=1e-5)
+    assert state.step == 0 and state.step.dtype == np.int32
+
+
+def test_features_come_from_the_query_encoder():
+    run = tiny.cached_run("moco", 8)
+    state, images = run.states[1], tiny.host_batch(run.method.setup.config, 9)["images"][:, 0]
+    with jax.enable_x64(True):
+        encode = jax.jit(run.method.encode)
+        got = encode(state, images)
+        other = jax.tree.map(np.zeros_like, (state.key_params, state.key_batch_stats))
+        blind = state.replace(key_params=other[0], key_batch_stats=other[1])
+        np.testing.assert_array_equal(encode(blind, images), got)
+        x = (images / 255 - MEAN) / STD
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        want = jax.jit(lambda v, x: run.method.setup.network.apply(v, x, False)[0])(variables, x)
+        np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_one_group_warns_that_statistics_leak(caplog):
+    with caplog.at_level(logging.WARNING):
+        tiny.build(tiny.config("moco", model__bn_groups=4), 1)
+        assert not caplog.records
+        tiny.build(tiny.config("moco", model__bn_groups=1), 1)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "bn_groups=1" in caplog.text and "cheat" in caplog.text
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.1])
+def test_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(UserError, match=f"moco.momentum={momentum}"):
+        tiny.build(tiny.config("moco", model__bn_groups=4, moco__momentum=momentum), 1)
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match="bn_groups=5 does not divide batch_size=16"):
+        tiny.build(tiny.config("moco", model__bn_groups=5), 1)

@@ -1,0 +1,136 @@
+"""A whole train step: the same on any number of devices, and what a few dense lines compute."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from common.sharding import replicated
+
+CASES = [
+    *((name, 8) for name in ("simclr", "moco", "moco_symmetric")),
+    *(
+        pytest.param(name, devices, marks=pytest.mark.slow)
+        for name in tiny.VARIANTS
+        for devices in (2, 4, 8)
+        if devices < 8 or name in ("simclr_groups", "moco_short_queue")
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "devices"), CASES)
+def test_steps_do_not_depend_on_the_number_of_devices(variant, devices):
+    """Loss, gradient, batch statistics, queue, parameters, probe: float64, per tensor 1e-9.
+
+    The first state's momentum is the gradient; later ones show that errors do not build up. What
+    is truly 0 differs from 0 by rounding: 1e-12, where the gradient as a whole is of order 1.
+    """
+    one, many = tiny.cached_run(variant, 1), tiny.cached_run(variant, devices)
+    assert len(many.state.step.sharding.device_set) == devices
+    leaves = tiny.named_leaves(one.gradient())
+    assert all(np.linalg.norm(x) > 1e-4 for x in leaves.values()), "a gradient that says nothing"
+    for got, want in zip(many.states[1:], one.states[1:], strict=True):
+        tiny.assert_close(got, want, 1e-9, 1e-12)
+    for got, want in zip(many.metrics, one.metrics, strict=True):
+        tiny.assert_close(got, want, 1e-9, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_the_first_step_in_float32_is_the_same_on_eight_devices(variant):
+    one, many = (tiny.cached_run(variant, n, "float32") for n in (1, 8))
+    np.testing.assert_allclose(many.metrics[0]["loss"], one.metrics[0]["loss"], rtol=1e-5)
+    got, want = (
+        np.concatenate([x.ravel() for x in jax.tree.leaves(r.gradient())]) for r in (many, one)
+    )
+    assert got.dtype == np.float32
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+    exact = tiny.cached_run(variant, 1)
+    np.testing.assert_allclose(one.metrics[0]["loss"], exact.metrics[0]["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["simclr", "moco", "moco_symmetric"])
+def test_a_step_compiles_once_and_leaves_its_state_as_it_was(variant):
+    """Shape, dtype, weak type, sharding: the same before and after, or `jit` would compile anew."""
+    run = tiny.cached_run(variant, 8)
+    assert run.traces == 1
+    assert run.first == run.last
+    assert int(run.states[-1].step) == 3
+    assert {x.dtype for x in jax.tree.leaves(run.states[-1].params)} == {np.dtype("float64")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_a_plain_jit_of_the_step_compiles_once_too(method):
+    """In float32, with nothing but arrays that are already in their place."""
+    method = tiny.build(tiny.config(method, model__bn_groups=4), 2)
+    state = tiny.place_state(method)
+    key = jax.device_put(jax.random.key(0), state.step.sharding)
+    before = tiny.avals(state)
+    step = jax.jit(chex.assert_max_traces(method.train_step, n=1), donate_argnums=0)
+    for i in range(3):
+        batch = tiny.to_global(method.setup.mesh, tiny.host_batch(method.setup.config, i))
+        with jax.transfer_guard("disallow"):
+            state, _ = step(state, batch, key)
+    assert step._cache_size() == 1
+    assert [x[:3] for x in tiny.avals(state).values()] == [x[:3] for x in before.values()]
+
+
+def test_simclr_step_equals_a_dense_one_in_another_order():
+    """NT-Xent as a 2N x 2N matrix, first all first views, then all second ones; float64."""
+    run = tiny.cached_run("simclr", 8)
+    setup, before, after = run.method.setup, run.states[0], run.states[1]
+    images = tiny.host_batch(setup.config, 0)["images"]
+    b = len(images)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = (np.concatenate([images[:, 0], images[:, 1]]) / 255 - mean) / std
+
+    def loss_fn(params):
+        (_, z), new = setup.network.apply(
+            {"params": params, "batch_stats": before.batch_stats},
+            jnp.asarray(x), train=True, mutable=["batch_stats"],
+        )  # fmt: skip
+        z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
+        similarity = jnp.exp(z @ z.T / 0.1) * (1 - np.eye(2 * b))
+        positive = similarity[np.arange(2 * b), np.roll(np.arange(2 * b), b)]
+        return -jnp.log(positive / similarity.sum(1)).mean(), new["batch_stats"]
+
+    with jax.enable_x64(True):
+        (loss, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(before.params)
+        np.testing.assert_allclose(run.metrics[0]["loss"], loss, rtol=1e-10)
+        tiny.assert_close(run.gradient(), jax.device_get(grads), 1e-9, 1e-12)
+        tiny.assert_close(after.batch_stats, jax.device_get(stats), 1e-10, 0)
+        want = jax.tree.map(lambda p, g: p - 0.5 * np.asarray(g), before.params, grads)
+        tiny.assert_close(after.params, want, 1e-10, 0)
+
+
+@pytest.mark.parametrize("variant", ["simclr", "moco_symmetric"])
+def test_metrics_say_what_they_are_called(variant):
+    run = tiny.cached_run(variant, 8)
+    metrics, before = run.metrics[1], run.states[1]
+    momentum = run.states[2].opt_state[0][0].trace
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    grads = flat(momentum) - 0.9 * flat(before.opt_state[0][0].trace)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(grads), rtol=1e-9)
+    np.testing.assert_allclose(
+        metrics["parameter_norm"], np.linalg.norm(flat(before.params)), rtol=1e-9
+    )
+    assert metrics["learning_rate"] == 0.5
+    assert 0 < metrics["feature_std"] < 1 and metrics["embedding_norm"] > 0
+    assert all(np.shape(x) == () for x in metrics.values())
+
+
+def test_the_probe_learns_without_moving_the_encoder():
+    """Other labels: another probe, the same encoder bit by bit."""
+    run = tiny.cached_run("simclr", 8)
+    mesh, batch = run.method.setup.mesh, tiny.host_batch(run.method.setup.config, 0)
+    batch["labels"] = (batch["labels"] + 1) % tiny.CLASSES
+    with jax.enable_x64(True):
+        key = jax.device_put(jax.random.key(1), replicated(mesh))
+        state = tiny.place_state(run.method)
+        state = jax.device_get(run.step_fn(state, tiny.to_global(mesh, batch), key)[0])
+    want = run.states[1]
+    assert not np.array_equal(state.probe.params["kernel"], want.probe.params["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, state.replace(probe=None), want.replace(probe=None))
