@@ -79,7 +79,8 @@ def train(
     init_key, loop_key = jax.random.split(key)
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
-    root_key = jax.device_put(loop_key, replicated(mesh))
+    # not device_put: it refuses typed keys when there are several processes
+    root_key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
 
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         start = checkpoints.latest_step or 0
@@ -176,6 +177,7 @@ def compile_step(
         abstract: the state's `jax.eval_shape`.
         shardings: the state's, from `state_shardings`.
     """
+
     def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 

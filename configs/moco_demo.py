@@ -1,6 +1,6 @@
 """MoCo v2 on the 10,000 Fashion-MNIST images that ship with the repository; minutes on a CPU.
 
-    python main.py --config=configs/moco_demo.py --workdir=runs/moco_demo
+python main.py --config=configs/moco_demo.py --workdir=runs/moco_demo
 """
 
 from ml_collections import ConfigDict

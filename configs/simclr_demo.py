@@ -1,6 +1,6 @@
 """SimCLR on the 10,000 Fashion-MNIST images that ship with the repository; minutes on a CPU.
 
-    python main.py --config=configs/simclr_demo.py --workdir=runs/simclr_demo
+python main.py --config=configs/simclr_demo.py --workdir=runs/simclr_demo
 """
 
 from ml_collections import ConfigDict

@@ -134,8 +134,11 @@ BOXES = [
 
 def crop_resize(images, a, flips=None):
     flips = np.zeros(len(images)) if flips is None else flips
-    return pixels(ops.crop_resize(
-        planes(images), tf.constant(BOXES, tf.float32), tf.constant(flips, tf.float32), a))
+    return pixels(
+        ops.crop_resize(
+            planes(images), tf.constant(BOXES, tf.float32), tf.constant(flips, tf.float32), a
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
@@ -252,8 +255,15 @@ def test_jitter_follows_each_images_own_order(style):
             value = steps[op](value, tf.constant(factors[i : i + 1, min(op, 3)]))
             assert 0 <= value.numpy().min() and value.numpy().max() <= 1
         np.testing.assert_allclose(found[i], value[0].numpy(), atol=1e-6)
-    assert np.abs(found[0] - ops.jitter(
-        x, tf.constant(orders[[1, 1, 2, 3, 4]]), tf.constant(factors), a).numpy()[0]).max() > 0.02
+    assert (
+        np.abs(
+            found[0]
+            - ops.jitter(x, tf.constant(orders[[1, 1, 2, 3, 4]]), tf.constant(factors), a).numpy()[
+                0
+            ]
+        ).max()
+        > 0.02
+    )
 
 
 # ---------------------------------------------------------------- blur, solarise, rotate, grey
@@ -379,6 +389,7 @@ def test_probabilities_and_strengths():
 
 def kernel_boxes(a, height, width, n):
     """TensorFlow's own sampler."""
+
     def box(seed):
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
             [height, width, 3], tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, 0.1,
@@ -418,9 +429,11 @@ def same_distribution(found, expected, height, width):
     for boxes in (found, expected):
         assert (boxes >= 0).all() and (boxes[:, 2:] >= 1).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
+
     def views(b):
         yield from (b[:, 2] * b[:, 3], b[:, 3] / b[:, 2], b[:, 0], b[:, 1], b[:, 2], b[:, 3])
         yield (b[:, 0] + 0.5) / (height - b[:, 2] + 1)
+
     for ours, theirs in zip(views(found), views(expected), strict=True):
         assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
 
@@ -492,8 +505,13 @@ def test_each_image_has_its_own_draws():
     assert len(np.unique(flat, axis=0)) == 128
     blurred = run(same, quiet(blur=1.0))
     assert len(np.unique(blurred.reshape(128, -1), axis=0)) > 100  # a sigma of its own for each
-    flipped = run(same, quiet(flip=0.5))
-    assert 30 < (flipped[:, :, 0, 0] == same[0, 0, 0]).all(-1).sum() < 98
+    flips = [
+        (run(same, quiet(flip=0.5), epoch=epoch)[:, :, 0, 0] == same[0, 0, 0]).all(-1)
+        for epoch in (0, 1)
+    ]
+    assert 30 < flips[0].sum() < 98
+    assert 10 < (flips[0] != flips[1]).sum() < 118  # drawn anew in each epoch
+    assert 10 < (flips[0][:, 0] != flips[0][:, 1]).sum() < 54  # and for each view
     repeated = run(same, recipe("simclr", 32), ids=np.zeros(64, int))
     assert (repeated == repeated[:1]).all()
     assert (repeated[:, 0] != repeated[:, 1]).any()

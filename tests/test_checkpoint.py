@@ -13,6 +13,7 @@ from moco_jax import queue as queues
 
 def state(mesh, seed=0):
     """A queue (sharded), weights of two types, and a missing field."""
+
     def make():
         key = jax.random.key(seed)
         return {

@@ -113,7 +113,7 @@ def test_steps_equal_the_dense_oracle(variant):
     with jax.enable_x64(True):
         for step in range(3):
             before, after = run.states[step], run.states[step + 1]
-            images = tiny.host_batch(run.method.setup.config, step)["images"]
+            images = tiny.host_batch(run.method.setup.config, step)["images"].astype(np.float64)
             keys, key_stats = oracle.keys(ema(run, step + 1), before.key_batch_stats, images)
             tiny.assert_close(after.key_batch_stats, jax.device_get(key_stats), 1e-10, 0)
             # the loss sees the queue before this step's keys enter it

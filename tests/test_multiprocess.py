@@ -1,6 +1,6 @@
 """Two processes with four devices each against one with eight.
 
-Started by pytest, this file starts itself twice: `python test_multiprocess.py PORT INDEX DIRECTORY`.
+Started by pytest, this file starts itself twice: `test_multiprocess.py PORT INDEX DIRECTORY`.
 """
 
 import json

@@ -39,7 +39,8 @@ def count_by_hand(depth, width=64):
 
 
 def abstract_init(model, size=64):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), False))
+    images = jnp.zeros((1, size, size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, False))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,8 @@ def test_batch_norm_and_its_gradient_equal_numpy(groups):
         p, s = variables["params"], variables["batch_stats"]
 
         def forward(params, x):
-            y, new = norm.apply({"params": params, "batch_stats": s}, x, True, mutable=["batch_stats"])
+            variables = {"params": params, "batch_stats": s}
+            y, new = norm.apply(variables, x, True, mutable=["batch_stats"])
             return (y * dy).sum(), (y, new["batch_stats"])
 
         (dp, dx), (y, new) = jax.jit(jax.grad(forward, (0, 1), has_aux=True))(p, x)

@@ -58,9 +58,7 @@ def write_tfds(folder, file_format="tfrecord", examples=60, shards=4, shape=(8, 
         },
         data_dir=folder,
         file_format=file_format,
-        download_config=tfds.download.DownloadConfig(
-            num_shards=shards, try_download_gcs=False
-        ),
+        download_config=tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False),
     )
 
 
@@ -192,9 +190,7 @@ def test_tfds_in_memory(tmp_path, file_format):
     )
     np.testing.assert_array_equal(part.fetch(np.arange(5)), source.fetch(np.arange(10, 15)))
     with pytest.raises(UserError, match="no split 'validation'; expected one of train, test"):
-        sources.open_source(
-            config("tfds:tiny", dir=str(tmp_path), test_split="validation"), "test"
-        )
+        sources.open_source(config("tfds:tiny", dir=str(tmp_path), test_split="validation"), "test")
 
 
 def test_tfds_kinds(tmp_path):

@@ -1,5 +1,7 @@
 """Images that cannot be decoded: named to the user, or replaced and counted."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from absl import logging
 
@@ -8,13 +10,16 @@ from common.data.sources import Source
 from common.data.tensorflow_host import tf
 from common.errors import UserError
 
+# Errors may overtake the batches before them in tf.data, by about as many as are in flight.
+LOOK_AHEAD = 64  # batches
+
 
 def file_bytes(source: Source, payload: tf.Tensor) -> tf.Tensor:
     """The encoded image that a payload of kind "encoded" or "path" stands for."""
     return tf.io.read_file(payload) if source.kind == "path" else payload
 
 
-def replace_or_name(source: Source, ids: np.ndarray, error: Exception) -> None:
+def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Exception) -> None:
     """Finds the examples that cannot be decoded, and replaces or reports them.
 
     Which examples are corrupt and what stands in for them follows from the files alone, so a
@@ -22,18 +27,22 @@ def replace_or_name(source: Source, ids: np.ndarray, error: Exception) -> None:
 
     Args:
       source: `source.replaced` gains the corrupt ones of `ids`.
-      ids: examples of the batch that failed.
-      error: what TensorFlow said; raised again if every example can be decoded.
+      batches: ids of the batches to search, in order; the first with a corrupt image counts.
+      error: what TensorFlow said; raised again if every image can be decoded.
 
     Raises:
       UserError: an image is corrupt and `source.on_corrupt` is "error", or no image is good.
     """
+
     def good(index: int) -> bool:
         payload, _ = source.read(np.array([index]))
         return decodes(payload[0], is_path=source.kind == "path")
 
-    bad = [int(i) for i in np.unique(source.stand_ins(ids)) if not good(int(i))]
-    if not bad:
+    for ids in batches:
+        bad = [int(i) for i in np.unique(source.stand_ins(ids)) if not good(int(i))]
+        if bad:
+            break
+    else:
         raise error
     if source.on_corrupt == "error":
         raise error_for(source, bad[0]) from None

@@ -17,6 +17,7 @@ from common.data.sources import Source
 from common.data.tensorflow_host import tf
 
 _READ_AHEAD = 2  # batches
+_NEVER = np.iinfo(np.int64).max
 
 
 def train_feed(
@@ -60,14 +61,14 @@ def train_feed(
     augment = augmenter(source, augmentations)
     b = len(plan(step)[1])
     start = tf.Variable(step, dtype=tf.int64)
-    data = _loaded(start, np.iinfo(np.int64).max, load, source, (tf.float32, tf.float32))
+    data = _loaded(start, _NEVER, load, source, (tf.float32, tf.float32))
     if source.kind == "pixels":
         data = data.map(whole, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     else:
         data = data.unbatch()
         data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         data = data.batch(b, drop_remainder=True)
-    return _guarded(source, data.prefetch(_READ_AHEAD), lambda step: plan(step)[1], start)
+    return _guarded(source, data.prefetch(_READ_AHEAD), lambda step: plan(step)[1], start, _NEVER)
 
 
 def draw_pair(
@@ -136,7 +137,7 @@ def eval_feed(
     data = _loaded(start, len(plan), load, source, ()).unbatch()
     data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     data = data.batch(len(plan[0]), drop_remainder=True).prefetch(_READ_AHEAD)
-    batches = _guarded(source, data, lambda step: plan[step], start)
+    batches = _guarded(source, data, lambda step: plan[step], start, len(plan))
     return ((batch["images"], batch["labels"]) for batch in batches)
 
 
@@ -198,6 +199,7 @@ def _guarded(
     data: tf.data.Dataset,
     ids_of: Callable[[int], np.ndarray],
     start: tf.Variable,
+    end: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields from `data`; when an image cannot be read, names it or goes on without it."""
     failure = tf.errors.OpError  # a name of our own: modules may be gone when a generator is closed
@@ -209,5 +211,6 @@ def _guarded(
                 step += 1
             return
         except failure as error:
-            corrupt.replace_or_name(source, ids_of(step), error)
+            ahead = range(step, min(end, step + corrupt.LOOK_AHEAD))
+            corrupt.replace_or_name(source, map(ids_of, ahead), error)
             start.assign(step)

@@ -56,8 +56,9 @@ def main() -> None:
     """Command line: the folder with the IDX files, and where to write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, help="folder with the four *-ubyte.gz files")
-    parser.add_argument("--out", type=pathlib.Path,
-                        default=pathlib.Path(__file__).with_name("fashion_mnist.npz"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("fashion_mnist.npz")
+    )
     args = parser.parse_args()
     build(args.folder, args.out)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

@@ -180,8 +180,7 @@ def _open_fake(config: ConfigDict, split: str) -> Source:
     n, classes, size = config.fake_examples, config.fake_classes, config.image_size
     if n < 1 or classes < 0:
         raise UserError(
-            f"data.fake_examples is {n} and data.fake_classes {classes}; expected at least 1 "
-            "and 0."
+            f"data.fake_examples is {n} and data.fake_classes {classes}; expected at least 1 and 0."
         )
     count = min(n, 64)
     words = draws.hash64(split == "train", np.arange(count * size * size * 3 // 8 + 1))

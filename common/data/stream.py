@@ -232,18 +232,20 @@ def _run(
                 done += 1
             return
         except failure as error:
-            _note_corrupt(source, encoded.take(b), error)
+            _note_corrupt(source, encoded.batch(b).take(corrupt.LOOK_AHEAD), error)
 
 
 def _note_corrupt(source: StreamSource, encoded: tf.data.Dataset, error: Exception) -> None:
-    """Finds the corrupt examples of a batch and marks or reports them."""
-    ids, _, images = next(encoded.batch(len(list(encoded))).as_numpy_iterator())
-    bad = [int(i) for i, x in zip(ids, images, strict=True) if not corrupt.decodes(x)]
-    new = [i for i in bad if i not in source.replaced]
-    if not new:
-        raise error
-    if source.on_corrupt == "error" or len(bad) == len(ids):
-        raise corrupt.error_for(source, new[0]) from None
-    for index in new:
-        source.replaced[index] = -1  # by a neighbour in its batch
-        corrupt.warn(source, index, "its neighbour")
+    """Marks or reports the corrupt examples of the first batch that has new ones."""
+    for ids, _, images in encoded.as_numpy_iterator():
+        bad = [int(i) for i, x in zip(ids, images, strict=True) if not corrupt.decodes(x)]
+        new = [i for i in bad if i not in source.replaced]
+        if not new:
+            continue
+        if source.on_corrupt == "error" or len(bad) == len(ids):
+            raise corrupt.error_for(source, new[0]) from None
+        for index in new:
+            source.replaced[index] = -1  # by a neighbour in its batch
+            corrupt.warn(source, index, "its neighbour")
+        return
+    raise error
