@@ -39,7 +39,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(*axes: str | None) -> Any:
-    """Field of a state dataclass whose arrays are split, e.g. `sharded(None, "data", None)`."""
+    """Field of a state dataclass whose arrays are split, e.g. `sharded(None, "data")`.
+
+    Trailing axes that are not split are left out: a compiled step returns its shardings in that
+    form, and `jit` would compile again for the longer one.
+    """
     return flax.struct.field(metadata={"spec": PartitionSpec(*axes)})
 
 

@@ -25,7 +25,7 @@ class Queue:
             are queued, view by view for each image), `slots` is ceil(length / rows).
     """
 
-    keys: jax.Array = sharded(None, "data", None)
+    keys: jax.Array = sharded(None, "data")
 
 
 def slots(length: int, rows: int) -> int:

@@ -69,7 +69,7 @@ def test_same_values_on_any_number_of_devices_and_each_holds_its_share(devices):
 
     key = jax.random.key(0)
     shardings = state_shardings(mesh, jax.eval_shape(init, key))
-    assert shardings.keys == NamedSharding(mesh, PartitionSpec(None, "data", None))
+    assert shardings.keys == NamedSharding(mesh, PartitionSpec(None, "data"))
     place = replicated(mesh)
     queue = jax.jit(init, out_shardings=shardings)(jax.device_put(key, place))
     want = np.array(jax.jit(init)(key).keys)
