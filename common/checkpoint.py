@@ -1,5 +1,6 @@
 """Saving and restoring a run; the only file that imports orbax."""
 
+import os
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str | epath.PathLike, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        workdir = os.fspath(workdir)
+        if "://" not in workdir:  # orbax refuses relative paths, after the first epoch of work
+            workdir = os.path.abspath(workdir)
         self._manager = ocp.CheckpointManager(
             epath.Path(workdir) / "checkpoints", options=options, item_names=("state", "progress")
         )
