@@ -43,8 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.decay_bn_and_bias = True
     if arg == "cpu":
         simclr_cifar10.cpu(c)
-        c.duration = "16 epochs"
-        c.evaluate.every = "4 epochs"
+        c.duration = "36 epochs"
+        c.evaluate.every = "3 epochs"
         c.augment.area_min = 0.2
         c.augment.grey = 0.1
         c.head.kind = "moco_v2"
