@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from common import files
+
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
 _REMOTE_SECONDS = 30.0  # between two rewrites of a file in an object store
@@ -48,9 +50,9 @@ def discard_after(workdir: epath.Path, step: int) -> None:
     if moved:
         old = target.read_text() if target.exists() else ""
         if not old.endswith(moved):
-            _replace(target, old + moved)
+            files.write_text(target, old + moved)
     if kept != path.read_text():
-        _replace(path, kept)
+        files.write_text(path, kept)
 
 
 def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
@@ -64,18 +66,12 @@ def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     return out
 
 
-def _replace(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 class Lines:
     """A text file that grows by lines; object stores cannot append, so there it is rewritten."""
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self._remote = "://" in str(path)
+        self._remote = files.is_remote(path)
         self._saved = time.monotonic()
         if self._remote:
             self._text = path.read_text() if path.exists() else ""

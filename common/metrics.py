@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from common import jsonl
+from common import events, jsonl
 from common.jsonl import FILE
 from common.progress import Progress
 
@@ -73,7 +73,7 @@ class MetricsWriter:
             jsonl.discard_after(workdir, start_step if start_step > 0 else -1)
             self._lines = jsonl.Lines(workdir / FILE)
             if tensorboard:
-                self._events = _event_writer(workdir / "tensorboard", start_step)
+                self._events = events.open_writer(workdir / "tensorboard", start_step)
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +114,7 @@ class MetricsWriter:
         self.flush()
         values = _numbers(scalars)
         self._record(step, values)
+        self._sync()  # a checkpoint of this step may follow, and the line is not written again
         self._progress.message(step, values)
 
     def flush(self) -> None:
@@ -158,8 +159,7 @@ class MetricsWriter:
                 pause starts would count as pause; this waits for it first.
         """
         self.flush()
-        if self._lines:
-            self._lines.flush()  # a checkpoint may follow, and a resumed run keeps what is before
+        self._sync()  # a checkpoint may follow, and a resumed run keeps what is before it
         if wait_for is not None:
             jax.block_until_ready(wait_for)
         begin = time.perf_counter()
@@ -167,6 +167,13 @@ class MetricsWriter:
             yield
         finally:
             self._paused += time.perf_counter() - begin
+
+    def _sync(self) -> None:
+        """Makes everything so far outlive this process."""
+        if self._lines:
+            self._lines.flush()
+        if self._events:
+            self._events.flush()
 
     def close(self) -> None:
         """Logs what is left and closes the files."""
@@ -203,11 +210,3 @@ def _numbers(scalars: Mapping[str, Any]) -> dict[str, float]:
 
 def _is_loss(name: str) -> bool:
     return name == "loss" or name.endswith(("_loss", "/loss"))
-
-
-def _event_writer(path: epath.Path, start_step: int) -> Any:
-    import tensorboardX
-
-    # TensorBoard hides events of steps >= purge_step that were written before this point.
-    purge = (start_step + 1 if start_step else 0) if path.exists() else None
-    return tensorboardX.SummaryWriter(str(path), purge_step=purge, flush_secs=20)
