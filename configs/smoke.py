@@ -21,7 +21,7 @@ def apply(config: ConfigDict, arg: str) -> ConfigDict:
         c.data.fake_examples = 64
         c.data.fake_classes = 4
         c.data.image_size = 32
-        c.data.train_split, c.data.test_split = "train", "test"
+        c.data.train_split, c.data.test_split, c.data.bank_split = "train", "test", ""
         c.batch_size = 16
         c.duration = "4 steps"
         c.log_every = 1

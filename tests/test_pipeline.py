@@ -413,14 +413,13 @@ def test_stream_resumes_inside_an_epoch(stream_dir, caplog):
 def test_stream_with_another_process_count(stream_dir, caplog):
     source, c = stream(stream_dir, 8)
     whole = train(source, c, 16)
-    same(train(source, c, 2, start_step=7, saved_process_count=2), whole[7:9])  # at a boundary
+    same(train(source, c, 2, start_step=7, saved_readers=2), whole[7:9])  # at a boundary
     assert not caplog.text
-    batches = pipeline.train_batches(
-        source, c, rows=np.arange(8), start_step=10, saved_process_count=2
-    )
-    assert batches.position == 14
+    batches = pipeline.train_batches(source, c, rows=np.arange(8), start_step=10, saved_readers=2)
+    assert batches.position == 14 and batches.readers == 1
     same(take(batches, 2), whole[14:16])
-    assert "1 process(es) go on where 2 stopped" in caplog.text and "epoch 1" in caplog.text
+    assert "was read by 2 process(es) and is now read by 1 process(es)" in caplog.text
+    assert "rest of epoch 1 (4 of 7 steps)" in caplog.text
     assert batches.position == 16
     with pytest.raises(UserError, match="process 0 of 3 holds 8 rows of a batch of 8"):
         train(source, c, 1, process_count=3)

@@ -108,7 +108,7 @@ def eval_feed(
 
     Args:
       source: of kind "pixels", "encoded" or "path".
-      plan: ids [b] of each batch; ids past the end read the last example.
+      plan: ids [b] of each batch.
       image_size: side of the result.
 
     Yields:
@@ -117,7 +117,6 @@ def eval_feed(
     Raises:
       UserError: a corrupt image, unless the source replaces them.
     """
-    plan = [np.minimum(ids, source.num_examples - 1) for ids in plan]
     if not plan:
         return iter(())
 

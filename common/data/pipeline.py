@@ -6,9 +6,11 @@ from (seed, step) alone, so a run that was interrupted starts again anywhere at 
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from common.data import presets
@@ -47,7 +49,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    saved_process_count: int | None = None,
+    saved_readers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches without end, over epochs.
 
@@ -57,12 +59,12 @@ def train_batches(
       rows: [b_local] rows of the global batch that this process holds, in its order.
       start_step: position in the data; nothing before it is decoded.
       process_index, process_count: who reads which share of a streamed set; else unused.
-      saved_process_count: how many processes had read up to `start_step`.
+      saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
+        another order, the rest of the epoch begun is skipped, with a warning.
 
     Returns:
       Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
-      unlabelled), "ids": int64 [b_local]}, with the attributes `steps_per_epoch`, `position`
-      (pass it as `start_step` to continue after the batches taken) and `corrupt_count`.
+      unlabelled), "ids": int64 [b_local]}, with the attributes of `Batches`.
 
     Raises:
       UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
@@ -70,13 +72,23 @@ def train_batches(
     steps = steps_per_epoch(source, config.batch_size)
     rows = np.asarray(rows, np.int64)
     augmentations = presets.resolve_views(config)
+    readers = process_count if source.kind == "stream" else 0
+    if saved_readers not in (None, readers) and start_step % steps:
+        begun, start_step = start_step, (start_step // steps + 1) * steps
+        before, now = (
+            f"by {n} process(es)" if n else "in memory" for n in (saved_readers, readers)
+        )
+        logging.warning(
+            "%s was read %s and is now read %s, in another order: the rest of epoch %d (%d of %d "
+            "steps) is skipped.", source.name, before, now, begun // steps, start_step - begun,
+            steps,
+        )  # fmt: skip
     if source.kind == "stream":
         from common.data import stream
 
         return stream.train_batches(
-            source, config, augmentations, steps, rows, start_step, process_index, process_count,
-            saved_process_count,
-        )  # fmt: skip
+            source, config, augmentations, steps, rows, start_step, process_index, process_count
+        )
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> np.ndarray:
@@ -92,7 +104,7 @@ def train_batches(
         from common.data import feed
 
         batches = feed.train_feed(source, plan, config.seed, augmentations, start_step)
-    return Batches(batches, source, steps, start_step)
+    return Batches(batches, source, steps, start_step, readers)
 
 
 class Batches:
@@ -100,14 +112,17 @@ class Batches:
 
     Attributes:
       steps_per_epoch: full batches in an epoch.
-      position: of the next batch in the data; equals the training step, except after a streamed
-        run went on with another number of processes.
+      position: of the next batch in the data, `start_step` of a continuation; equals the training
+        step, except after a run went on in another order.
+      readers: how many processes share a streamed set, whose order depends on it; else 0.
       corrupt_count: corrupt images replaced so far.
     """
 
-    def __init__(self, batches: Iterator[dict], source: Source, steps: int, position: int):
+    def __init__(
+        self, batches: Iterator[dict], source: Source, steps: int, position: int, readers: int
+    ):
         self._batches, self._source = batches, source
-        self.steps_per_epoch, self.position = steps, position
+        self.steps_per_epoch, self.position, self.readers = steps, position, readers
 
     def __iter__(self) -> "Batches":
         return self
@@ -136,6 +151,7 @@ def eval_batches(
     image_size: int,
     rows: np.ndarray,
     *,
+    limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -150,6 +166,8 @@ def eval_batches(
       batch_size: of the global batch, >= 1.
       image_size: side of the images, in pixels.
       rows: [b_local] rows of the global batch that this process holds.
+      limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
+        class. (Of a streamed set, which has no random access, the first batches of each process.)
       process_index, process_count: who reads which share of a streamed set; else unused.
 
     Returns:
@@ -165,23 +183,34 @@ def eval_batches(
     if source.kind == "stream":
         from common.data import stream
 
-        return stream.eval_batches(
+        batches = stream.eval_batches(
             source, batch_size, image_size, rows, process_index, process_count
         )
-    plan = [start + rows for start in range(0, source.num_examples, batch_size)]
+        return itertools.islice(batches, -(-limit // batch_size)) if limit else batches
+    n = min(limit or source.num_examples, source.num_examples)
+    places = [start + rows for start in range(0, n, batch_size)]
+    # past the end the last example is read again, and hidden
+    plan = [_spaced(np.minimum(place, n - 1), n, source.num_examples) for place in places]
     if source.image_shape == (image_size, image_size) and source.kind in ("pixels", "views"):
-        read = (source.read(np.minimum(ids, source.num_examples - 1)) for ids in plan)
+        read = (source.read(ids) for ids in plan)
     else:
         from common.data import feed
 
         read = feed.eval_feed(source, plan, image_size)
-    return _masked(source, plan, read)
+    masks = [place < n for place in places]
+    return _masked(plan, masks, read)
 
 
-def _masked(source: Source, plan: list[np.ndarray], read) -> Iterator[dict[str, np.ndarray]]:
-    """Hides what lies past the end of the set, where the last example was read again."""
-    for ids, (images, labels) in zip(plan, read, strict=True):
-        mask = ids < source.num_examples
+def _spaced(places: np.ndarray, count: int, n: int) -> np.ndarray:
+    """Ids of the examples at `places` when `count` of `n` are taken at even distances."""
+    return places * n // count
+
+
+def _masked(
+    plan: list[np.ndarray], masks: list[np.ndarray], read
+) -> Iterator[dict[str, np.ndarray]]:
+    """Hides the padding."""
+    for ids, mask, (images, labels) in zip(plan, masks, read, strict=True):
         yield {
             "images": np.where(mask[:, None, None, None], images, np.uint8(0)),
             "labels": np.where(mask, labels, -1).astype(np.int32),

@@ -32,6 +32,7 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     config.source = source
     config.train_split = "train"
     config.test_split = "test"
+    config.bank_split = ""  # whose examples vote in kNN; "" = train_split. STL10: "train"
     config.dir = ""  # of TensorFlow data sets; "" = TFDS_DATA_DIR, or else TFDS's own default
     config.image_size = image_size
     config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
@@ -120,8 +121,8 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
     Args:
       config: the config's `data` section.
-      split: "train" or "test" (then `config.train_split`, `config.test_split` say which split of
-        the data set that is), or the name of a split.
+      split: "train", "test" or "bank" (then `config.train_split` etc. say which split of the
+        data set that is), or the name of a split.
 
     Returns:
       The source.
@@ -129,7 +130,8 @@ def open_source(config: ConfigDict, split: str) -> Source:
     Raises:
       UserError: unknown source, missing data set or split, empty folder, no image in it.
     """
-    split = {"train": config.train_split, "test": config.test_split}.get(split, split)
+    roles = ("train", "test", "bank")
+    split = config[f"{split}_split"] if split in roles else split
     if config.on_corrupt not in ("error", "replace"):
         raise UserError(
             f"data.on_corrupt is {config.on_corrupt!r}; expected 'error' (stop and name the file) "

@@ -80,21 +80,13 @@ def train_batches(
     start: int,
     index: int,
     count: int,
-    saved_count: int | None,
 ) -> Batches:
     """`pipeline.train_batches` for a streamed set; `steps` is the number of steps in an epoch."""
     b = len(rows)
     if b * count != config.batch_size:
         raise _uneven(index, count, b, config.batch_size)
-    if saved_count not in (None, count) and start % steps:
-        begun, start = start, (start // steps + 1) * steps
-        logging.warning(
-            "%d process(es) go on where %d stopped: %s is streamed, so its order differs. The rest "
-            "of epoch %d (%d of %d steps) is skipped.",
-            count, saved_count, source.name, begun // steps, start - begun, steps,
-        )  # fmt: skip
     batches = _train(source, config.seed, augmentations, steps, b, start, index, count)
-    return Batches(batches, source, steps, start)
+    return Batches(batches, source, steps, start, count)
 
 
 def _uneven(index: int, count: int, b: int, batch_size: int) -> UserError:

@@ -93,8 +93,8 @@ class Features:
         feature = info.features[self.label] if self.label else None
         self.num_classes = feature.num_classes if feature else 0
         self.class_names = tuple(feature.names) if feature and feature.names else ()
-        if not labelled:
-            self.label = None
+        if not labelled:  # the class names are of the set's other splits
+            self.label, self.num_classes, self.class_names = None, 0, ()
         self.image_feature = info.features[self.image]
         self.decoders = {self.image: tfds.decode.SkipDecoding()}
         wanted = [self.image] + ([self.label] if self.label else [])

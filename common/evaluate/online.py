@@ -1,7 +1,7 @@
 """What a run measures of itself: weighted kNN and the online probe, on the test split."""
 
 import functools
-import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,13 +23,15 @@ from common.sharding import local_rows
 class Evaluator:
     """One protocol for the trained encoder, the untrained one, and raw pixels.
 
-    Cosine kNN on the pooled backbone features of un-augmented images, train split against test
-    split: k = min(200, n / 10), T = 0.1 unless `config.evaluate` says otherwise.
+    Cosine kNN on the pooled backbone features of un-augmented images, train split (or
+    `data.bank_split`) against test split: k = min(200, n / 10), T = 0.1 unless `config.evaluate`
+    says otherwise.
 
     Args:
         method: gives `encode`.
         probe: of the run; with labels its test accuracy is reported too.
-        train, test: the sources; `test=None` or an unlabelled set leaves kNN out.
+        bank, test: the source whose examples vote, and the one that is scored; `test=None` or an
+            unlabelled set leaves kNN out.
     """
 
     def __init__(
@@ -38,24 +40,26 @@ class Evaluator:
         mesh: Mesh,
         method: Method,
         probe: Probe,
-        train: Source,
+        bank: Source,
         test: Source | None,
     ) -> None:
         self.config, self.mesh, self.probe = config, mesh, probe
-        self.train, self.test = train, test
+        self.bank, self.test = bank, test
         self._encode = features.jit_encoder(method.encode, mesh)
         self._pixels = features.jit_encoder(lambda _, x: x.reshape(x.shape[0], -1), mesh)
 
     @property
     def enabled(self) -> bool:
         """Whether there are labels to score by."""
-        return self.test is not None and self.train.num_classes > 0
+        return self.test is not None and self.bank.num_classes > 0
 
     def __call__(self, state: Any) -> dict[str, float]:
         """Returns `knn_top1`, and `probe_test_top1` when there is a probe; {} without labels."""
         if not self.enabled:
             return {}
         bank, queries = self._both(functools.partial(self._encode, state))
+        if not _labelled(bank, queries):
+            return {}
         metrics = {"knn_top1": self._knn(bank, queries)}
         if getattr(state, "probe", None) is not None:
             logits = np.asarray(self.probe.predict(jax.device_get(state.probe), queries[0]))
@@ -68,13 +72,19 @@ class Evaluator:
         if not self.enabled:
             return {}
         bank, queries = self._both(functools.partial(self._pixels, None))
+        if not _labelled(bank, queries):
+            logging.warning(
+                "no kNN: %s or %s has no labels, though its data set has classes; name a labelled "
+                "split in data.bank_split or data.test_split", self.bank.split, self.test.split,
+            )  # fmt: skip
+            return {}
         return {"knn_top1_raw_pixels": self._knn(bank, queries)}
 
     def draw_neighbours(
         self, state: Any, path: epath.Path, rows: int = 8, columns: int = 8
     ) -> bool:
-        """Draws test images with their nearest train images; False where neither is at hand."""
-        sources = (self.train, self.test)
+        """Draws test images with their nearest in the bank; False where neither is at hand."""
+        sources = (self.bank, self.test)
         if self.test is None or any(source.kind == "stream" for source in sources):
             return False
         bank, queries = self._both(functools.partial(self._encode, state))
@@ -86,14 +96,14 @@ class Evaluator:
         )
         size = self.config.data.image_size
         shown = images_of(self.test, queries[2][chosen], size)
-        found = images_of(self.train, bank[2][np.asarray(indices).reshape(-1)], size)
+        found = images_of(self.bank, bank[2][np.asarray(indices).reshape(-1)], size)
         if jax.process_index() == 0:
             pictures.nearest_neighbours(
                 shown,
                 found.reshape(len(chosen), k, *found.shape[1:]),
                 queries[1][chosen] if self.enabled else None,
                 bank[1][np.asarray(indices)] if self.enabled else None,
-                self.train.class_names or None,
+                self.bank.class_names or None,
                 path,
             )
         return True
@@ -105,32 +115,39 @@ class Evaluator:
             bank[1],
             queries[0],
             queries[1],
-            self.train.num_classes,
+            self.bank.num_classes,
             k=c.knn_k or None,
             temperature=c.knn_temperature,
             center=c.knn_center,
         )
 
     def _both(self, encode: Callable) -> tuple[tuple, tuple]:
-        """`(features, labels, ids)` of the train split and of the test split."""
+        """`(features, labels, ids)` of the bank and of the test split."""
         limit = self.config.evaluate.knn_examples
-        return tuple(
+        bank, queries = (
             features.extract(encode, self._batches(source, n), self.mesh)
-            for source, n in ((self.train, limit), (self.test, 0))
+            for source, n in ((self.bank, limit), (self.test, 0))
         )
+        # of a streamed set whole batches were read
+        return tuple(x[: limit or None] for x in bank), queries
 
     def _batches(self, source: Source, limit: int) -> Iterator[dict[str, np.ndarray]]:
         size = self.config.evaluate.batch_size or self.config.batch_size
         size = -(-size // self.mesh.size) * self.mesh.size  # padding makes up the rest
-        batches = pipeline.eval_batches(
+        return pipeline.eval_batches(
             source,
             size,
             self.config.data.image_size,
             local_rows(self.mesh, size),
+            limit=limit,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return itertools.islice(batches, -(-limit // size)) if limit else batches
+
+
+def _labelled(*sets: tuple) -> bool:
+    """Whether each of the `(features, labels, ids)` has a label."""
+    return all((labels >= 0).any() for _, labels, _ in sets)
 
 
 def images_of(source: Source, ids: np.ndarray, image_size: int) -> np.ndarray:
