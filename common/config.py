@@ -9,8 +9,18 @@ from common import optim, probe
 from common.data import presets, sources
 from common.errors import UserError
 
-# What may differ between a run and its continuation: none of these changes a training step.
-FREE_ON_RESUME = ("log_every", "checkpoint", "evaluate", "data.dir", "data.cache_gib")
+# What may differ between a run and its continuation: none of these changes a training step that
+# was taken, or what a score means.
+FREE_ON_RESUME = (
+    "log_every",
+    "checkpoint",
+    "evaluate.every",
+    "evaluate.batch_size",
+    "evaluate.pictures",
+    "data.dir",
+    "data.cache_gib",
+    "data.on_corrupt",
+)
 
 _AT_LEAST = {
     "seed": 0,
@@ -86,6 +96,14 @@ def check(config: ConfigDict) -> None:
             value = value[name]
         if value < least:
             raise UserError(f"{field}={value}: expected at least {least}")
+    b, groups = config.batch_size, config.model.bn_groups
+    if b % groups:
+        divisors = [g for g in range(1, b + 1) if b % g == 0]
+        near = sorted(sorted(divisors, key=lambda g: abs(g - groups))[:6])
+        raise UserError(
+            f"model.bn_groups={groups} does not divide batch_size={b}: choose a divisor of it, "
+            f"e.g. {', '.join(map(str, near))}"
+        )
     if config.model.dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"model.dtype={config.model.dtype!r}: choose float32 or bfloat16")
     if config.evaluate.knn_temperature <= 0:

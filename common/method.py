@@ -19,7 +19,11 @@ from common.models import heads
 
 
 class Method(Protocol):
-    """What the loop calls. States are `flax.struct.dataclass`es of arrays with a field `step`."""
+    """What the loop calls.
+
+    States are `flax.struct.dataclass`es of arrays with a field `step`, `params` (a dictionary with
+    the encoder under "backbone") and `probe` (None without labels).
+    """
 
     def init(self, key: jax.Array) -> Any:
         """The state before the first step; pure, jitted by the loop with its final shardings."""
@@ -52,6 +56,8 @@ class Setup:
     probe: probe.Probe
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    total_steps: int  # of the run
+    steps_per_epoch: int
 
     def init_network(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns `(params, batch_stats)`."""
@@ -136,4 +142,6 @@ def make_setup(
         probe=probe.make_probe(config, num_classes, total_steps),
         mean=augmentation.mean,
         std=augmentation.std,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
     )

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import optim, pictures
+from common import files, optim, pictures
 from common.data import pipeline, presets, sources
 from common.data.sources import Source
 from common.errors import UserError
@@ -107,7 +107,10 @@ def finished(workdir: epath.Path) -> dict[str, Any] | None:
     path = workdir / "summary.json"
     if not path.exists():
         return None
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:  # torn by a full disk: it is written again
+        return None
     say(f"This run is finished: {path} has the result. For another run give another --workdir.")
     say("\n".join(in_words(summary, workdir, [])))
     return summary
@@ -150,7 +153,7 @@ def finish(
         "jax": jax.__version__,
     }
     if jax.process_index() == 0:
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     say("\n".join(in_words(summary, workdir, drawn)))
     return summary
 

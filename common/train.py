@@ -1,8 +1,6 @@
 """The training loop, one for every method."""
 
 import collections
-import json
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,20 +15,15 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common import report
 from common.checkpoint import Checkpoints
-from common.data import pipeline, presets, sources
+from common.compiling import compile_step
+from common.data import pipeline, sources
 from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.method import Method, Setup, make_setup
 from common.metrics import MetricsWriter, NonFiniteLossError
 from common.optim import steps_of
-from common.sharding import (
-    batch_sharding,
-    local_rows,
-    make_mesh,
-    replicated,
-    state_shardings,
-    to_global,
-)
+from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
+from common.workdir import claim
 
 IN_FLIGHT = 2  # steps the host may run ahead of the device: each holds a batch in device memory
 
@@ -63,6 +55,9 @@ def train(
     rows = local_rows(mesh, config.batch_size)
     train_source = sources.open_source(config.data, "train")
     test_source = report.open_test(config)
+    bank_source = train_source
+    if config.data.bank_split:
+        bank_source = sources.open_source(config.data, "bank")
     per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
     if total < 1:
@@ -89,10 +84,11 @@ def train(
         step_fn = compile_step(method, config, mesh, abstract, shardings)
         if start:
             state, progress = checkpoints.restore(start, abstract, shardings)
+            same_data(progress, train_source)
         else:
             state = jax.jit(method.init, out_shardings=shardings)(init_key)
-            progress = {"position": 0, "process_count": None, "results": {}, "seconds": 0.0}
-        evaluator = Evaluator(config, mesh, method, setup.probe, train_source, test_source)
+            progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
+        evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(
             config, workdir, mesh, setup, state, step_fn, train_source, start, total, per_epoch
         )
@@ -103,7 +99,7 @@ def train(
             start_step=progress["position"],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            saved_process_count=progress["process_count"],
+            saved_readers=progress["readers"],
         )
         with MetricsWriter(
             workdir, start, total, config.batch_size, per_epoch, config.log_every
@@ -117,13 +113,18 @@ def train(
                     if config.evaluate.pictures:
                         report.draw_pairs(config, train_source, workdir)
             in_flight: collections.deque = collections.deque()
+            loop_begin = time.perf_counter()
 
-            def now() -> dict[str, Any]:
+            def now(step: int) -> dict[str, Any]:
+                # one step alone cannot be told from its compilation, so there all of it counts
+                alone = config.batch_size * (step - start) / (time.perf_counter() - loop_begin)
+                rate = writer.images_per_second or progress.get("images_per_second") or alone
                 return {
                     "position": batches.position,
-                    "process_count": jax.process_count(),
-                    "results": results,
-                    "images_per_second": writer.images_per_second,
+                    "readers": batches.readers,
+                    "num_examples": train_source.num_examples,
+                    "results": dict(results),  # orbax writes it later
+                    "images_per_second": rate,
                     "seconds": progress["seconds"] + time.perf_counter() - begin,
                 }
 
@@ -153,7 +154,7 @@ def train(
                         writer.write_now(step, scores)
                         results |= scores
                     if save:
-                        progress_now = now()
+                        progress_now = now(step)
                         checkpoints.save(step, state, progress_now)
             if start < total:
                 progress = progress_now
@@ -162,38 +163,18 @@ def train(
         return report.finish(config, workdir, evaluator, state, progress, dataset, total)
 
 
-def compile_step(
-    method: Method, config: ConfigDict, mesh: Mesh, abstract: Any, shardings: Any
-) -> jax.stages.Compiled:
-    """Compiles the train step once, before any data is read.
+def same_data(progress: dict[str, Any], source: sources.Source) -> None:
+    """Refuses to go on with a data set that has grown or shrunk: orders and schedules follow n.
 
-    The compiled object refuses every other shape or sharding, so that a run cannot recompile
-    unseen; its analysis gives the FLOPs of the start-up summary.
-
-    Args:
-        method: gives `train_step`.
-        config: for the batch.
-        mesh: the device mesh.
-        abstract: the state's `jax.eval_shape`.
-        shardings: the state's, from `state_shardings`.
+    Raises:
+        UserError: saying both sizes.
     """
-
-    def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
-
-    b, size = config.batch_size, presets.resolve_views(config)[0].size
-    rows = batch_sharding(mesh)
-    batch = {
-        "images": jax.ShapeDtypeStruct((b, 2, size, size, 3), np.uint8, sharding=rows),
-        "labels": jax.ShapeDtypeStruct((b,), np.int32, sharding=rows),
-    }
-    key = place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
-    step = jax.jit(
-        method.train_step,
-        donate_argnames=("state",),
-        out_shardings=(shardings, replicated(mesh)),
-    )
-    return step.lower(jax.tree.map(place, abstract, shardings), batch, key).compile()
+    n = progress["num_examples"]
+    if n != source.num_examples:
+        raise UserError(
+            f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
+            "this run began: restore the data, or give another --workdir"
+        )
 
 
 def check_finite(step: int, loss: jax.Array) -> None:
@@ -216,57 +197,3 @@ def all_finite(tree: Any) -> jax.Array:
     """Whether no float of a tree of arrays is NaN or infinite."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
-
-
-def claim(workdir: str | epath.PathLike, config: ConfigDict) -> epath.Path:
-    """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
-
-    Raises:
-        UserError: if the directory holds another run, or files but no run.
-    """
-    workdir, refusal = epath.Path(workdir), None
-    if jax.process_index() == 0:
-        try:
-            _claim(workdir, configs.as_dict(config))
-        except UserError as error:
-            refusal = error
-        except OSError as error:
-            reason = error.strerror or error
-            refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # one decides for all, and nobody goes on before config.json is written
-        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)) and not refusal:
-            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
-    if refusal:
-        raise refusal
-    return workdir
-
-
-def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
-    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
-    if checkpoints.name in names and checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        names.remove(checkpoints.name)
-    # with nothing beside it, config.json is of a run that never took a step: a mistake in the
-    # config was found while the step was compiled
-    if path.name in names and len(names) > 1:
-        try:
-            saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{path} is not JSON ({error}): restore it, or give another --workdir"
-            ) from error
-        configs.check_same_run(saved, current, str(workdir))
-    elif names - {path.name}:
-        raise UserError(
-            f"{workdir} exists, is not empty and holds no run (no config.json): "
-            "give a new or an empty directory as --workdir"
-        )
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(current, indent=2) + "\n")
-        logging.info("new run in %s", workdir)

@@ -67,13 +67,7 @@ class MoCo:
         moco = setup.config.moco
         if not 0 <= moco.momentum < 1:
             raise UserError(f"moco.momentum={moco.momentum}: expected 0 <= momentum < 1")
-        groups, b = setup.config.model.bn_groups, setup.config.batch_size
-        if b % groups:
-            raise UserError(
-                f"model.bn_groups={groups} does not divide batch_size={b}: shuffling BN needs "
-                "groups of one size, choose a divisor"
-            )
-        if groups == 1:
+        if setup.config.model.bn_groups == 1:
             logging.warning(
                 "bn_groups=1: a query and its key see the same batch statistics, which lets the "
                 "network cheat (He et al. 2020, section 3.3); use 8 or more groups"

@@ -120,6 +120,14 @@ def test_a_number_out_of_range_is_refused(field, value, least):
     config.check(tiny.config("simclr", **{field: max(least, 1)}))
 
 
+@pytest.mark.parametrize("groups", [5, 32])  # 32 divides the 2 x 16 views of a step
+def test_groups_that_do_not_divide_the_batch_are_refused(groups):
+    for method in ("simclr", "moco"):
+        message = f"bn_groups={groups} does not divide batch_size=16: .* 2, 4, 8"
+        with pytest.raises(UserError, match=message):
+            config.check(tiny.config(method, model__bn_groups=groups))
+
+
 def test_unknown_dtype_and_temperature_are_refused():
     with pytest.raises(UserError, match="float16"):
         config.check(tiny.config("simclr", model__dtype="float16"))
@@ -129,10 +137,11 @@ def test_unknown_dtype_and_temperature_are_refused():
 
 def test_what_a_continued_run_may_change():
     saved = config.as_dict(tiny.config("moco"))
-    free = {"log_every": 1, "checkpoint__every": "1 step", "evaluate__knn_k": 3, "data__dir": "d"}
+    free = {"log_every": 1, "checkpoint__every": "1 step", "evaluate__every": "1 step",
+            "data__dir": "d", "data__on_corrupt": "replace"}  # fmt: skip
     config.check_same_run(saved, config.as_dict(tiny.config("moco", **free)), "w")
     fixed = {"batch_size": 32, "model__stages": (2,), "seed": 1, "moco__momentum": 0.5,
-             "duration": "9 steps"}  # fmt: skip
+             "duration": "9 steps", "evaluate__knn_k": 3}  # fmt: skip
     for field, value in fixed.items():
         with pytest.raises(UserError, match=rf"^w holds.*{field.replace('__', '.')} \(was"):
             config.check_same_run(saved, config.as_dict(tiny.config("moco", **{field: value})), "w")

@@ -252,10 +252,10 @@ def bad(tmp_path, words, method="simclr", devices=2, **changes):
         ({"data__source": "webdataset"}, ["webdataset", "embedded", "folder:PATH"]),
         ({"data__source": "tfds:no_such_set"}, ["no_such_set", "TFDS_DATA_DIR"]),
         ({"data__source": "folder:/no/such/folder"}, ["/no/such/folder", "data.source"]),
-        ({"batch_size": 9}, ["batch_size=9", "2 devices", "8"]),
+        ({"batch_size": 9, "model__bn_groups": 3}, ["batch_size=9", "2 devices", "8"]),
         ({"batch_size": 40}, ["40", "20 examples", "batch_size"]),
-        ({"model__bn_groups": 3}, ["bn_groups", "3"]),
-        ({"method": "moco", "model__bn_groups": 3}, ["bn_groups", "3"]),
+        ({"model__bn_groups": 3}, ["bn_groups=3", "batch_size=8"]),
+        ({"data__bank_split": "nope", "data__source": "embedded"}, ["nope", "train or test"]),
         ({"duration": "0 steps"}, ["duration", "0 steps"]),
         ({"duration": "-3 epochs"}, ["duration", "-3 epochs", "500 steps"]),
         ({"checkpoint__every": "-1 steps"}, ["checkpoint.every", "-1 steps"]),
@@ -284,9 +284,9 @@ def test_a_corrupt_jpeg_stops_the_run_or_is_replaced(folder, tmp_path, caplog):
     torn = copy / "train" / "dark" / "4.jpg"
     torn.write_bytes(torn.read_bytes()[:200])
     bad(tmp_path, [str(torn), "on_corrupt"], folder=copy, data__test_split="")
-    summary = run(
-        small("simclr", copy, data__on_corrupt="replace", data__test_split=""), tmp_path / "b", 1
-    )
+    # what the error recommends, in the workdir of the run that stopped
+    mended = small("simclr", copy, data__on_corrupt="replace", data__test_split="")
+    summary = run(mended, tmp_path / "work", 1)
     assert summary["steps"] == TOTAL
     warnings = [r.getMessage() for r in caplog.records if str(torn) in r.getMessage()]
     assert len(warnings) == 1 and "1 of 20" in warnings[0]
@@ -296,7 +296,10 @@ def test_a_mended_config_may_use_the_workdir_that_never_trained(tmp_path):
     bad(tmp_path, ["bn_groups"], model__bn_groups=3)
     work = loop.claim(tmp_path / "work", small("simclr"))
     assert json.loads((work / "config.json").read_text())["model"]["bn_groups"] == 2
-    (work / jsonl.FILE).write_text('{"step": 0}\n')  # now it has begun
+    (work / jsonl.FILE).write_text('{"step": 0}\n')  # what is measured before the first step
+    loop.claim(work, small("simclr", seed=2))
+    loop.claim(work, small("simclr"))
+    (work / jsonl.FILE).write_text('{"step": 0}\n{"step": 1}\n')  # now it has begun
     bad(tmp_path, ["holds the run of another config", "seed (was 0, now 1)"], seed=1)
     loop.claim(work, small("simclr", log_every=7))
 

@@ -247,8 +247,3 @@ def test_one_group_warns_that_statistics_leak(caplog):
 def test_momentum_out_of_range_is_refused(momentum):
     with pytest.raises(UserError, match=f"moco.momentum={momentum}"):
         tiny.build(tiny.config("moco", model__bn_groups=4, moco__momentum=momentum), 1)
-
-
-def test_groups_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(UserError, match="bn_groups=5 does not divide batch_size=16"):
-        tiny.build(tiny.config("moco", model__bn_groups=5), 1)

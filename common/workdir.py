@@ -1,0 +1,83 @@
+"""The directory of a run: whose it is."""
+
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from common import config as configs
+from common import files, jsonl
+from common.errors import UserError
+
+# What a run leaves in its workdir before the first step.
+OWN_FILES = {
+    "config.json",
+    jsonl.FILE,
+    jsonl.DISCARDED,
+    "tensorboard",
+    "checkpoints",
+    "augmented_pairs.png",
+}
+
+
+def claim(workdir: str | epath.PathLike, config: ConfigDict) -> epath.Path:
+    """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
+
+    Raises:
+        UserError: if the directory holds another run, or files but no run.
+    """
+    workdir, refusal = epath.Path(workdir), None
+    if jax.process_index() == 0:
+        try:
+            _claim(workdir, configs.as_dict(config))
+        except UserError as error:
+            refusal = error
+        except OSError as error:
+            reason = error.strerror or error
+            refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # one decides for all, and nobody goes on before config.json is written
+        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)) and not refusal:
+            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+    if refusal:
+        raise refusal
+    return workdir
+
+
+def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
+    path = workdir / "config.json"
+    names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
+    if names <= OWN_FILES and not _has_trained(workdir):
+        # also what a mistake in the config leaves that shows before or in the first step
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, json.dumps(current, indent=2) + "\n")
+        logging.info("new run in %s", workdir)
+        return
+    if path.name not in names:
+        raise UserError(
+            f"{workdir} exists, is not empty and holds no run (no config.json): "
+            "give a new or an empty directory as --workdir"
+        )
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): restore it, or give another --workdir"
+        ) from error
+    configs.check_same_run(saved, current, str(workdir))
+
+
+def _has_trained(workdir: epath.Path) -> bool:
+    """Whether there is a checkpoint, or the line of a step."""
+    checkpoints, lines = workdir / "checkpoints", workdir / jsonl.FILE
+    if checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir()):
+        return True
+    return lines.exists() and any(record["step"] > 0 for record in jsonl.read(lines))
