@@ -1,6 +1,5 @@
 """TensorBoard's event files, also in an object store."""
 
-import io
 from typing import Any
 
 from etils import epath
@@ -35,20 +34,19 @@ class _Remote:
         return _WholeFile(epath.Path(path))
 
 
-class _WholeFile(io.BytesIO):
+class _WholeFile:
     """A file that is written anew at each flush; event files are small."""
 
     def __init__(self, path: epath.Path) -> None:
-        super().__init__()
-        self._path, self._written = path, 0
+        self._path, self._content, self._written = path, bytearray(), 0
+
+    def write(self, data: bytes) -> None:
+        self._content += data
 
     def flush(self) -> None:
-        value = self.getvalue()
-        if len(value) != self._written:
-            self._path.write_bytes(value)
-            self._written = len(value)
+        if len(self._content) != self._written:
+            self._path.write_bytes(bytes(self._content))
+            self._written = len(self._content)
 
     def close(self) -> None:
-        if not self.closed:
-            self.flush()
-        super().close()
+        self.flush()

@@ -14,7 +14,7 @@ from common.data import augment_host, corrupt, draws
 from common.data.pipeline import resize_to
 from common.data.presets import Augmentation
 from common.data.sources import Source
-from common.data.tensorflow_host import tf
+from common.data.tensorflow_host import plain, tf, traced
 
 _READ_AHEAD = 2  # batches
 _NEVER = np.iinfo(np.int64).max
@@ -49,11 +49,13 @@ def train_feed(
         parameters, crops = draw_pair(augmentations, seed, epoch, ids, source.image_shape)
         return ids, labels, payload, parameters, crops
 
+    @plain
     def whole(ids, labels, images, parameters, crops):
         parameters = tf.ensure_shape(parameters, [b, 2, draws.PARAMETERS])
         images = tf.ensure_shape(images, [b, *source.image_shape, 3])
         return {"images": augment(images, parameters), "labels": labels, "ids": ids}
 
+    @plain
     def single(index, label, payload, parameters, crops):
         views = augment(corrupt.file_bytes(source, payload), parameters, crops)
         return {"images": views, "labels": label, "ids": index}
@@ -124,6 +126,7 @@ def eval_feed(
         payload, labels = source.read(source.stand_ins(plan[step]))
         return plan[step], labels, payload
 
+    @plain
     def single(index, label, payload):
         if source.kind == "pixels":
             payload = tf.ensure_shape(payload, [*source.image_shape, 3])
@@ -153,8 +156,8 @@ def augmenter(source: Source, augmentations: tuple[Augmentation, Augmentation]) 
 @functools.cache  # one trace for all epochs and restarts
 def _augmenter(augmentations: tuple, pixels: bool, whole: bool) -> Callable:
     if pixels:
-        return tf.function(lambda x, p: augment_host.augment_pixels(x, p, augmentations))
-    return tf.function(
+        return traced(lambda x, p: augment_host.augment_pixels(x, p, augmentations))
+    return traced(
         lambda x, p, crops: augment_host.augment_encoded(x, p, crops, augmentations, whole)
     )
 
@@ -167,7 +170,7 @@ def evaluator(image_size: int, encoded: bool) -> Callable:
         image = augment_host.decode(image) if encoded else image
         return augment_host.centre(image, resize_to(image_size), image_size)
 
-    return tf.function(shown)
+    return traced(shown)
 
 
 def _loaded(
@@ -175,11 +178,12 @@ def _loaded(
 ) -> tf.data.Dataset:
     """Maps the NumPy function `load` over steps, from where `start` is when iteration begins."""
     # The detour reads the variable late, so that starting again traces nothing again.
-    steps = tf.data.Dataset.range(1).flat_map(lambda _: tf.data.Dataset.range(start, end))
+    steps = tf.data.Dataset.range(1).flat_map(plain(lambda _: tf.data.Dataset.range(start, end)))
     payload = tf.uint8 if source.kind == "pixels" else tf.string
     types = (tf.int64, tf.int32, payload, *extra)
     ranks = (1, 1, 4 if source.kind == "pixels" else 1, *(None for _ in extra))
 
+    @plain
     def call(step):
         values = tf.numpy_function(load, [step], types, stateful=False)
         for value, rank in zip(values, ranks, strict=True):

@@ -6,18 +6,18 @@ Examples keep their global ids, so their augmentation is the same as in memory. 
 epoch reads past the records that have been seen without decoding them.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from common.data import corrupt, draws, feed
 from common.data.pipeline import Batches
 from common.data.presets import Augmentation
-from common.data.tensorflow_host import tf
-from common.data.tfds_source import Shard, StreamSource, records
+from common.data.tensorflow_host import plain, tf
+from common.data.tfds_source import Shard, StreamSource, records, unreadable
 from common.errors import UserError
 
 _FILES_AT_ONCE = 16
@@ -48,6 +48,7 @@ def numbered(shards: list[Shard], files_at_once: int) -> tf.data.Dataset:
          [s.first for s in shards])
     )  # fmt: skip
 
+    @plain
     def read(path, skip, take, first):
         data = records(Shard(path, tf.cast(skip, tf.int64), tf.cast(take, tf.int64), 0))
         return data.enumerate(tf.cast(first, tf.int64))
@@ -105,12 +106,14 @@ def _train(source, seed, augmentations, steps, b, start, index, count) -> Iterat
             return feed.draw_pair(augmentations, seed, epoch, ids, None)
 
         def finish(data, draw=draw):
+            @plain
             def drawn(ids, labels, images):
                 values = tf.numpy_function(draw, [ids], (tf.float32, tf.float32), stateful=False)
                 parameters = tf.ensure_shape(values[0], [b, 2, draws.PARAMETERS])
                 crops = tf.ensure_shape(values[1], [b, 2, draws.CROP_DRAWS])
                 return ids, labels, images, parameters, crops
 
+            @plain
             def single(index, label, image, parameters, crops):
                 views = augment(image, parameters, crops)
                 return {"images": views, "labels": label, "ids": index}
@@ -122,12 +125,14 @@ def _train(source, seed, augmentations, steps, b, start, index, count) -> Iterat
         records_left = epoch_records(source, seed, epoch, index, count).take(steps * b)
         begun = time.monotonic()
         for number, batch in enumerate(_run(source, records_left, b, finish, done)):
-            if number == 0 and done:
+            if number == 0 and done and index == 0:
                 seconds = time.monotonic() - begun
-                logging.info(
-                    "resumed inside epoch %d: read past %d records in %.1f s (%.0f records/s)",
-                    epoch, done * b, seconds, done * b / seconds,
-                )  # fmt: skip
+                print(
+                    f"resumed inside epoch {epoch}: read past {done * b:,} records in "
+                    f"{seconds:.1f} s ({done * b / seconds:,.0f} records/s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
             yield batch
         epoch, done = epoch + 1, 0
 
@@ -144,6 +149,7 @@ def eval_batches(
 
     shown = feed.evaluator(image_size, encoded=True)
 
+    @plain
     def single(index, label, image):
         return {"images": shown(image), "labels": label, "ids": index}
 
@@ -193,7 +199,8 @@ def _run(
       finish: batches of (ids, labels, encoded images) -> batches to yield.
       done: batches to read past.
     """
-    failure = tf.errors.OpError  # a name of our own: modules may be gone when a generator is closed
+    # names of our own: modules may be gone when a generator is closed
+    failure, damaged = tf.errors.OpError, (tf.errors.DataLossError, tf.errors.NotFoundError)
 
     def replace(ids, labels, images):
         good = np.array([int(i) not in source.replaced for i in ids])
@@ -204,10 +211,12 @@ def _run(
         stand_in = [next(p for p in np.roll(places, -i) if good[p]) for i in places]
         return labels[stand_in], images[stand_in]
 
+    @plain
     def parse(index, record):
         image, label = source.features.parse(record)
         return index, label, image
 
+    @plain
     def replaced(ids, labels, images):
         values = tf.numpy_function(
             replace, [ids, labels, images], (tf.int32, tf.string), stateful=True
@@ -224,6 +233,8 @@ def _run(
                 done += 1
             return
         except failure as error:
+            if isinstance(error, damaged):
+                raise unreadable(source.name, error) from None
             _note_corrupt(source, encoded.batch(b).take(corrupt.LOOK_AHEAD), error)
 
 

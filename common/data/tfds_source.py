@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.data.sources import ArraySource, Source, to_rgb
-from common.data.tensorflow_host import tf
+from common.data.tensorflow_host import plain, tf, traced
 from common.errors import UserError
 
 _UNLABELLED = ("unlabelled", "unlabeled")
@@ -99,7 +99,7 @@ class Features:
         self.decoders = {self.image: tfds.decode.SkipDecoding()}
         wanted = [self.image] + ([self.label] if self.label else [])
         self._parser = tfds.features.FeaturesDict({name: info.features[name] for name in wanted})
-        self.parse = tf.function(self._parse)  # traced once for all epochs
+        self.parse = traced(self._parse)  # traced once for all epochs
 
     def _parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """A serialised record -> (encoded image, int32 label)."""
@@ -139,8 +139,10 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
         name=info.name, split=split, num_examples=chosen.num_examples,
         num_classes=features.num_classes, class_names=features.class_names,
     )  # fmt: skip
-    base = info.splits[split.split("[")[0]]
-    encoded = base.num_bytes * chosen.num_examples / base.num_examples / _GIB
+    # a sum of splits does not know its bytes
+    n = sum(part.num_examples for part in info.splits.values())
+    size = sum(part.num_bytes for part in info.splits.values())
+    encoded = size * chosen.num_examples / n / _GIB if size else np.inf
     fixed = None not in shape
     decoded = chosen.num_examples * np.prod(shape) * 3 / _GIB if fixed else np.inf
     random_access = info.file_format.name == "ARRAY_RECORD"
@@ -202,26 +204,52 @@ def records(shard: Shard) -> tf.data.Dataset:
 def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All encoded images and labels, in order, in pieces."""
     for shard in shards:
-        data = records(shard).map(features.parse, num_parallel_calls=tf.data.AUTOTUNE)
+        data = records(shard).map(plain(features.parse), num_parallel_calls=tf.data.AUTOTUNE)
         yield from data.batch(1024).prefetch(2).as_numpy_iterator()
 
 
 def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> ArraySource:
-    """Keeps the set in memory: as pixels if all images have one shape, else encoded."""
-    images, labels = [], []
-    for payload, label in pairs:
-        images.append(payload if shape is None else _decode_all(payload, shape))
-        labels.append(label)
+    """Keeps the set in memory: as pixels if all images have one shape, else encoded.
+
+    Raises:
+      UserError: the files hold less than the set's description says, or cannot be read.
+    """
+    n, done = common["num_examples"], 0
+    images = np.empty(n, object) if shape is None else np.empty((n, *shape, 3), np.uint8)
+    labels = np.full(n, -1, np.int32)
+    try:
+        for payload, label in pairs:
+            part = slice(done, done + len(label))
+            done += len(label)
+            if done > n:
+                break
+            images[part] = payload if shape is None else _decode_all(payload, shape)
+            labels[part] = label
+    except tf.errors.OpError as error:
+        raise unreadable(common["name"], error) from error
+    if done != n:
+        raise UserError(
+            f"tfds:{common['name']} ({common['split']}) holds {done} of the {n} images that its "
+            "description says: a file is damaged or of another version; prepare the set again"
+        )
     return ArraySource(
-        kind="encoded" if shape is None else "pixels", labels=np.concatenate(labels),
-        image_shape=shape, images=np.concatenate(images), **common,
+        kind="encoded" if shape is None else "pixels", labels=labels, image_shape=shape,
+        images=images, **common,
     )  # fmt: skip
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """The error of a set whose files are damaged or missing."""
+    reason = str(error).strip().splitlines()[0][:200]
+    return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it anew")
 
 
 def _decode_all(payload: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     data = tf.data.Dataset.from_tensor_slices(list(payload)).map(
-        lambda x: tf.ensure_shape(
-            tf.io.decode_image(x, channels=3, expand_animations=False), [*shape, 3]
+        plain(
+            lambda x: tf.ensure_shape(
+                tf.io.decode_image(x, channels=3, expand_animations=False), [*shape, 3]
+            )
         ),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
