@@ -40,6 +40,7 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
     if a.grey > 0 and not a.grey_first:
         images = grey(images)
     if a.blur > 0:
+        images = tf.clip_by_value(images, 0.0, 1.0)  # as SimCLR, whose blur is a step of its own
         images = pixel_ops.blur(images, parameters[:, draws.SIGMA], a)
     if a.solarise > 0:
         invert = parameters[:, draws.SOLARISE, None, None, None] > 0

@@ -206,13 +206,22 @@ def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
       config: with `data.image_size`, `augment` and (optional) `augment_view2`.
 
     Returns:
-      Augmentations of view 1 and view 2, equal unless `augment_view2` sets something.
+      Augmentations of view 1 and view 2, equal unless `augment_view2` sets something. Mean and
+      std are view 1's: one network sees both.
 
     Raises:
-      UserError: as `resolve`, or views of two sizes.
+      UserError: as `resolve`, views of two sizes, or a mean or std of view 2.
     """
     first = resolve(config.augment, config.data.image_size)
-    second = resolve(config.get("augment_view2") or {}, config.data.image_size, base=first)
+    other = config.get("augment_view2") or {}
+    for name in ("mean", "std"):
+        if other.get(name) is not None:
+            raise UserError(
+                f"augment_view2.{name} is {tuple(other[name])}; expected None: one network sees "
+                f"both views. Set augment.{name}."
+            )
+    second = resolve(other, config.data.image_size, base=first)
+    second = dataclasses.replace(second, mean=first.mean, std=first.std)
     if first.size != second.size:
         raise UserError(
             f"the two views have sizes {first.size} and {second.size}; expected one size. "
