@@ -27,6 +27,7 @@ _AT_LEAST = {
     "batch_size": 1,
     "log_every": 1,
     "data.image_size": 1,
+    "data.shuffle_buffer": 1,
     "model.bn_groups": 1,
     "evaluate.knn_k": 0,
     "evaluate.knn_examples": 0,

@@ -1,5 +1,6 @@
 """What a person reads: the summary at the start, the last lines at the end, and the pictures."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -97,6 +98,8 @@ def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
     n = min(PAIRS, config.batch_size)
     with config.copy_and_resolve_references().unlocked() as small:
         small.batch_size = n
+    if source.kind == "stream":  # a picture needs no shuffling among thousands
+        source = dataclasses.replace(source, shuffle_buffer=n)
     batch = next(pipeline.train_batches(source, small, rows=np.arange(n)))
     originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
     pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")

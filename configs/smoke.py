@@ -14,7 +14,9 @@ def apply(config: ConfigDict, arg: str) -> ConfigDict:
         UserError: for any other argument.
     """
     if arg not in ("", "smoke"):
-        raise UserError(f"config argument {arg!r} is unknown: use :smoke or nothing")
+        raise UserError(
+            f"config argument {arg!r} is unknown: use :smoke or nothing (CIFAR-10 also has :cpu)"
+        )
     if arg == "smoke":
         c = config
         c.data.source = "fake"

@@ -72,7 +72,7 @@ def warn(source: Source, index: int, stand_in: str) -> None:
     )  # fmt: skip
 
 
-def decodes(payload: bytes | str, is_path: bool = False) -> bool:
+def decodes(payload: bytes, is_path: bool = False) -> bool:
     """Whether a file, or the bytes of one, is a whole image."""
     try:
         augment_host.decode(tf.io.read_file(payload) if is_path else tf.constant(payload))

@@ -1,8 +1,10 @@
 """A tree of image files, in class folders or not."""
 
 import dataclasses
+import os
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from common.data.sources import Source
@@ -20,7 +22,9 @@ class FolderSource(Source):
     paths: np.ndarray = None
 
     def read(self, ids):
-        return self.paths[ids], self.labels[ids]
+        # as bytes, because a name need not be valid UTF-8
+        paths = [os.fsencode(path) for path in self.paths[ids]]
+        return np.array(paths, object), self.labels[ids]
 
     def describe(self, index):
         return str(self.paths[index])
@@ -51,6 +55,11 @@ def open_folder(path: str, split: str) -> Source:
     root, train = _split_folder(base, split), base / "train"
     files, folders = _listing(root)
     if files:
+        if folders:
+            logging.warning(
+                "%s lies beside the folders of %s, so those are no classes and nothing is "
+                "labelled; move it away if they are", files[0], root,
+            )  # fmt: skip
         paths, names, labels = _walk(root), (), None
     else:
         names = tuple(folder.name for folder in folders)

@@ -99,7 +99,7 @@ def train_batches(
         return epoch, epoch_order(epoch)[step * config.batch_size + rows]
 
     if source.kind == "views":
-        batches = _fake_batches(source, plan, start_step)
+        batches = _fake_batches(source, plan, start_step, augmentations[0].size)
     else:
         from common.data import feed
 
@@ -137,10 +137,10 @@ class Batches:
         return self._source.corrupt_count
 
 
-def _fake_batches(source: Source, plan, step: int) -> Iterator[dict[str, np.ndarray]]:
+def _fake_batches(source: Source, plan, step: int, size: int) -> Iterator[dict[str, np.ndarray]]:
     while True:
         _, ids = plan(step)
-        views = np.stack([source.fetch(ids), source.fetch(ids + 1)], axis=1)
+        views = np.stack([source.views(ids + view, size) for view in (0, 1)], axis=1)
         yield {"images": views, "labels": source.read(ids)[1], "ids": ids}
         step += 1
 

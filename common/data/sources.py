@@ -9,6 +9,7 @@ Paths may be remote (`gs://...`). Nothing is ever downloaded. Grey images become
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
@@ -50,7 +51,7 @@ class Source:
     Attributes:
       name, split: for messages.
       kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
-        "path" (object [b] of str), "views" (pixels that want no augmentation), or "stream" (no
+        "path" (object [b] of bytes), "views" (pixels that want no augmentation), or "stream" (no
         random access; see `stream.py`).
       num_examples: >= 1.
       num_classes: 0 when unlabelled.
@@ -110,10 +111,22 @@ class ArraySource(Source):
 class FakeSource(Source):
     """A small pool of random images, seen again and again."""
 
-    pool: np.ndarray = None
-
     def read(self, ids):
-        return self.pool[ids % len(self.pool)], self.labels[ids % self.num_examples]
+        return self.views(ids, self.image_shape[0]), self.labels[ids % self.num_examples]
+
+    def views(self, ids: np.ndarray, size: int) -> np.ndarray:
+        """The images as views of another size than `image_shape`: other random pixels."""
+        pool = _random_images(self.split == "train", min(self.num_examples, _POOL), size)
+        return pool[ids % len(pool)]
+
+
+_POOL = 64  # images
+
+
+@functools.lru_cache(maxsize=4)
+def _random_images(stream: int, count: int, size: int) -> np.ndarray:
+    words = draws.hash64(stream, np.arange(count * size * size * 3 // 8 + 1))
+    return words.view(np.uint8)[: count * size * size * 3].reshape(count, size, size, 3)
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
@@ -184,12 +197,9 @@ def _open_fake(config: ConfigDict, split: str) -> Source:
         raise UserError(
             f"data.fake_examples is {n} and data.fake_classes {classes}; expected at least 1 and 0."
         )
-    count = min(n, 64)
-    words = draws.hash64(split == "train", np.arange(count * size * size * 3 // 8 + 1))
-    pool = words.view(np.uint8)[: count * size * size * 3].reshape(count, size, size, 3)
     labels = np.arange(n, dtype=np.int32) % classes if classes else np.full(n, -1, np.int32)
     return FakeSource(
         name="fake", split=split, kind="views", num_examples=n, num_classes=classes,
         class_names=tuple(f"class {i}" for i in range(classes)), labels=labels,
-        image_shape=(size, size), pool=pool,
+        image_shape=(size, size),
     )  # fmt: skip
