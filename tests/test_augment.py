@@ -63,6 +63,9 @@ def test_presets_have_the_published_values():
     assert (simclr.sigma_min, simclr.sigma_max, v2.sigma_min, v2.sigma_max) == (0.1, 2, 0.1, 2)
     assert [a.grey_first for a in (simclr, cifar, v1, v2)] == [False, False, True, False]
     assert [a.crop for a in (simclr, cifar, v1, v2)] == ["tf", "tf", "torch", "torch"]
+    assert [a.color_style for a in (simclr, cifar, v1, v2)] == ["tf", "tf", "pil", "pil"]
+    assert {a.brightness_style for a in (simclr, cifar, v1, v2)} == {"multiply"}
+    assert {a.solarise_threshold for a in (simclr, cifar, v1, v2)} == {0.5}
     for a in (simclr, cifar):
         assert (a.interpolation, a.antialias, a.kernel) == ("bicubic", False, "tf")
         assert (a.mean, a.std) == ((0, 0, 0), (1, 1, 1))
@@ -99,6 +102,12 @@ def test_second_view_falls_back_to_the_first():
     assert second == dataclasses.replace(first, solarise=0.2) and first.solarise == 0
     config.augment_view2.preset = "moco_v2"
     assert presets.resolve_views(config)[1].crop == "torch"
+    # one network sees both views, so they share what it subtracts and divides by
+    assert presets.resolve_views(config)[1].mean == first.mean == (0, 0, 0)
+    config.augment_view2.std = (0.2, 0.2, 0.2)
+    with pytest.raises(UserError, match=r"augment_view2.std .*Set augment.std"):
+        presets.resolve_views(config)
+    config.augment_view2.std = None
     config.augment_view2.size = 16
     with pytest.raises(UserError, match="sizes 32 and 16"):
         presets.resolve_views(config)
@@ -327,6 +336,32 @@ def test_solarise_and_grey():
     assert np.abs(both[:, 0].astype(int) - both[:, 1]).max() > 20
 
 
+@pytest.mark.parametrize("grey_first", [False, True])
+@pytest.mark.parametrize("preset", ["simclr", "moco_v2"])
+def test_operations_come_in_the_documented_order(preset, grey_first):
+    """Crop, rotate, jitter and grey (or the other way round), clip, blur, solarise, round."""
+    on = dict(rotate=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0)
+    images, a = noise(8, 48, 40), recipe(preset, grey_first=grey_first, **on)
+    parameters, _ = feed.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
+    p = tf.constant(parameters[:, 0])
+    x = ops.crop_resize(planes(images), p[:, draws.BOX], p[:, draws.FLIP], a)
+    if preset == "moco_v2":  # as PIL, which holds bytes
+        x = tf.clip_by_value(x, 0, 1)
+    x = ops.rotate(x, p[:, draws.ANGLE])
+    steps = [
+        lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], a),
+        lambda x: ops.greyscale(x, a.color_style),
+    ]
+    for step in reversed(steps) if grey_first else steps:
+        x = step(x)
+    x = ops.blur(tf.clip_by_value(x, 0, 1), p[:, draws.SIGMA], a)
+    x = np.where(x >= 0.5, 1 - x, x)
+    want = np.clip(pixels(x), 0, 255)
+    found = run(images, a, seed=3)[:, 0]
+    assert np.mean(np.abs(found - want) > 1) < 1e-3  # a value at the threshold may turn
+    assert want.std() > 20
+
+
 def test_rotate():
     images = noise()
     quarter = tf.constant(np.full(6, np.pi / 2, np.float32))
@@ -536,10 +571,21 @@ def encode(image, kind, **options):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("preset", ["moco_v1", "moco_v2"])
-def test_png_equals_pixels(preset):
+PLAIN = {"jitter": 0.0, "grey": 0.0, "blur": 0.0}  # so that resizing shows
+
+
+@pytest.mark.parametrize(
+    "a",
+    [
+        recipe("moco_v1"),
+        recipe("moco_v2"),
+        *(recipe("moco_v2", interpolation=kind, antialias=antialias, **PLAIN)
+          for kind in ("bilinear", "bicubic") for antialias in (False, True)),
+    ],
+)  # fmt: skip
+def test_png_equals_pixels(a):
     """Two ways to the same views: one image at a time with `tf.image.resize`, and in a batch."""
-    images, a = noise(12, 40, 52), recipe(preset, 32)
+    images = noise(12, 80, 104)
     ids = np.arange(12) + 100
     batch = run(images, a, ids=ids, seed=5)
     parameters, crops = feed.draw_pair((a, a), 5, 0, ids, None)
@@ -557,7 +603,7 @@ def test_jpeg_window_equals_whole(preset):
     part = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
     full = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a), whole=True))
     for i, image in enumerate(images):
-        data = tf.constant(encode(image, "JPEG", quality=90, subsampling=0))
+        data = tf.constant(encode(image, "JPEG", quality=90, subsampling=2 * (i % 2)))
         found = part(data, parameters[i], crops[i]).numpy().astype(int)
         assert np.abs(found - full(data, parameters[i], crops[i]).numpy()).max() <= 1
 

@@ -4,13 +4,17 @@ import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 import tiny
 from absl import flags
 from ml_collections import config_flags
 
 from common import command_line, config
+from common.data import presets
 from common.errors import UserError
+from common.method import make_setup
+from common.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "simclr_demo.py"
@@ -126,6 +130,17 @@ def test_groups_that_do_not_divide_the_batch_are_refused(groups):
         message = f"bn_groups={groups} does not divide batch_size=16: .* 2, 4, 8"
         with pytest.raises(UserError, match=message):
             config.check(tiny.config(method, model__bn_groups=groups))
+
+
+@pytest.mark.parametrize("name", ["simclr_cifar10", "moco_cifar10"])
+def test_the_configs_for_two_cores_are_sound(name):
+    c = importlib.import_module(f"configs.{name}").get_config("cpu")
+    config.check(c)
+    assert c.data.source == "tfds:cifar10" and c.model.stages == (1, 1)
+    assert presets.resolve_views(c)[0].size == 24
+    method = tiny.METHODS[c.method](make_setup(c, make_mesh(jax.devices()[:1]), 7800, 390, 10))
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    assert 1e6 < sum(x.size for x in jax.tree.leaves(state.params)) < 2e6
 
 
 def test_unknown_dtype_and_temperature_are_refused():

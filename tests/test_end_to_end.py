@@ -11,6 +11,7 @@ import pytest
 import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from test_metrics import read_events
 
 import main
 from common import jsonl
@@ -169,6 +170,8 @@ def test_a_killed_run_continues_bit_by_bit(method, folder, tmp_path, monkeypatch
     resumed = run(c, broken)  # from step 3, in the middle of the second epoch
     assert_same_run(c, broken, whole)
     assert [r["step"] for r in lines(broken, jsonl.DISCARDED)] == [4]
+    purges = [e.step for e in read_events(broken / "tensorboard")[-1] if e.session_log.status]
+    assert purges == [4]  # TensorBoard hides what the first attempt wrote from there on
     timed = {"images_per_second", "seconds"}
     assert {k: v for k, v in resumed.items() if k not in timed} == {
         k: v for k, v in summary.items() if k not in timed}  # fmt: skip
@@ -184,6 +187,60 @@ def test_a_killed_run_continues_bit_by_bit(method, folder, tmp_path, monkeypatch
         (broken / "summary.json").unlink()
         again = run(c, broken)
     assert again == resumed and (broken / jsonl.FILE).read_text() == text
+
+
+def test_a_run_goes_on_with_more_devices_and_one_step_left(tmp_path, monkeypatch):
+    """On 2 devices, then on 4: the losses that 2 would have had. The rate is known all the same."""
+    c = small("moco", log_every=1, checkpoint__every="2 steps")
+    run(c, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 7)
+        run(c, tmp_path / "moved")
+    summary = run(c, tmp_path / "moved", devices=4)
+    assert summary["images_per_second"] > 0
+    got, want = (
+        [(r["step"], r["loss"]) for r in lines(tmp_path / name) if "loss" in r]
+        for name in ("moved", "whole")
+    )
+    assert [step for step, _ in got] == list(range(1, TOTAL + 1))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_a_run_of_one_step_knows_its_rate(tmp_path):
+    summary = run(small("simclr", duration="1 step", evaluate__every="0 steps"), tmp_path, 1)
+    assert summary["images_per_second"] > 0
+
+
+def test_data_that_has_grown_is_not_continued(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "images"
+    shutil.copytree(folder, copy)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 5)
+        run(small("simclr", copy), tmp_path / "work")
+    shutil.copy(copy / "train" / "dark" / "4.jpg", copy / "train" / "dark" / "new.jpg")
+    bad(tmp_path, ["21 images", "had 20", "--workdir"], folder=copy)
+
+
+def test_after_the_first_scores_and_checkpoint_nothing_compiles(tmp_path, monkeypatch):
+    """Every function of the loop, of the evaluation and of the checkpoints, not only the step."""
+    compiled, step, to_global = [], [0], loop.to_global
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(step[0])
+
+    def wrapped(*arguments):
+        step[0] += 1
+        return to_global(*arguments)
+
+    monkeypatch.setattr(loop, "to_global", wrapped)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(small("moco"), tmp_path)  # scores after 2, 4, 6, checkpoints after 3 and 6
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert step[0] == TOTAL and 0 in compiled
+    assert max(compiled) <= 3
 
 
 def test_a_run_without_labels_or_test_set(tmp_path):

@@ -1,6 +1,7 @@
 """Batches: their order, their split among processes, resuming, padding and corrupt images."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -227,6 +228,22 @@ def evaluate(source, batch_size, size, splits):
     ]  # fmt: skip
 
 
+def test_eval_of_a_limited_number_is_spaced_evenly():
+    source = array_source(30)
+    for size in (14, 9):
+        batches = list(pipeline.eval_batches(source, 4, size, np.arange(4), limit=7))
+        ids = np.concatenate([b["ids"] for b in batches])
+        assert ids.tolist() == [0, 4, 8, 12, 17, 21, 25, -1]
+        for batch in batches:
+            real = batch["mask"]
+            np.testing.assert_array_equal(batch["labels"][real], source.labels[batch["ids"][real]])
+            if size == 14:
+                images = source.images[batch["ids"][real]]
+                np.testing.assert_array_equal(batch["images"][real], images)
+    whole = list(pipeline.eval_batches(source, 4, 14, np.arange(4), limit=99))
+    assert sum(b["mask"].sum() for b in whole) == 30
+
+
 @pytest.mark.parametrize("size", [14, 9])
 def test_eval_pads_and_masks(size):
     source = array_source(21)
@@ -264,6 +281,20 @@ def test_eval_of_a_folder_cuts_the_centre(folder):
             resized = np.asarray(image.resize((wide, tall), Image.BILINEAR), int)
             expected = resized[y : y + size, x : x + size]
             assert np.abs(found - expected).mean() < 1.5  # JPEG decoders differ a little
+
+
+def test_tensorflow_leaves_the_accelerators_alone():
+    """In a process of its own: here TensorFlow is imported already."""
+    code = (
+        "import tensorflow as tf; hidden = []; real = tf.config.set_visible_devices\n"
+        "def note(devices, kind=None): hidden.append((list(devices), kind)); real(devices, kind)\n"
+        "tf.config.set_visible_devices = note\n"
+        "from common.data import tensorflow_host\n"
+        "assert ([], 'GPU') in hidden and ([], 'TPU') in hidden, hidden\n"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- corrupt images
@@ -350,6 +381,11 @@ def stream(stream_dir, batch_size=8, **data):
     return source, c
 
 
+def in_memory(stream_dir):
+    c = config("tfds:tiny", 8, dir=str(stream_dir))
+    return sources.open_source(c.data, "train"), c
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_stream_is_split_and_complete(stream_dir, count):
     steps, b = 5, 60 // 5 // count
@@ -401,13 +437,70 @@ def test_stream_matches_the_set_in_memory(stream_dir):
     assert np.abs(np.diff(np.concatenate(order))).mean() > 10
 
 
-def test_stream_resumes_inside_an_epoch(stream_dir, caplog):
+def test_stream_resumes_inside_an_epoch(stream_dir, capfd):
     source, c = stream(stream_dir, 8)  # 7 steps an epoch
     whole = train(source, c, 16)
-    with caplog.at_level(logging.INFO):
-        same(train(source, c, 6, start_step=10), whole[10:])
-    assert "read past 24 records" in caplog.text and "records/s" in caplog.text
+    same(train(source, c, 6, start_step=10), whole[10:])
+    said = capfd.readouterr().err
+    assert "inside epoch 1: read past 24 records" in said and "records/s" in said
     same(train(source, c, 2, start_step=14), whole[14:])
+
+
+def test_what_a_resumed_stream_has_seen_is_not_decoded(stream_dir, monkeypatch):
+    """Records read past may be garbage: only a parser would notice."""
+    from common.data import stream as module
+
+    source, c = stream(stream_dir, 8)
+    whole = train(source, c, 7)
+    numbered = module.numbered
+
+    def spoiled(shards, files_at_once):
+        seen = set(np.concatenate([b["ids"] for b in whole[:3]]))
+
+        def spoil(index, record):
+            known = tf.reduce_any(index == tf.constant(sorted(seen), tf.int64))
+            return index, tf.where(known, b"garbage", record)
+
+        return numbered(shards, files_at_once).map(spoil)
+
+    tf = module.tf
+    monkeypatch.setattr(module, "numbered", spoiled)
+    same(train(source, c, 4, start_step=3), whole[3:])
+    with pytest.raises(UserError, match="cannot"):
+        train(source, c, 1, start_step=2)
+
+
+def test_a_damaged_stream_is_one_line(tmp_path):
+    write_tfds(tmp_path)
+    source, c = stream(tmp_path, 8)
+    first = min(tmp_path.rglob("*train.tfrecord*"))
+    first.write_bytes(first.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"cannot read tfds:tiny: .*prepare the set again"):
+        train(source, c, 7)
+    first.unlink()
+    with pytest.raises(UserError, match="cannot read tfds:tiny"):
+        train(source, c, 7)
+
+
+def test_fake_views_have_the_size_of_the_views():
+    c = config("fake", fake_examples=20)
+    c.augment.size = 10
+    batch = train(sources.open_source(c.data, "train"), c, 1)[0]
+    assert batch["images"].shape == (8, 2, 10, 10, 3)
+    assert (batch["images"][:, 0] != batch["images"][:, 1]).any()
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path):
+    for i in range(4):
+        name = os.path.join(os.fsencode(tmp_path), b"caf\xe9 %d.png" % i)
+        Image.fromarray(picture(i, 20, 24)).save(os.fsdecode(name), "PNG")
+    c = config(f"folder:{tmp_path}", batch_size=4)
+    source = sources.open_source(c.data, "train")
+    assert train(source, c, 1)[0]["images"].shape == (4, 2, 12, 12, 3)
+    with open(source.paths[2], "wb") as file:
+        file.write(b"torn")
+    with pytest.raises(UserError, match=r"cannot decode .* 2.png"):
+        train(source, c, 1)
 
 
 def test_stream_with_another_process_count(stream_dir, caplog):
@@ -421,6 +514,13 @@ def test_stream_with_another_process_count(stream_dir, caplog):
     assert "was read by 2 process(es) and is now read by 1 process(es)" in caplog.text
     assert "rest of epoch 1 (4 of 7 steps)" in caplog.text
     assert batches.position == 16
+    # from memory to a stream and back: another order, so the rest of the epoch is left out
+    for before, then, settings in ((0, source, c), (2, *in_memory(stream_dir))):
+        caplog.clear()
+        batches = pipeline.train_batches(
+            then, settings, rows=np.arange(8), start_step=9, saved_readers=before
+        )
+        assert batches.position == 14 and "in memory" in caplog.text
     with pytest.raises(UserError, match="process 0 of 3 holds 8 rows of a batch of 8"):
         train(source, c, 1, process_count=3)
 

@@ -35,7 +35,10 @@ def write(path, seed, **size):
     return path
 
 
-def write_tfds(folder, file_format="tfrecord", examples=60, shards=4, shape=(8, 10, 3), labels=3):
+def write_tfds(
+    folder, file_format="tfrecord", examples=60, shards=4, shape=(8, 10, 3), labels=3,
+    splits=("train", "test"),
+):  # fmt: skip
     """Writes a prepared TFDS set "tiny" of PNGs; with a shape of None, of three sizes."""
     import tensorflow_datasets as tfds
 
@@ -53,8 +56,8 @@ def write_tfds(folder, file_format="tfrecord", examples=60, shards=4, shape=(8, 
         version="1.0.0",
         features=tfds.features.FeaturesDict(features),
         split_datasets={
-            "train": [(i, example(i)) for i in range(examples)],
-            "test": [(i, example(i)) for i in range(9)],
+            splits[0]: [(i, example(i)) for i in range(examples)],
+            splits[1]: [(i, example(i)) for i in range(9)],
         },
         data_dir=folder,
         file_format=file_format,
@@ -105,6 +108,18 @@ def test_fake():
     assert (unlabelled.labels == -1).all() and unlabelled.num_classes == 0
 
 
+def test_the_unlabelled_split_of_a_set_with_classes(tmp_path):
+    """As STL10 has it: its own labels do not count, those of another split may vote."""
+    write_tfds(tmp_path, splits=("unlabelled", "train"), examples=12, shards=1)
+    fields = {"dir": str(tmp_path), "train_split": "unlabelled", "bank_split": "train"}
+    c = config("tfds:tiny", **fields)
+    train, bank = sources.open_source(c, "train"), sources.open_source(c, "bank")
+    assert (train.num_examples, train.num_classes, train.class_names) == (12, 0, ())
+    assert (train.labels == -1).all()
+    assert (bank.num_examples, bank.num_classes) == (9, 3)
+    assert sorted(bank.labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_folder_with_classes(tmp_path):
     for name, files in {"b_dog": ["1.JPG", "2.png"], "a_cat": ["x.jpeg", "deep/y.PNG"]}.items():
         for i, file in enumerate(files):
@@ -113,7 +128,8 @@ def test_folder_with_classes(tmp_path):
     (tmp_path / "a_cat" / "._x.jpeg").write_text("what another system leaves behind")
     source = sources.open_source(config(f"folder:{tmp_path}"), "train")
     assert source.class_names == ("a_cat", "b_dog") and source.num_classes == 2
-    names = [str(pathlib.Path(p).relative_to(tmp_path)) for p in source.fetch(np.arange(4))]
+    paths = [os.fsdecode(p) for p in source.fetch(np.arange(4))]
+    names = [str(pathlib.Path(p).relative_to(tmp_path)) for p in paths]
     assert names == ["a_cat/x.jpeg", "a_cat/deep/y.PNG", "b_dog/1.JPG", "b_dog/2.png"]
     assert source.labels.tolist() == [0, 0, 1, 1]
     assert source.kind == "path" and "b_dog/1.JPG" in source.describe(2)
@@ -134,12 +150,13 @@ def test_folder_splits(tmp_path):
         sources.open_source(config(f"folder:{tmp_path}", train_split="extra"), "train")
 
 
-def test_folder_without_classes(tmp_path):
+def test_folder_without_classes(tmp_path, caplog):
     write(tmp_path / "1.png", 0)
     write(tmp_path / "more" / "2.jpg", 1)
     source = sources.open_source(config(f"folder:{tmp_path}"), "train")
     assert source.num_examples == 2 and source.num_classes == 0
     assert source.labels.tolist() == [-1, -1]
+    assert "1.png lies beside the folders" in caplog.text  # or it is one stray file among classes
     with pytest.raises(UserError, match="no split 'test'"):
         sources.open_source(config(f"folder:{tmp_path}"), "test")
 
@@ -214,6 +231,33 @@ def test_tfds_kinds(tmp_path):
     images, labels = array.read(np.array([5, 0]))
     assert sorted(array.read(np.arange(6))[1].tolist()) == [0, 0, 1, 1, 2, 2]
     assert labels.dtype == np.int32 and Image.open(io.BytesIO(images[0])).size[0] == 10
+
+
+def test_a_sum_of_splits_counts_towards_the_memory_limit(tmp_path):
+    """TFDS does not know the bytes of a sum, which would make it seem to fit anywhere."""
+    write_tfds(tmp_path, shape=(None, None, 3), examples=12)
+    for split in ("train+test", "train[:50%]+test"):
+        c = config("tfds:tiny", dir=str(tmp_path), cache_gib=0.0, train_split=split)
+        assert sources.open_source(c, "train").kind == "stream"
+        c.cache_gib = 1.0
+        assert sources.open_source(c, "train").kind == "encoded"
+
+
+def test_a_damaged_tfds_set_is_one_line(tmp_path):
+    write_tfds(tmp_path, shards=2, examples=12)
+    c = config("tfds:tiny", dir=str(tmp_path))
+    first, _ = sorted(tmp_path.rglob("*train.tfrecord*"))
+    whole = first.read_bytes()
+    size = int.from_bytes(whole[:8], "little") + 16  # of the first record
+    first.write_bytes(whole[:size])
+    with pytest.raises(UserError, match=r"tfds:tiny \(train\) holds 7 of the 12 images"):
+        sources.open_source(c, "train")
+    first.write_bytes(whole[: size + 20])
+    with pytest.raises(UserError, match=r"cannot read tfds:tiny: .*prepare the set again"):
+        sources.open_source(c, "train")
+    first.unlink()
+    with pytest.raises(UserError, match="cannot read tfds:tiny"):
+        sources.open_source(c, "train")
 
 
 def test_tfds_errors(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from common.method import embedding_metrics
 from common.sharding import replicated
 
 CASES = [
@@ -38,9 +39,10 @@ def test_steps_do_not_depend_on_the_number_of_devices(variant, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
-def test_the_first_step_in_float32_is_the_same_on_eight_devices(variant):
-    one, many = (tiny.cached_run(variant, n, "float32") for n in (1, 8))
+def test_the_first_step_in_float32_is_the_same_on_several_devices(variant, devices):
+    one, many = (tiny.cached_run(variant, n, "float32") for n in (1, devices))
     np.testing.assert_allclose(many.metrics[0]["loss"], one.metrics[0]["loss"], rtol=1e-5)
     got, want = (
         np.concatenate([x.ravel() for x in jax.tree.leaves(r.gradient())]) for r in (many, one)
@@ -57,6 +59,8 @@ def test_a_step_compiles_once_and_leaves_its_state_as_it_was(variant):
     run = tiny.cached_run(variant, 8)
     assert run.traces == 1
     assert run.first == run.last
+    share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.state))
+    assert run.step_fn.memory_analysis().alias_size_in_bytes == share  # all of it is donated
     assert int(run.states[-1].step) == 3
     assert {x.dtype for x in jax.tree.leaves(run.states[-1].params)} == {np.dtype("float64")}
 
@@ -118,8 +122,22 @@ def test_metrics_say_what_they_are_called(variant):
         metrics["parameter_norm"], np.linalg.norm(flat(before.params)), rtol=1e-9
     )
     assert metrics["learning_rate"] == 0.5
-    assert 0 < metrics["feature_std"] < 1 and metrics["embedding_norm"] > 0
     assert all(np.shape(x) == () for x in metrics.values())
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_signs_of_collapse(spread):
+    """`feature_std` by its definition; 0 when all features are one."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(1, 5)) + spread * rng.normal(size=(40, 5))
+    embeddings = rng.normal(size=(40, 3))
+    got = embedding_metrics(jnp.asarray(features, jnp.float32), jnp.asarray(embeddings))
+    unit = np.array([row / np.sqrt((row**2).sum()) for row in features])
+    std = np.mean([np.sqrt(((c - c.mean()) ** 2).mean()) for c in unit.T]) * np.sqrt(5)
+    np.testing.assert_allclose(got["feature_std"], std, rtol=1e-5, atol=1e-6)
+    assert std == pytest.approx(0, abs=1e-12) if spread == 0 else std > 0.5
+    length = np.mean([np.sqrt((row**2).sum()) for row in embeddings])
+    np.testing.assert_allclose(got["embedding_norm"], length, rtol=1e-5)
 
 
 def test_the_probe_learns_without_moving_the_encoder():
