@@ -350,7 +350,7 @@ def test_operations_come_in_the_documented_order(preset, grey_first):
     x = ops.rotate(x, p[:, draws.ANGLE])
     steps = [
         lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], a),
-        lambda x: ops.greyscale(x, a.color_style),
+        lambda x: tf.broadcast_to(ops.greyscale(x, a.color_style), x.shape),
     ]
     for step in reversed(steps) if grey_first else steps:
         x = step(x)
@@ -359,7 +359,7 @@ def test_operations_come_in_the_documented_order(preset, grey_first):
     want = np.clip(pixels(x), 0, 255)
     found = run(images, a, seed=3)[:, 0]
     assert np.mean(np.abs(found - want) > 1) < 1e-3  # a value at the threshold may turn
-    assert want.std() > 20
+    assert want.std() > 10
 
 
 def test_rotate():

@@ -145,7 +145,13 @@ def run(method: Any, steps: int = 3, rows: Any = slice(None)) -> Run:
     c, mesh = method.setup.config, method.setup.mesh
     traced = []
     inner = method.train_step
-    method.train_step = lambda *args, **kw: traced.append(1) or inner(*args, **kw)
+
+    @functools.wraps(inner)  # jit looks for the name of the argument to donate
+    def counted(*args: Any) -> Any:
+        traced.append(1)
+        return inner(*args)
+
+    method.train_step = counted
     state, step_fn, root = start(method)
     fetch = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     first, states, metrics = avals(state), [jax.device_get(fetch(state))], []

@@ -113,9 +113,13 @@ def augment_encoded(
         return image, boxes_for(tf.shape(image))
 
     def jpeg_part():
-        boxes = boxes_for(tf.image.extract_jpeg_shape(data))
-        start = tf.reduce_min(boxes[:, :2], axis=0)
-        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0)
+        shape = tf.image.extract_jpeg_shape(data)
+        boxes = boxes_for(shape)
+        # One column more on each side: libjpeg smooths colours between columns, and at the edge of
+        # a window it does not know the next one.
+        start = tf.maximum(tf.reduce_min(boxes[:, :2], axis=0) - [0, 1], 0)
+        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0) + [0, 1]
+        end = tf.minimum(end, shape[:2])
         window = tf.concat([start, end - start], axis=0)
         image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
         return image, boxes - tf.concat([start, [0, 0]], axis=0)

@@ -240,7 +240,14 @@ def _run(
 
 def _note_corrupt(source: StreamSource, encoded: tf.data.Dataset, error: Exception) -> None:
     """Marks or reports the corrupt examples of the first batch that has new ones."""
-    for ids, _, images in encoded.as_numpy_iterator():
+    batches = encoded.as_numpy_iterator()
+    while True:
+        try:
+            ids, _, images = next(batches)
+        except StopIteration:
+            raise error from None
+        except tf.errors.OpError as record_error:  # not an image but its record is damaged
+            raise unreadable(source.name, record_error) from None
         bad = [int(i) for i, x in zip(ids, images, strict=True) if not corrupt.decodes(x)]
         new = [i for i in bad if i not in source.replaced]
         if not new:
@@ -251,4 +258,3 @@ def _note_corrupt(source: StreamSource, encoded: tf.data.Dataset, error: Excepti
             source.replaced[index] = -1  # by a neighbour in its batch
             corrupt.warn(source, index, "its neighbour")
         return
-    raise error
