@@ -290,3 +290,71 @@ def test_groups_that_do_not_divide_the_batch_and_odd_patches_are_refused():
         norm.apply(variables, x, True, mutable=["batch_stats"])
     with pytest.raises(UserError, match="multiple of 4, found 30x28"):
         resnet.space_to_depth(jnp.zeros((1, 30, 28, 3)), 4)
+
+
+def bottlenecks(fold_norm, dtype, groups=1):
+    """Two bottleneck blocks: with a strided downsampling convolution, and without."""
+    norm = functools.partial(resnet.BatchNorm, groups=groups, dtype=dtype)
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            for stride in (2, 1):
+                x = resnet.Block(4, stride, True, norm, dtype, fold_norm)(x, train)
+            return x
+
+    return Two()
+
+
+def loss_and_gradient(model, variables, x, dy):
+    def forward(params, x):
+        variables_ = {"params": params, "batch_stats": variables["batch_stats"]}
+        y, new = model.apply(variables_, x, True, mutable=["batch_stats"])
+        return (y.astype(dy.dtype) * dy).sum(), (y, new["batch_stats"])
+
+    (_, (y, new)), grads = jax.jit(jax.value_and_grad(forward, (0, 1), has_aux=True))(
+        variables["params"], x
+    )
+    return {"y": y, "stats": new, "grads": grads}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_folded_norm_is_the_same_function(groups):
+    """Values, statistics and gradients of convolution and batch norm one after the other."""
+    rng = np.random.default_rng(5)
+    x, dy = rng.normal(1, 2, (8, 6, 6, 8)), rng.normal(size=(8, 3, 3, 16))
+    with jax.enable_x64(True):
+        plain, folded = (bottlenecks(fold, jnp.float64, groups) for fold in (False, True))
+        variables = drawn(plain, x, False)
+        assert jax.tree.structure(variables) == jax.tree.structure(drawn(folded, x, False))
+        want, got = (loss_and_gradient(m, variables, x, dy) for m in (plain, folded))
+        tiny.assert_close(got, want, 1e-10, 1e-12)
+        evaluate = [jax.jit(m.apply, static_argnums=2)(variables, x, False)
+                    for m in (plain, folded)]  # fmt: skip
+        np.testing.assert_allclose(*evaluate, rtol=1e-10, atol=1e-12)
+
+
+def test_folded_norm_in_bfloat16_is_as_near_to_the_truth_as_the_plain_one():
+    """Error of the outputs, of the statistics and of the whole gradient against float64."""
+    rng = np.random.default_rng(6)
+    x, dy = rng.normal(1, 2, (64, 6, 6, 8)), rng.normal(size=(64, 3, 3, 16))
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+    with jax.enable_x64(True):
+        exact = bottlenecks(False, jnp.float64)
+        variables = drawn(exact, x, False)
+        truth = loss_and_gradient(exact, variables, x.astype(np.float64), dy)
+    variables, dy = jax.tree.map(np.float32, (variables, dy))
+
+    def error(fold_norm):
+        found = loss_and_gradient(bottlenecks(fold_norm, jnp.bfloat16), variables, x, dy)
+        flat = {k: np.concatenate([np.ravel(np.asarray(leaf, np.float64))
+                                   for leaf in jax.tree.leaves(v)])
+                for k, v in found.items()}  # fmt: skip
+        want = {k: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(v)])
+                for k, v in truth.items()}  # fmt: skip
+        return {k: np.linalg.norm(flat[k] - want[k]) / np.linalg.norm(want[k]) for k in want}
+
+    plain, folded = error(False), error(True)
+    assert max(plain.values()) < 0.2  # bfloat16 has eight bits, and turns some ReLUs
+    for name in plain:
+        assert folded[name] < 1.25 * plain[name], (name, folded, plain)

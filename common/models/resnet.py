@@ -12,8 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from common.errors import UserError
+from common.models import fold
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
 DEPTHS = {
@@ -25,6 +27,10 @@ DEPTHS = {
     200: (True, (3, 24, 36, 3)),
 }
 STEMS = ("imagenet", "cifar", "patch2", "patch4")
+# What the backward pass finds stored and what it computes again, from least to most memory saved:
+# docs/tpu.md has the figures.
+REMAT = ("none", "convs", "blocks")
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -57,11 +63,20 @@ class BatchNorm(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises `x [b, ..., c]` per channel; `train` uses and records batch statistics."""
-        channels = x.shape[-1]
+    def __call__(self, x: jax.Array, train: bool, kernel: jax.Array | None = None) -> jax.Array:
+        """Normalises per channel.
+
+        Args:
+            x: `[b, ..., c]`.
+            train: use and record batch statistics.
+            kernel: `[c, d]`: normalise `x [b, h, w, c]` times that, without computing it first
+                (`common/models/fold.py`).
+
+        Returns:
+            `[b, ..., c]`, with a kernel `[b, h, w, d]`.
+        """
+        channels = x.shape[-1] if kernel is None else kernel.shape[-1]
         kind = at_least_float32(self.dtype)
-        per_channel = (1,) * x.ndim + (channels,)  # the rank of `x` split into groups
         mean_ref = self.variable("batch_stats", "mean", jnp.zeros, (channels,), kind)
         var_ref = self.variable("batch_stats", "var", jnp.ones, (channels,), kind)
         if train and not self.is_initializing():
@@ -72,27 +87,47 @@ class BatchNorm(nn.Module):
                     f"forward pass: choose one of {', '.join(map(str, divisors[:12]))}"
                 )
             blocks = x.reshape((self.groups, x.shape[0] // self.groups) + x.shape[1:])
-            axes = tuple(range(1, blocks.ndim - 1))
-            wide = blocks.astype(kind)
-            # One pass over x: XLA fuses both sums. Clipped, because E[x^2] - E[x]^2 may round
-            # below zero.
-            mean = wide.mean(axes, keepdims=True)
-            var = jnp.maximum((wide * wide).mean(axes, keepdims=True) - mean * mean, 0.0)
+            if kernel is None:
+                axes = tuple(range(1, blocks.ndim - 1))
+                wide = blocks.astype(kind)
+                # One pass over x: XLA fuses both sums. Clipped, because E[x^2] - E[x]^2 may round
+                # below zero.
+                mean = wide.mean(axes)
+                var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
+            else:
+                mean, var = fold.output_moments(blocks, kernel)
             for ref, new in ((mean_ref, mean), (var_ref, var)):
-                new = new.reshape(self.groups, channels).mean(0)
-                ref.value = self.momentum * ref.value + (1 - self.momentum) * new
+                ref.value = self.momentum * ref.value + (1 - self.momentum) * new.mean(0)
         else:
-            blocks, mean, var = x[None], mean_ref.value, var_ref.value
-            mean, var = (v.reshape(per_channel) for v in (mean, var))
-        scale = jax.lax.rsqrt(var + self.epsilon)
+            blocks, mean, var = x[None], mean_ref.value[None], var_ref.value[None]
+        scale = jax.lax.rsqrt(var + self.epsilon)  # like mean and var [g, channels]
         if self.use_scale:
             init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
-            scale = scale * self.param("scale", init, (channels,), kind).reshape(per_channel)
+            scale = scale * self.param("scale", init, (channels,), kind)[None]
         shift = -mean * scale
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (channels,), kind)
-            shift = shift + bias.reshape(per_channel)
-        return (blocks.astype(kind) * scale + shift).astype(self.dtype).reshape(x.shape)
+            shift = shift + self.param("bias", nn.initializers.zeros, (channels,), kind)[None]
+
+        def spread(v: jax.Array) -> jax.Array:  # to the rank of `blocks`
+            return v.reshape(v.shape[:1] + (1,) * (blocks.ndim - 2) + v.shape[1:])
+
+        if kernel is None:
+            y = blocks.astype(kind) * spread(scale)
+        else:
+            y = fold.product(blocks, kernel[None] * scale[:, None])
+        return (y + spread(shift)).astype(self.dtype).reshape(x.shape[:-1] + (channels,))
+
+
+class Kernel(nn.Module):
+    """The kernel `[1, 1, c, d]` of a 1x1 convolution that somebody else applies, as `[c, d]`."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, channels: int) -> jax.Array:
+        shape = (1, 1, channels, self.features)
+        return self.param("kernel", KERNEL_INIT, shape, at_least_float32(self.dtype))[0, 0]
 
 
 def conv(
@@ -107,7 +142,7 @@ def conv(
         use_bias=False,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=KERNEL_INIT,
         name=name,
     )
 
@@ -120,26 +155,32 @@ class Block(nn.Module):
     bottleneck: bool
     norm: Any
     dtype: Any
+    fold_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        layer = functools.partial(conv, dtype=self.dtype)
         width = self.features * (4 if self.bottleneck else 1)
-        shapes = (
-            [(self.features, 1, 1), (self.features, 3, self.stride), (width, 1, 1)]
-            if self.bottleneck
-            else [(self.features, 3, self.stride), (self.features, 3, 1)]
-        )
-        y = x
-        for i, (features, size, stride) in enumerate(shapes, 1):
-            last = i == len(shapes)
-            y = layer(features, size, stride, name=f"conv{i}")(y)
-            y = self.norm(zero_scale=last, name=f"bn{i}")(y, train)
-            y = y if last else nn.relu(y)
+        if self.bottleneck:
+            y = nn.relu(self._conv_norm(x, "1", self.features, 1, 1, train))
+            y = nn.relu(self._conv_norm(y, "2", self.features, 3, self.stride, train))
+            y = self._conv_norm(y, "3", width, 1, 1, train, zero_scale=True)
+        else:
+            y = nn.relu(self._conv_norm(x, "1", self.features, 3, self.stride, train))
+            y = self._conv_norm(y, "2", self.features, 3, 1, train, zero_scale=True)
         if x.shape != y.shape:
-            x = layer(width, 1, self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x, train)
+            x = self._conv_norm(x, "downsample_", width, 1, self.stride, train)
         return nn.relu(x + y)
+
+    def _conv_norm(
+        self, x: jax.Array, name: str, features: int, size: int, stride: int, train: bool, **norm
+    ) -> jax.Array:
+        names = [name + kind if name.endswith("_") else kind + name for kind in ("conv", "bn")]
+        normalise = self.norm(name=names[1], **norm)
+        if self.fold_norm and size == 1 and self.bottleneck and features > x.shape[-1]:
+            x = x[:, ::stride, ::stride].astype(self.dtype)
+            return normalise(x, train, Kernel(features, self.dtype, name=names[0])(x.shape[-1]))
+        y = conv(features, size, stride, self.dtype, names[0])(x)
+        return normalise(checkpoint_name(y, "conv"), train)
 
 
 class ResNet(nn.Module):
@@ -154,6 +195,10 @@ class ResNet(nn.Module):
             "patch2"/"patch4" (p x p patches, one linear map: small images on a CPU).
         bn_groups: blocks of the batch that share statistics, see `BatchNorm`.
         dtype: of the convolutions.
+        remat: "none" (store everything for the backward pass), "convs" (of a residual block, store
+            its input and its convolutions' outputs) or "blocks" (store its input only).
+        fold_norm: in bottlenecks, work the batch norm of a widening 1x1 convolution into its
+            kernel (`common/models/fold.py`): the same function with less memory traffic.
     """
 
     depth: int = 50
@@ -163,6 +208,8 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     bn_groups: int = 1
     dtype: Any = jnp.float32
+    remat: str = "none"
+    fold_norm: bool = True
 
     @property
     def feature_dim(self) -> int:
@@ -199,12 +246,18 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             # zeros are below every ReLU output, so they pad a maximum as -inf does
             x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+        block = Block
+        if self.remat != "none":
+            convs = jax.checkpoint_policies.save_only_these_names("conv")
+            policy = convs if self.remat == "convs" else None
+            block = nn.remat(Block, static_argnums=(2,), policy=policy)  # `train` is no array
         for i, blocks in enumerate(stages):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                x = Block(
-                    width * 2**i, stride, bottleneck, norm, self.dtype, name=f"layer{i + 1}_{j}"
-                )(x, train)
+                x = block(
+                    width * 2**i, stride, bottleneck, norm, self.dtype, self.fold_norm,
+                    name=f"layer{i + 1}_{j}",
+                )(x, train)  # fmt: skip
         return x.astype(at_least_float32(self.dtype)).mean((1, 2))
 
 
@@ -223,7 +276,7 @@ def make_encoder(config: Any) -> ResNet:
     """Builds the encoder of `config.model`.
 
     Raises:
-        UserError: for an unknown depth or stem.
+        UserError: for an unknown depth, stem or remat.
     """
     model = config.model
     if not model.stages and model.depth not in DEPTHS:
@@ -231,6 +284,8 @@ def make_encoder(config: Any) -> ResNet:
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "
             "or give model.stages=(blocks, blocks, ...)"
         )
+    if model.remat not in REMAT:
+        raise UserError(f"model.remat={model.remat!r} is unknown: choose one of {', '.join(REMAT)}")
     if model.stem not in STEMS:
         raise UserError(f"model.stem={model.stem!r} is unknown: choose one of {', '.join(STEMS)}")
     return ResNet(
@@ -241,4 +296,6 @@ def make_encoder(config: Any) -> ResNet:
         stem=model.stem,
         bn_groups=model.bn_groups,
         dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
+        fold_norm=model.fold_norm,
     )
