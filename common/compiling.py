@@ -11,6 +11,21 @@ from common.data import presets
 from common.method import Method
 from common.sharding import batch_sharding, replicated
 
+# XLA options of the train step on TPU; docs/tpu.md says what each bought, and what others did not.
+TPU_OPTIONS = {
+    "xla_tpu_scoped_vmem_limit_kib": "65536",  # larger fusions: fewer trips to the memory
+}
+
+
+def compiler_options(platform: str, config: ConfigDict) -> dict[str, str] | None:
+    """What to compile a train step with; None is XLA's defaults.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        config: `tpu_compiler_options=False` turns all of `TPU_OPTIONS` off.
+    """
+    return dict(TPU_OPTIONS) if platform == "tpu" and config.tpu_compiler_options else None
+
 
 def compile_step(
     method: Method, config: ConfigDict, mesh: Mesh, abstract: Any, shardings: Any
@@ -18,12 +33,12 @@ def compile_step(
     """Compiles the train step once.
 
     The compiled object refuses every other shape or sharding, so that a run cannot recompile
-    unseen; its analysis gives the FLOPs of the start-up summary.
+    unseen; its analysis gives the FLOPs of the start-up summary, and all of `--mode=plan`.
 
     Args:
         method: gives `train_step`.
         config: for the batch.
-        mesh: the device mesh.
+        mesh: the device mesh; its devices may be described only (`jax.experimental.topologies`).
         abstract: the state's `jax.eval_shape`.
         shardings: the state's, from `state_shardings`.
     """
@@ -43,4 +58,6 @@ def compile_step(
         donate_argnames=("state",),
         out_shardings=(shardings, replicated(mesh)),
     )
-    return step.lower(jax.tree.map(place, abstract, shardings), batch, key).compile()
+    lowered = step.lower(jax.tree.map(place, abstract, shardings), batch, key)
+    options = compiler_options(mesh.devices.flat[0].platform, config)
+    return lowered.compile(compiler_options=options)

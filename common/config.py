@@ -13,6 +13,7 @@ from common.errors import UserError
 # was taken, or what a score means.
 FREE_ON_RESUME = (
     "log_every",
+    "profile",
     "checkpoint",
     "evaluate.every",
     "evaluate.batch_size",
@@ -20,6 +21,8 @@ FREE_ON_RESUME = (
     "data.dir",
     "data.cache_gib",
     "data.on_corrupt",
+    "model.remat",
+    "tpu_compiler_options",
 )
 
 _AT_LEAST = {
@@ -52,6 +55,8 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.batch_size = 256  # images of the global batch; each gives two views
     c.duration = "100 epochs"
     c.log_every = 50  # steps
+    c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
+    c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
     c[method] = method_config
     c.data = sources.default_config()
     c.augment = presets.default_config("simclr")
@@ -65,6 +70,8 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
             "stem": "imagenet",  # imagenet | cifar | patch2 | patch4
             "bn_groups": 1,  # blocks of the global batch that share batch statistics
             "dtype": "float32",  # of convolutions and matrix products: float32 | bfloat16
+            "remat": "none",  # less memory, more work: none | convs | blocks
+            "fold_norm": True,  # batch norm worked into widening 1x1 convolutions: less traffic
         }
     )
     c.head = ConfigDict({"kind": "simclr", "layers": 2, "hidden": 0, "dim": 128})

@@ -1,0 +1,169 @@
+"""Compiles a config's train step for devices that are here, or for a TPU slice that is not.
+
+libtpu brings the real compiler, and a topology is enough for it: memory, traffic and collectives
+are what a run on such a slice would have. Each slice is compiled in a process of its own, because
+a fault in the compiler ends the process.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common.compiling import compile_step
+from common.errors import UserError
+from common.method import Method, Setup, make_setup
+from common.plan import collectives
+from common.sharding import local_rows, make_mesh, state_shardings
+
+_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is compiled; all of it travels to another process.
+
+    Attributes:
+        make_method: class of the method.
+        config: of the run.
+        steps: of the whole run, and of an epoch.
+        num_classes: of the data, 0 without labels.
+    """
+
+    make_method: Callable[[Setup], Method]
+    config: ConfigDict
+    steps: tuple[int, int]
+    num_classes: int
+
+
+def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
+    """Compiles for a mesh; returns what the compiler says, all of it for one device.
+
+    Returns:
+        `devices`; `compile_seconds`; `arguments`, `temporaries`, `outputs`, `aliased` and `peak`
+        in bytes; `flops` and `bytes_accessed`; `collectives`, a list of (kind, bytes, group);
+        or, when the program does not fit, `out_of_memory`: `{"peak": ..., "capacity": ...}`.
+    """
+    local_rows(mesh, task.config.batch_size)  # refuses a batch that cannot be split
+    setup = make_setup(task.config, mesh, *task.steps, task.num_classes)
+    method = task.make_method(setup)
+    abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
+    begin = time.perf_counter()
+    try:
+        compiled = compile_step(
+            method, task.config, mesh, abstract, state_shardings(mesh, abstract)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        match = _OUT_OF_MEMORY.search(str(error))
+        if not match:
+            raise
+        used, capacity = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
+        found = {"out_of_memory": {"peak": used, "capacity": capacity}}
+        return {"devices": mesh.size, "compile_seconds": time.perf_counter() - begin} | found
+    seconds = time.perf_counter() - begin
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "devices": mesh.size,
+        "compile_seconds": seconds,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "peak": live + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
+        "collectives": [
+            dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), mesh.size)
+        ],
+    }
+
+
+def for_topology(task: Task, topology: str) -> dict[str, Any]:
+    """`for_mesh` of a described TPU slice, e.g. "v5e:4x8".
+
+    Raises:
+        UserError: without libtpu, for a topology it does not know, for a mistake in the config,
+            or when the compiler died.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for a TPU needs its compiler: pip install -U 'jax[tpu]' (it runs on any "
+            "Linux machine; no TPU is needed)"
+        )
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r+", suffix=".log", errors="replace") as log:
+        with _environment(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1"):
+            child = context.Process(target=_child, args=(task, topology, sender, log.name))
+            child.start()
+        sender.close()
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            kind, value = "died", None
+        finally:
+            child.join()
+        if kind == "died":
+            last = [line.strip() for line in log.read().splitlines() if line.strip()][-1:]
+            raise UserError(
+                f"the TPU compiler died on {topology} (exit status {child.exitcode}"
+                f"{', ' + last[0][:200] if last else ''}): a fault in libtpu, known for ResNets on "
+                "v6e; plan for another topology, or with another version of libtpu"
+            )
+    if kind == "error":
+        raise UserError(value)
+    return value
+
+
+def _child(task: Task, topology: str, sender: Any, log: str) -> None:
+    """Sends ("result" | "error", value), unless it dies."""
+    # libtpu speaks to the file descriptors, of a machine it does not find itself on
+    out = os.open(log, os.O_WRONLY | os.O_APPEND)
+    sys.stderr.flush()
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from jax.experimental import topologies
+
+    try:
+        try:
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"libtpu knows no topology {topology!r} ({reason}): write e.g. v5e:4x8, v4:4x4x4 "
+                "or v3:8x8"
+            ) from error
+        sender.send(("result", for_mesh(task, make_mesh(described.devices))))
+    except UserError as error:
+        sender.send(("error", str(error)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:600]
+        sender.send(("error", f"the TPU compiler refused the step for {topology}: {reason}"))
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Any:
+    """Sets environment variables for a child that starts now."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

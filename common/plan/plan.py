@@ -1,0 +1,181 @@
+"""`--mode=plan`: what a config costs on some devices, before anybody rents them."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from common import config as configs
+from common.data import sources
+from common.errors import UserError
+from common.method import Method, Setup
+from common.models.resnet import REMAT
+from common.optim import steps_of
+from common.plan import chips, collectives, measure, table
+from common.sharding import make_mesh
+
+# Images and classes of the sets that people plan for without having them: name, split.
+KNOWN = {
+    ("imagenet2012", "train"): (1_281_167, 1000),
+    ("cifar10", "train"): (50_000, 10),
+    ("cifar100", "train"): (50_000, 100),
+    ("stl10", "train"): (5_000, 10),
+    ("stl10", "unlabelled"): (100_000, 0),
+    ("stl10", "train+unlabelled"): (105_000, 10),
+}
+LOCAL = "local"
+
+
+def plan(
+    make_method: Callable[[Setup], Method], config: ConfigDict, topologies: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Compiles the train step of `config` for each topology, and prints what it costs.
+
+    A table goes to stderr, a JSON object for each row to stdout. Where the step does not fit, it is
+    compiled again with the policies of `model.remat` until one does.
+
+    Args:
+        make_method: class of the method.
+        config: of the run.
+        topologies: TPU slices such as "v5e:4x8"; none means the devices of this machine.
+
+    Returns:
+        What was printed as JSON: one dictionary a row, sizes in GiB (`_gib`), work in 1e12
+        operations and traffic in 1e9 bytes of one device and one step, times in ms, `hours` of the
+        whole run; `rates` are those that the bounds were made with.
+
+    Raises:
+        UserError: for a mistake in the config, an unknown topology, or without libtpu.
+    """
+    configs.check(config)
+    n, classes = data_of(config)
+    if config.batch_size > n:
+        raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
+    per_epoch = n // config.batch_size
+    total = steps_of(config.duration, per_epoch, name="duration")
+    rows = []
+    for topology in topologies or (LOCAL,):
+        tried = [config.model.remat]
+        if tried == ["none"]:
+            tried += [policy for policy in REMAT if policy != "none"]
+        for remat in tried:
+            changed = config.copy_and_resolve_references()
+            with changed.unlocked():
+                changed.model.remat = remat
+            task = measure.Task(make_method, changed, (max(1, total), per_epoch), classes)
+            _say(f"compiling for {topology}, remat={remat} (minutes on a laptop) ...")
+            found = _compiled(task, topology)
+            rows.append(_row(task, topology, found))
+            print(json.dumps(rows[-1]), flush=True)
+            if rows[-1]["fits"] is not False:
+                break
+    _say("\n" + table.render(rows))
+    return rows
+
+
+def data_of(config: ConfigDict) -> tuple[int, int]:
+    """Number of images to train on, and of classes; of well-known sets also where they are not.
+
+    Raises:
+        UserError: the data is neither here nor known.
+    """
+    kind, _, name = config.data.source.partition(":")
+    known = KNOWN.get((name.partition(":")[0].partition("/")[0], config.data.train_split))
+    if kind == "tfds" and known:
+        return known
+    source = sources.open_source(config.data, "train")
+    return source.num_examples, source.num_classes
+
+
+def _compiled(task: measure.Task, topology: str) -> dict[str, Any]:
+    if topology != LOCAL:
+        return measure.for_topology(task, topology)
+    return measure.for_mesh(task, make_mesh())
+
+
+def _row(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table, in units for people."""
+    config, devices = task.config, found["devices"]
+    device = _device(topology)
+    row: dict[str, Any] = {
+        "topology": topology,
+        "device": device.name if device else _kind(topology),
+        "devices": devices,
+        "chips": devices // (device.devices_per_chip if device else 1),
+        "method": config.method,
+        "batch": config.batch_size,
+        "batch_per_device": config.batch_size // devices,
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "steps": task.steps[0],
+        "compile_seconds": round(found["compile_seconds"], 1),
+        "hbm_gib": device.hbm_gib if device else None,
+    }
+    if "out_of_memory" in found:
+        peak, capacity = found["out_of_memory"]["peak"], found["out_of_memory"]["capacity"]
+        advice = _advice(row, peak / capacity)
+        return row | {"fits": False, "peak_gib": _gib(peak), "advice": advice}
+    names = ("arguments", "temporaries", "outputs", "aliased", "peak")
+    row |= {f"{name}_gib": _gib(found[name]) for name in names}
+    full = found["peak"] / (device.hbm_gib * chips.GIB) if device else None
+    row["fits"] = None if full is None else full <= 1
+    if row["fits"] is False:
+        row["advice"] = _advice(row, full)
+    moved = [collectives.Collective(*c) for c in found["collectives"]]
+    row |= {
+        "tflop": _rounded(found["flops"], 1e12),
+        "gb_accessed": _rounded(found["bytes_accessed"], 1e9),
+        "collectives": collectives.totals(moved),
+    }
+    if device:
+        bounds = {
+            "arithmetic_ms": 1e-9 * found["flops"] / device.tflops,
+            "memory_ms": 1e-6 * found["bytes_accessed"] / device.hbm_gb_per_s,
+            # the links belong to the chip
+            "ici_ms": 1e-6 * sum(c.traffic for c in moved)
+            / (device.ici_gb_per_s if devices > 1 else float("inf")),
+        }  # fmt: skip
+        slowest = max(bounds.values())
+        row |= {name: round(value, 2) for name, value in bounds.items()}
+        row["images_per_second"] = round(1e3 * config.batch_size / slowest)
+        row["hours"] = round(task.steps[0] * slowest / 3.6e6, 2)
+        row["rates"] = dataclasses.asdict(device)
+    return row
+
+
+def _kind(topology: str) -> str:
+    return jax.devices()[0].device_kind if topology == LOCAL else topology.partition(":")[0]
+
+
+def _device(topology: str) -> chips.Device | None:
+    return chips.of_kind(jax.devices()[0].device_kind) if topology == LOCAL else (
+        chips.of_topology(topology))  # fmt: skip
+
+
+def _advice(row: dict[str, Any], full: float) -> str:
+    """What would fit, `full` being peak by capacity: memory goes with the images of a device."""
+    share = 0.9 / full
+    batch = max(1, int(row["batch_per_device"] * share)) * row["devices"]
+    chips_needed = 2 * row["chips"]
+    while chips_needed * share < row["chips"]:
+        chips_needed *= 2
+    return (
+        f"does not fit: try batch_size={batch}, {chips_needed} chips, or a stronger model.remat "
+        f"({', '.join(REMAT)})"
+    )
+
+
+def _gib(size: float) -> float:
+    return round(size / chips.GIB, 2)
+
+
+def _rounded(value: float | None, unit: float) -> float | None:
+    return None if value is None else round(value / unit, 6)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

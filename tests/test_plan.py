@@ -1,0 +1,200 @@
+"""Planning: collectives of a program, bounds, the table, and what is said of mistakes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+import main
+from common.errors import UserError
+from common.plan import chips, collectives, measure, table
+from common.plan.plan import data_of, plan
+from common.sharding import AXIS, make_mesh
+
+HLO = """
+  %all-reduce.3 = (f32[64]{0}, bf16[10,3]{1,0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
+  %ag = f32[64,128]{1,0:T(8,128)} all-gather(f32[8,128]{1,0} %x), replica_groups={{0,1},{2,3}}
+  ROOT %rs.1 = f32[8,128]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}
+  %s = ((f32[8]{0}), (f32[64]{0})) all-gather-start(%z), replica_groups=[1,8]<=[8]
+  %d = f32[64]{0} all-gather-done(%s)
+  %p = (u8[100]{0}, u8[100]{0}, u32[], u32[]) collective-permute-start(%q), channel_id=1
+  %t = u8[16,4]{1,0} all-to-all(u8[16,4]{1,0} %r), replica_groups={}
+  %copy = u8[100]{0} collective-permute(%q), channel_id=1
+  %other = u8[7]{0} collective-permute(%q), channel_id=2
+  %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
+"""
+
+
+def test_collectives_of_a_text():
+    got = collectives.read(HLO, 8)
+    assert [(c.kind, c.bytes, c.group) for c in got] == [
+        ("all-reduce", 64 * 4 + 30 * 2, 8),
+        ("all-gather", 64 * 128 * 4, 2),
+        ("reduce-scatter", 4 * 8 * 128 * 4, 4),  # the operand, which is the group's
+        ("all-gather", 64 * 4, 8),
+        ("collective-permute", 100, 8),
+        ("all-to-all", 64, 8),
+        ("collective-permute", 7, 8),
+    ]
+    assert got[0].traffic == 2 * 7 / 8 * 316 and got[1].traffic == 64 * 128 * 4 / 2
+    assert got[4].traffic == 100
+    totals = collectives.totals(got)
+    assert totals["all-gather"] == {"count": 2, "bytes": 64 * 128 * 4 + 256}
+    assert next(iter(totals)) == "all-gather"
+
+
+def test_collectives_of_a_real_program():
+    mesh = make_mesh(jax.devices()[:4])
+
+    def local(x):
+        return jax.lax.psum(jax.lax.all_gather(x, AXIS, tiled=True).sum(0), AXIS)
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec())
+    compiled = jax.jit(f).lower(jnp.zeros((16, 6))).compile()
+    got = {(c.kind, c.bytes, c.group) for c in collectives.read(compiled.as_text(), 4)}
+    assert got == {("all-gather", 16 * 6 * 4, 4), ("all-reduce", 6 * 4, 4)}
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_plan_of_this_machine(remat, capsys):
+    """The step that a run compiles: its state is what goes in, and what comes out is donated."""
+    c = tiny.config("moco", data__source="fake", data__fake_examples=64, model__remat=remat,
+                    model__bn_groups=8)  # fmt: skip
+    (row,) = plan(main.METHODS["moco"], c)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == row
+    assert (row["devices"], row["batch"], row["batch_per_device"]) == (8, 16, 2)
+    assert row["fits"] is None and row["hbm_gib"] is None and row["tflop"] > 0
+    assert "all-reduce" in row["collectives"] and row["remat"] == remat
+    assert "topology" in printed.err and "local" in printed.err
+    found = measure.for_mesh(measure.Task(main.METHODS["moco"], c, (8, 4), 10), make_mesh())
+    state = tiny.place_state(main.METHODS["moco"](tiny.make_setup(c, make_mesh(), 8, 4, 10)))
+    share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert found["aliased"] == share
+    assert found["peak"] == (
+        found["arguments"] + found["temporaries"] + found["outputs"] - found["aliased"]
+    )
+
+
+def row_for(topology, monkeypatch, **found):
+    """The row of a plan with made-up findings for 32 devices."""
+    base = {
+        "devices": 32, "compile_seconds": 1.0, "arguments": 2**30, "temporaries": 2**32,
+        "outputs": 2**30, "aliased": 2**30, "peak": 5 * 2**30, "flops": 6.17e12,
+        "bytes_accessed": 83.5e9, "collectives": [("all-reduce", 100_000_000, 32)],
+    }  # fmt: skip
+    monkeypatch.setattr(measure, "for_topology", lambda task, name: base | found)
+    c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
+    return plan(main.METHODS["simclr"], c, [topology])
+
+
+def test_bounds_by_hand(monkeypatch, capsys):
+    """v5e: 197 TFLOP/s, 819 GB/s, 200 GB/s of links; the slowest bounds the step."""
+    (row,) = row_for("v5e:4x8", monkeypatch)
+    assert row["arithmetic_ms"] == pytest.approx(6.17 / 197 * 1e3, abs=0.01)
+    assert row["memory_ms"] == pytest.approx(83.5 / 819 * 1e3, abs=0.01)
+    assert row["ici_ms"] == pytest.approx(2 * 31 / 32 * 0.1 / 200 * 1e3, abs=0.01)
+    assert row["images_per_second"] == pytest.approx(4096 / (83.5 / 819), rel=1e-3)
+    assert row["hours"] == pytest.approx(8 * 83.5 / 819 / 3600, abs=0.01)
+    assert row["fits"] is True and row["chips"] == 32 and row["peak_gib"] == 5
+    text = capsys.readouterr().err
+    assert (
+        "v5e:4x8" in text and "197 bfloat16 TFLOP/s" in text and "1 all-reduce of 100.00 MB" in text
+    )
+
+
+def test_a_v3_device_is_half_a_chip(monkeypatch):
+    (row,) = row_for("v3:4x4", monkeypatch)
+    assert (row["devices"], row["chips"], row["hbm_gib"]) == (32, 16, 16)
+
+
+def test_what_does_not_fit_is_tried_with_remat(monkeypatch, capsys):
+    rows = row_for("v5e:4x8", monkeypatch, peak=40 * 2**30)
+    assert [r["remat"] for r in rows] == ["none", "convs", "blocks"]
+    assert all(r["fits"] is False for r in rows)
+    assert "batch_size=1472" in rows[0]["advice"] and "128 chips" in rows[0]["advice"]
+    assert " NO " in capsys.readouterr().err
+    rows = row_for("v5e:4x8", monkeypatch, out_of_memory={"peak": 2 * 2**34, "capacity": 2**34})
+    assert rows[0]["peak_gib"] == 32 and "does not fit" in rows[0]["advice"]
+
+
+def test_the_table_lines_up():
+    row = {
+        "topology": "v4:2x2x1", "chips": 4, "batch": 64, "batch_per_device": 16, "remat": "none",
+        "peak_gib": 1.5, "hbm_gib": 32, "fits": True, "collectives": {}, "device": "x",
+    }  # fmt: skip
+    lines = table.render([row, row | {"topology": "local", "hbm_gib": None, "fits": None}])
+    head, first, second = lines.splitlines()[:3]
+    assert len(head) == len(first) == len(second)
+    assert first.split()[-2:] == ["-", "-"] and "?" in second
+
+
+def test_devices_by_name():
+    assert chips.of_topology("v5p:4x4x4").hbm_gib == 95
+    assert chips.of_topology("v9:1") is None
+    assert chips.of_kind("TPU v5 lite") is chips.TPUS["v5e"]
+    assert chips.of_kind("TPU v4") is chips.TPUS["v4"]
+    assert chips.of_kind("NVIDIA H100 80GB HBM3").tflops == 989
+    assert chips.of_kind("cpu") is None
+
+
+def test_the_data_need_not_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert data_of(tiny.config("simclr", data__source="tfds:imagenet2012:5.1.0")) == (
+        1_281_167, 1000)  # fmt: skip
+    stl = tiny.config("simclr", data__source="tfds:stl10", data__train_split="unlabelled")
+    assert data_of(stl) == (100_000, 0)
+    assert data_of(tiny.config("simclr", data__source="embedded")) == (10_000, 10)
+    with pytest.raises(UserError, match="no data set tfds:nothing"):
+        data_of(tiny.config("simclr", data__source="tfds:nothing"))
+
+
+def test_mistakes(monkeypatch):
+    c = tiny.config("simclr", data__source="fake")
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -U .jax\[tpu\]"):
+        plan(main.METHODS["simclr"], c, ["v5e:4x8"])
+    c = tiny.config("simclr", data__source="fake", batch_size=12)
+    with pytest.raises(UserError, match="batch_size=12 cannot be split over 8 devices"):
+        plan(main.METHODS["simclr"], c)
+    c = tiny.config("simclr", data__source="fake", data__fake_examples=8)
+    with pytest.raises(UserError, match="only 8 images"):
+        plan(main.METHODS["simclr"], c)
+
+
+def die(task, topology, sender, log):
+    """Stands for a compiler that overflows its stack."""
+    import os
+    import pathlib
+
+    pathlib.Path(log).write_text("I have a bad feeling\n*** SIGSEGV\n")
+    os.abort()
+
+
+def test_a_compiler_that_dies_is_an_error(monkeypatch):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(measure, "_child", die)
+    task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), (8, 4), 3)
+    with pytest.raises(
+        UserError, match=r"compiler died on v6e:4x8 \(exit status -6, \*\*\* SIGSEGV"
+    ):
+        measure.for_topology(task, "v6e:4x8")
+
+
+@pytest.mark.slow
+def test_remat_changes_nothing_but_memory():
+    """Loss and gradient, batch statistics too: float64, and only what is stored differs."""
+    runs = {}
+    with jax.enable_x64(True):
+        for remat in ("none", "convs", "blocks"):
+            c = tiny.config("simclr", model__dtype="float64", model__remat=remat)
+            runs[remat] = tiny.run(tiny.build(c, 2), steps=2)
+    for remat in ("convs", "blocks"):
+        assert jax.tree.structure(runs[remat].states) == jax.tree.structure(runs["none"].states)
+        for got, want in zip(runs[remat].states, runs["none"].states, strict=True):
+            tiny.assert_close(got, want, 1e-10, 1e-13)
+    with pytest.raises(UserError, match=r"model.remat='all' is unknown: choose one of none, convs"):
+        tiny.build(tiny.config("simclr", model__remat="all"), 1)

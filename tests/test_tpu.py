@@ -1,0 +1,78 @@
+"""Train steps compiled for TPU slices: what they hold in memory and send may not grow back.
+
+A ResNet-18 on 4 of the smallest slices that show everything: 8 devices, bfloat16, global BN.
+"""
+
+import jax
+import pytest
+import tiny
+
+import main
+from common.errors import UserError
+from common.plan import measure
+from common.plan.collectives import Collective
+
+pytestmark = pytest.mark.tpu
+DEVICES, BATCH, DIM = 8, 256, 128
+
+
+def config(method, **changes):
+    settings = {
+        "batch_size": BATCH, "data__source": "fake", "data__image_size": 32, "model__stages": (),
+        "model__depth": 18, "model__width": 64, "model__dtype": "bfloat16", "head__hidden": 0,
+        "head__dim": DIM, "optimizer__weight_decay": 1e-4,
+    }  # fmt: skip
+    if method == "moco":
+        settings |= {"model__bn_groups": 8, "moco__queue_length": 65536}
+    return tiny.config(method, **(settings | changes))
+
+
+def compiled(method, topology="v5e:2x4", **changes):
+    task = measure.Task(main.METHODS[method], config(method, **changes), (100, 10), 10)
+    found = measure.for_topology(task, topology)
+    found["collectives"] = [Collective(*c) for c in found["collectives"]]
+    return found
+
+
+def state_bytes(method):
+    """Of the parameters, and of all that is on every device."""
+    built = tiny.build(config(method), 8)
+    state = jax.eval_shape(built.init, jax.random.key(0))
+    return {
+        "params": sum(x.size * 4 for x in jax.tree.leaves(state.params)),
+        "statistics": sum(x.size * 4 for x in jax.tree.leaves(state.batch_stats)),
+        "queue": sum(x.size * 4 for x in jax.tree.leaves(getattr(state, "queue", None))),
+        "all": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+    }
+
+
+def test_simclr_sends_gradients_statistics_and_embeddings():
+    """All-reduces: a float32 gradient, and twice (forward, backward) two sums a channel."""
+    found, size = compiled("simclr"), state_bytes("simclr")
+    total = sum(c.bytes for c in found["collectives"])
+    embeddings = 2 * BATCH * DIM * 4
+    theory = size["params"] + 2 * size["statistics"] + embeddings
+    assert theory < total < 1.1 * theory
+    assert max(c.bytes for c in found["collectives"]) < size["params"]
+    assert found["aliased"] > 0.95 * size["all"]  # the old state is overwritten
+    assert found["temporaries"] < 250e6
+
+
+def test_moco_sends_nothing_of_the_queue():
+    """And each device holds an eighth of it."""
+    found, size = compiled("moco"), state_bytes("moco")
+    images = BATCH // DEVICES * 32 * 32 * 3
+    for c in found["collectives"]:
+        assert c.bytes < size["params"]
+        if c.kind == "all-to-all":
+            assert c.bytes <= 2 * images
+    shared = size["all"] - size["queue"] + size["queue"] / DEVICES
+    assert found["arguments"] < 1.1 * shared + 2 * BATCH / DEVICES * 32 * 32 * 3 * 2
+    total = sum(c.bytes for c in found["collectives"])
+    theory = size["params"] + 3 * BATCH * DIM * 4 + images
+    assert total < 1.2 * theory
+
+
+def test_an_unknown_topology_is_one_line():
+    with pytest.raises(UserError, match=r"libtpu knows no topology 'v5e:3x5x7'"):
+        compiled("simclr", "v5e:3x5x7")
