@@ -3,6 +3,7 @@
     embedded     Fashion-MNIST, ships with this code (10,000 + 2,000 images, 28 x 28)
     tfds:NAME    any TensorFlow data set of images that is already prepared on this machine
     folder:PATH  a tree of JPEG and PNG files, in class folders or not
+    shards:PATH  what `--mode=prepare` wrote: any of these as a few large files
     fake         random views, made once: everything but the data can be timed with it
 
 Paths may be remote (`gs://...`). Nothing is ever downloaded. Grey images become RGB.
@@ -159,14 +160,18 @@ def open_source(config: ConfigDict, split: str) -> Source:
         from common.data import folder_source  # which builds on this module
 
         source = folder_source.open_folder(rest, split)
+    elif kind == "shards" and rest:
+        from common.data import shards  # which builds on this module
+
+        source = shards.open_shards(rest, split, config)
     elif kind == "tfds" and rest:
         from common.data import tfds_source  # imports TensorFlow
 
         source = tfds_source.open_tfds(rest, split, config)
     else:
         raise UserError(
-            f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH' "
-            "or 'fake'."
+            f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH', "
+            "'shards:PATH' or 'fake'."
         )
     source.on_corrupt = config.on_corrupt
     return source

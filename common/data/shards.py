@@ -1,0 +1,210 @@
+"""Data sets as a few `.npz` files: `--mode=prepare` writes them, `shards:PATH` reads them.
+
+A photo folder of a million small files is slow to read from a bucket; some hundred files of 60 MB
+are not. Reading needs nothing but NumPy. A directory holds
+
+    index.json                    written last: without it there is no data set
+    train-00000-of-00007.npz      either images uint8 [n, h, w, 3]
+                                  or data uint8 [bytes] and offsets int64 [n + 1], the files as
+                                  they were; and labels int32 [n] (-1: none), names str [n]
+"""
+
+import concurrent.futures
+import io
+import itertools
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from common import files
+from common.data import sources
+from common.data.sources import ArraySource, Source
+from common.errors import UserError
+
+INDEX = "index.json"
+SHARD_BYTES = 60_000_000
+_VERSION = 1
+_READERS = 8  # files read at a time
+_GIB = 2**30
+
+
+def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
+    """Writes the splits of `config.data` as shards.
+
+    Args:
+        config: a whole config; of `data`, the source and the splits count.
+        directory: new or empty; local or e.g. `gs://...`.
+
+    Returns:
+        What `index.json` holds.
+
+    Raises:
+        UserError: the directory is in use, an image cannot be decoded, or the source is not there.
+    """
+    directory = epath.Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty: give a new directory to write shards into")
+    splits = {role: config.data[f"{role}_split"] for role in ("train", "test", "bank")}
+    opened = {role: sources.open_source(config.data, role) for role, name in splits.items() if name}
+    index = {"version": _VERSION, "name": opened["train"].name, "splits": {}}
+    directory.mkdir(parents=True, exist_ok=True)
+    for source in opened.values():
+        index["splits"][source.split] = _write_split(source, directory)
+    files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
+    for name, found in index["splits"].items():
+        n, count = found["num_examples"], len(found["shards"])
+        print(f"{name}: {n:,} images in {count:,} files", file=sys.stderr)
+    return index
+
+
+def _write_split(source: Source, directory: epath.Path) -> dict:
+    pieces = list(_sizes(source))
+    written = []
+    for i, ids in enumerate(pieces):
+        name = f"{source.split}-{i:05}-of-{len(pieces):05}.npz"
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        buffer = io.BytesIO()
+        np.savez(buffer, **_arrays(source, ids))
+        (directory / name).write_bytes(buffer.getvalue())
+        written.append({"file": name, "examples": len(ids)})
+    return {
+        "num_examples": source.num_examples,
+        "num_classes": source.num_classes,
+        "class_names": list(source.class_names),
+        "shards": written,
+    }
+
+
+def _sizes(source: Source) -> Iterator[np.ndarray]:
+    """Ids of each shard: as many as make up `SHARD_BYTES`."""
+    if source.kind == "stream":
+        raise UserError(
+            f"{source.name} is larger than data.cache_gib: it is in files of a good size already; "
+            "raise data.cache_gib if it is to be prepared all the same"
+        )
+    ids = np.arange(source.num_examples)
+    if source.kind in ("pixels", "views"):
+        sizes = np.full(len(ids), int(np.prod(source.image_shape)) * 3)
+    elif source.kind == "path":
+        sizes = np.array([epath.Path(path).stat().length for path in source.paths])
+    else:
+        sizes = np.array([len(source.read(ids[i : i + 1])[0][0]) for i in ids])
+    shard = (np.cumsum(sizes) - sizes) // SHARD_BYTES
+    for number in np.unique(shard):
+        yield ids[shard == number]
+
+
+def _arrays(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
+    payload, labels = source.read(ids)
+    names = np.array([source.describe(int(i)) for i in ids])
+    if source.kind in ("pixels", "views"):
+        return {"images": payload, "labels": labels, "names": names}
+    from common.data import corrupt  # imports TensorFlow
+
+    def load(i: int) -> bytes:
+        data = payload[i]
+        if source.kind == "path":
+            data = epath.Path(source.paths[ids[i]]).read_bytes()
+        if not corrupt.decodes(data):
+            raise UserError(
+                f"cannot decode {source.describe(int(ids[i]))}: repair or remove it, then prepare "
+                "again"
+            )
+        return data
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        encoded = list(pool.map(load, range(len(ids))))
+    return {
+        "data": np.frombuffer(b"".join(encoded), np.uint8),
+        "offsets": np.cumsum([0, *map(len, encoded)]),
+        "labels": labels,
+        "names": names,
+    }
+
+
+def open_shards(path: str, split: str, config: ConfigDict) -> Source:
+    """Opens a split of a directory that `prepare` wrote, and reads it into memory.
+
+    Args:
+        path: the directory.
+        split: the name it had in the source.
+        config: the config's `data` section.
+
+    Raises:
+        UserError: no such directory or split, or a set larger than `data.cache_gib`.
+    """
+    directory = epath.Path(path)
+    if not (directory / INDEX).exists():
+        raise UserError(
+            f"no {INDEX} in {path}: expected a directory that `main.py --mode=prepare "
+            "--workdir=DIR` has finished writing"
+        )
+    index = json.loads((directory / INDEX).read_text())
+    if index["version"] != _VERSION:
+        raise UserError(f"{path} has format {index['version']}, this code reads {_VERSION}")
+    if split not in index["splits"]:
+        raise UserError(
+            f"{path} has no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
+            "data.train_split or data.test_split."
+        )
+    found = index["splits"][split]
+    paths = [directory / shard["file"] for shard in found["shards"]]
+    size = sum(p.stat().length for p in paths) / _GIB
+    if size > config.cache_gib:
+        raise UserError(
+            f"{path} ({split}) has {size:.1f} GiB, more than data.cache_gib={config.cache_gib:g}: "
+            "raise that if the memory is there, or prepare the set with TFDS, which is streamed"
+        )
+    images, labels, names = _load_all(paths, found["num_examples"])
+    pixels = images.dtype == np.uint8
+    return ShardSource(
+        name=index["name"], split=split, kind="pixels" if pixels else "encoded",
+        num_examples=len(labels), num_classes=found["num_classes"],
+        class_names=tuple(found["class_names"]), labels=labels,
+        image_shape=images.shape[1:3] if pixels else None, images=images, names=names,
+    )  # fmt: skip
+
+
+def _load_all(paths: list[epath.Path], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All shards in order, in place: images are held once, but for the few shards in flight."""
+    images, labels, names, done = None, [], [], 0
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for part, part_labels, part_names in pool.map(_load, paths):
+            if images is None:
+                images = np.empty((n, *part.shape[1:]), part.dtype)
+            images[done : done + len(part)] = part
+            done += len(part)
+            labels.append(part_labels)
+            names.append(part_names)
+    return images, np.concatenate(labels), np.concatenate(names)
+
+
+def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images [n, h, w, 3] or the bytes of files [n], labels [n], names [n]) of a shard."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            labels, names = arrays["labels"], arrays["names"]
+            if "images" in arrays:
+                return arrays["images"], labels, names
+            data, offsets = arrays["data"].tobytes(), arrays["offsets"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} ({error}): copy it anew, or prepare again") from error
+    images = np.empty(len(labels), object)
+    images[:] = [data[a:b] for a, b in itertools.pairwise(offsets)]
+    return images, labels, names
+
+
+class ShardSource(ArraySource):
+    """A set in memory that knows the files its images came from."""
+
+    def __init__(self, names: np.ndarray, **fields) -> None:
+        super().__init__(**fields)
+        self.names = names
+
+    def describe(self, index):
+        return str(self.names[index])

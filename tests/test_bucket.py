@@ -1,0 +1,72 @@
+"""A whole run in an object store: `gs://...` for the workdir and for the data."""
+
+import json
+
+import jax
+import pytest
+from bucket import Refused, mounted
+from etils import epath
+from test_end_to_end import Killed, compile_quickly, kill_before, lines, small  # noqa: F401
+from test_metrics import read_events
+
+import main
+from common import train as loop
+from common.checkpoint import Checkpoints
+from common.data import shards, sources
+from common.sharding import make_mesh
+
+
+def test_the_bucket_refuses_what_a_store_cannot_do(tmp_path, monkeypatch):
+    with mounted(tmp_path, monkeypatch):
+        path = epath.Path("gs://b/x.txt")
+        path.write_text("1")
+        assert path.read_text() == "1" and (tmp_path / "b" / "x.txt").exists()
+        with pytest.raises(Refused):
+            path.open("a")
+        with pytest.raises(Refused):
+            path.replace("gs://b/y.txt")
+        with pytest.raises(Refused):
+            path.rename("gs://b/y.txt")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_that_of_a_disk(tmp_path, monkeypatch):
+    """Killed and resumed: metrics, discarded lines, events, pictures, summary, claim.
+
+    Checkpoints alone go to a disk here: orbax speaks to a store through a client of its own.
+    """
+    disk, store = tmp_path / "disk", epath.Path("gs://b/run")
+
+    class OnDisk(Checkpoints):
+        def __init__(self, workdir, keep):
+            super().__init__(tmp_path / "checkpoints", keep)
+
+    def run(c, workdir):
+        return loop.train(main.METHODS[c.method], c, workdir, make_mesh(jax.devices()[:2]))
+
+    with mounted(tmp_path / "store", monkeypatch) as bucket:
+        data = small("simclr", data__fake_classes=2, evaluate__pictures=True)
+        shards.prepare(data, "gs://b/data")
+        source = sources.open_source(
+            small("simclr", data__source="shards:gs://b/data").data, "train"
+        )
+        assert source.kind == "pixels" and source.num_examples == 20
+        c = small("simclr", data__source="shards:gs://b/data", evaluate__pictures=True)
+        want = run(c, disk)
+        monkeypatch.setattr(loop, "Checkpoints", OnDisk)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_before(patch, 6)
+            run(c, store)
+        got = run(c, store)
+        assert got["knn_top1"] == want["knn_top1"]
+        assert json.loads((store / "summary.json").read_text()) == got
+        assert run(c, store) == got  # finished: says so again
+        assert "gs://b/run/config.json" in bucket.written
+    local = tmp_path / "store" / "b" / "run"
+    assert lines(local) == lines(disk)
+    assert [r["step"] for r in lines(local, "metrics.discarded.jsonl")] == [4]
+    for name in ("augmented_pairs.png", "nearest_neighbours.png", "summary.json"):
+        assert (local / name).stat().st_size > 0
+    events = [e for file in read_events(local / "tensorboard") for e in file]
+    tags = {(e.step, v.tag) for e in events for v in e.summary.value}
+    assert {(7, "loss"), (6, "knn_top1"), (0, "knn_top1")} <= tags

@@ -1,0 +1,96 @@
+"""Shards: what comes back is what went in, in files of bounded size, whole or not at all."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from test_sources import config as data_config
+from test_sources import write
+
+from common.data import pipeline, presets, shards, sources
+from common.errors import UserError
+
+
+def config(source, batch_size=4, image_size=12, **data):
+    c = ConfigDict({"seed": 3, "batch_size": batch_size})
+    c.data = data_config(source, image_size=image_size, **data)
+    c.augment = presets.default_config("moco_v1")
+    c.augment_view2 = presets.default_config(None)
+    return c
+
+
+def batches(c, count):
+    source = sources.open_source(c.data, "train")
+    found = pipeline.train_batches(source, c, rows=np.arange(c.batch_size))
+    return [next(found) for _ in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for i in range(14):
+        write(root / "train" / f"class{i % 2}" / f"é {i}.png", i, height=16 + i, width=20)
+    for i in range(3):
+        write(root / "val" / "class1" / f"{i}.jpg", 50 + i)
+    return root
+
+
+def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    c = config(f"folder:{folder}")
+    index = shards.prepare(c, tmp_path / "shards")
+    parts = index["splits"]["train"]["shards"]
+    assert len(parts) > 2 and sum(p["examples"] for p in parts) == 14
+    assert json.loads((tmp_path / "shards" / "index.json").read_text()) == index
+    for path in (tmp_path / "shards").glob("*.npz"):
+        assert path.stat().st_size < 3 * 4000
+    copy = config(f"shards:{tmp_path / 'shards'}")
+    for got, want in zip(batches(copy, 6), batches(c, 6), strict=True):
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
+    train, test = (sources.open_source(copy.data, role) for role in ("train", "test"))
+    assert train.class_names == ("class0", "class1") and train.kind == "encoded"
+    assert test.labels.tolist() == [1, 1, 1]
+    assert pathlib.Path(train.describe(3)).name == "é 2.png"
+
+
+def test_pixels_and_no_labels(tmp_path):
+    c = config("fake", fake_examples=20, fake_classes=0, image_size=8)
+    shards.prepare(c, tmp_path / "s")
+    source = sources.open_source(config(f"shards:{tmp_path / 's'}").data, "train")
+    fake = sources.open_source(c.data, "train")
+    assert source.kind == "pixels" and source.image_shape == (8, 8) and source.num_classes == 0
+    np.testing.assert_array_equal(source.fetch(np.arange(20)), fake.fetch(np.arange(20)))
+    assert (source.labels == -1).all()
+
+
+def test_mistakes(folder, tmp_path):
+    c = config(f"folder:{folder}")
+    out = tmp_path / "s"
+    with pytest.raises(UserError, match=r"no index.json in .*--mode=prepare"):
+        sources.open_source(config(f"shards:{out}").data, "train")
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        shards.prepare(c, out)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    torn = folder / "train" / "class0" / "é 4.png"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"cannot decode .*é 4.png.*repair or remove"):
+        shards.prepare(c, out)
+    assert not (out / "index.json").exists()  # not to be trained on
+    torn.write_bytes(whole)
+    shards.prepare(c, tmp_path / "good")
+    good = f"shards:{tmp_path / 'good'}"
+    with pytest.raises(UserError, match="no split 'extra'; expected one of train, test"):
+        sources.open_source(config(good, train_split="extra").data, "train")
+    with pytest.raises(UserError, match=r"more than data.cache_gib=0"):
+        sources.open_source(config(good, cache_gib=0.0).data, "train")
+    shard = next((tmp_path / "good").glob("train*.npz"))
+    shard.write_bytes(shard.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"cannot read .*copy it anew"):
+        sources.open_source(config(good).data, "train")
