@@ -5,12 +5,21 @@ BIN = $(VENV)/bin
 SEED ?= 0
 PYTEST_MARK ?=
 
-.PHONY: demo demo-moco test test-all lint clean
+.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook lint clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# The TPU compiler of this jax, 200 MB: it plans for TPU slices on any Linux machine.
+$(VENV)/tpu: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check "jax[tpu]"
+	touch $@
+
+$(VENV)/notebook: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check nbclient ipykernel
 	touch $@
 
 demo: $(VENV)/ready
@@ -21,11 +30,24 @@ demo-moco: $(VENV)/ready
 	$(BIN)/python main.py --config=configs/moco_demo.py --config.seed=$(SEED) \
 	    --workdir=runs/moco_demo_seed$(SEED)
 
+# Two processes with two simulated devices each, as two hosts of a pod: it really trains.
+pod-sim: $(VENV)/ready
+	$(BIN)/python -m common.distributed --processes=2 --devices=2 -- \
+	    --config=configs/moco_demo.py --config.duration="1 epoch" --workdir=runs/pod_sim
+
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -m "$(PYTEST_MARK)"
+
+# Compiles small train steps for TPU slices.
+test-tpu: $(VENV)/tpu
+	$(BIN)/python -m pytest -m tpu
+
+# Runs the notebook in its smoke setting.
+test-notebook: $(VENV)/notebook
+	$(BIN)/python -m pytest -m notebook
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

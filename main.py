@@ -8,9 +8,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from common import command_line
+from common import command_line, distributed
+from common.data import shards
 from common.errors import UserError
 from common.metrics import NonFiniteLossError
+from common.plan.plan import plan
+from common.preemption import EXIT_STATUS, PreemptedError
 from common.train import train
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
@@ -21,8 +24,20 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "plan", "prepare"],
+    "plan: only compile the train step and say what it costs; prepare: write the data as shards.",
+)
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Call jax.distributed.initialize() first: one process a host of a pod."
+    "distributed", False, "One process a host of a pod: join the others first."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT,COUNT,INDEX: the same where JAX cannot find that out by itself."
 )
 _CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -32,26 +47,37 @@ _CACHE = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, starts the devices, trains."""
+    """Reads the flags, starts the devices, does what --mode says."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are --config.NAME=VALUE")
     logging.getLogger().setLevel(logging.WARNING)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
-    if _CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", _CACHE.value)
     config = _CONFIG.value
     method = config.get("method")
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if _MODE.value == "plan":
+        plan(METHODS[method], config, _TOPOLOGY.value)
+        return
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing: say where the results are to go")
+    if _MODE.value == "prepare":
+        shards.prepare(config, _WORKDIR.value)
+        return
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        distributed.start(_COORDINATOR.value)
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _CACHE.value)
     train(METHODS[method], config, _WORKDIR.value)
 
 
 def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     try:
         app.run(main, flags_parser=command_line.parse)
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_STATUS)
     except (UserError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
 

@@ -18,8 +18,9 @@ from common import events, jsonl
 from common.jsonl import FILE
 from common.progress import Progress
 
-# Fields that differ between two runs of the same computation.
-TIMING_KEYS = ("time", "images_per_second")
+# Fields that differ between two runs of the same computation: seconds a step since the last line,
+# how much of that the loop waited for data, and seconds of evaluations and checkpoints beside it.
+TIMING_KEYS = ("time", "images_per_second", "seconds_step", "seconds_input", "seconds_pause")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -64,6 +65,7 @@ class MetricsWriter:
         self._mark: tuple[float, int] | None = None
         self._first: tuple[float, int] | None = None  # the same, after the step that compiles
         self._paused = 0.0
+        self._waited = 0.0  # for data, in the same time
         self._trained = [0.0, 0]  # seconds, steps: pauses and compilation left out
         self._lines = self._events = None
         self._progress = Progress(total_steps, stream if jax.process_index() == 0 else False)
@@ -128,27 +130,42 @@ class MetricsWriter:
         (step, scalars), self._pending = self._pending, None
         values = _numbers(scalars)
         now = time.perf_counter()
-        rate = None
+        timing = {}
         if self._mark is not None and step > self._mark[1]:
             seconds, steps = now - self._mark[0] - self._paused, step - self._mark[1]
             rate = steps * self._images_per_step / max(seconds, 1e-9)
+            timing = {
+                "images_per_second": round(rate, 2),
+                "seconds_step": round(seconds / steps, 4),
+                "seconds_input": round(self._waited / steps, 4),
+                "seconds_pause": round(self._paused, 2),
+            }
             self._trained = [self._trained[0] + seconds, self._trained[1] + steps]
-        self._mark, self._paused = (now, step), 0.0
+        self._mark, self._paused, self._waited = (now, step), 0.0, 0.0
         self._first = self._first or self._mark
         if step % self._log_every == 0 or step in (1, self._total):
             # the first step of a resumed run only starts the clock: its line would be extra
-            self._record(step, values, rate)
+            self._record(step, values, timing)
         eta = None
         if step > self._first[1]:
             # With the pauses, because the rest of the run will have them too.
             eta = (now - self._first[0]) / (step - self._first[1]) * (self._total - step)
-        self._progress.show(step, self._epoch(step), values, rate, eta)
+        self._progress.show(step, self._epoch(step), values, timing, eta)
         bad = [name for name in values if _is_loss(name) and not math.isfinite(values[name])]
         if bad:
             raise NonFiniteLossError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}: the run stops, and the last good "
                 "checkpoint stays; try a smaller learning rate, a longer warm-up or clip_norm"
             )
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def pause(self, wait_for: Any = None) -> Iterator[None]:
@@ -190,12 +207,13 @@ class MetricsWriter:
     def _epoch(self, step: int) -> float | None:
         return round(step / self._steps_per_epoch, 4) if self._steps_per_epoch else None
 
-    def _record(self, step: int, values: Mapping[str, float], rate: float | None = None) -> None:
+    def _record(
+        self, step: int, values: Mapping[str, float], timing: Mapping[str, float] | None = None
+    ) -> None:
         if self._lines is None:
             return
         extra = {"epoch": self._epoch(step)} if self._steps_per_epoch else {}
-        timing = {"images_per_second": round(rate, 2)} if rate else {}
-        timing["time"] = round(time.time(), 3)
+        timing = {**(timing or {}), "time": round(time.time(), 3)}
         self._lines.add(jsonl.dump({"step": step, **extra, **values, **timing}))
         if self._events:
             for name, value in {**values, **timing}.items():

@@ -33,10 +33,17 @@ class Progress:
         step: int,
         epoch: float | None,
         values: Mapping[str, float],
-        images_per_second: float | None,
+        timing: Mapping[str, float],
         eta: float | None,
     ) -> None:
-        """Shows a training step, unless the last line is too recent; the last step always shows."""
+        """Shows a training step, unless the last line is too recent; the last step always shows.
+
+        Args:
+            step, epoch: how far the run is.
+            values: scalars of the step.
+            timing: of `metrics.TIMING_KEYS`, those known.
+            eta: seconds to the end, None if not known yet.
+        """
         now = time.monotonic()
         interval = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
         if not self._stream or (now - self._last < interval and step < self._total):
@@ -45,7 +52,10 @@ class Progress:
         parts = [f"step {step}/{self._total}"]
         parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
         parts += [describe(name, values[name]) for name in SHOWN if name in values]
-        parts += [f"{images_per_second:,.0f} images/s"] if images_per_second else []
+        if rate := timing.get("images_per_second"):
+            parts.append(f"{rate:,.0f} images/s")
+            waiting = timing["seconds_input"] / max(timing["seconds_step"], 1e-9)
+            parts += [f"input {waiting:.0%}"] if waiting > 0.1 else []
         parts += [f"ETA {duration(eta)}"] if eta is not None and step < self._total else []
         self._print("  ".join(parts), stay=not self._terminal)
 

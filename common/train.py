@@ -1,6 +1,7 @@
 """The training loop, one for every method."""
 
 import collections
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from common.evaluate.online import Evaluator
 from common.method import Method, Setup, make_setup
 from common.metrics import MetricsWriter, NonFiniteLossError
 from common.optim import steps_of
+from common.preemption import PreemptedError, Preemption
+from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.workdir import claim
 
@@ -48,9 +51,11 @@ def train(
     Raises:
         UserError: for a mistake in the config or the data.
         NonFiniteLossError: when the loss stops being a number; the last checkpoint stays.
+        PreemptedError: after SIGTERM, when the step is saved.
     """
     begin = time.perf_counter()
     configs.check(config)
+    profile = Profile(config.profile, epath.Path(workdir))
     mesh = mesh or make_mesh()
     rows = local_rows(mesh, config.batch_size)
     train_source = sources.open_source(config.data, "train")
@@ -101,9 +106,10 @@ def train(
             process_count=jax.process_count(),
             saved_readers=progress["readers"],
         )
-        with MetricsWriter(
+        writer = MetricsWriter(
             workdir, start, total, config.batch_size, per_epoch, config.log_every
-        ) as writer:
+        )
+        with writer, Preemption() as preemption, contextlib.closing(profile):
             results = progress["results"]
             if not start:
                 with writer.pause():
@@ -128,10 +134,19 @@ def train(
                     "seconds": progress["seconds"] + time.perf_counter() - begin,
                 }
 
+            if progress.get("scores_due"):
+                with writer.pause():
+                    if scores := evaluator(state):
+                        writer.write_now(start, scores)
+                        results |= scores
+
             for step in range(start + 1, total + 1):
-                batch = next(batches)
+                with writer.waiting():
+                    batch = next(batches)
                 batch = to_global(mesh, {k: batch[k] for k in ("images", "labels")})
-                state, metrics = step_fn(state, batch, root_key)
+                with profile.step(step):
+                    state, metrics = step_fn(state, batch, root_key)
+                profile.after(step, state)
                 in_flight.append((step, metrics["loss"]))
                 settled = step - (1 if writer.due(step - 1) else IN_FLIGHT)
                 while in_flight[0][0] <= settled:  # in order, so that the first bad one is named
@@ -139,8 +154,8 @@ def train(
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
-                last = step == total
-                save = last or (every["checkpoint"] and step % every["checkpoint"] == 0)
+                last, told = step == total, preemption.after(step)
+                save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
                     continue
@@ -150,12 +165,19 @@ def train(
                     if save and not all_finite(state):  # the loss is of what was before the step
                         raise NonFiniteLossError(diverged(step, "the state is not finite"))
                     # Scores first: a kill in between must not lose the line that belongs here.
-                    if evaluate and (scores := evaluator(state)):
+                    # A run that was told to stop has no time for them: the next start makes them.
+                    if evaluate and not told and (scores := evaluator(state)):
                         writer.write_now(step, scores)
                         results |= scores
                     if save:
-                        progress_now = now(step)
+                        progress_now = now(step) | {"scores_due": bool(evaluate and told)}
                         checkpoints.save(step, state, progress_now)
+                    if told:
+                        checkpoints.wait()
+                        raise PreemptedError(
+                            f"told to stop: step {step:,} of {total:,} is saved in {workdir}, and "
+                            "the same command carries on"
+                        )
             if start < total:
                 progress = progress_now
         checkpoints.wait()

@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.decay_bn_and_bias = True
     if arg == "cpu":
         simclr_cifar10.cpu(c)
-        c.duration = "30 epochs"
+        c.duration = "28 epochs"
         c.evaluate.every = "3 epochs"
         c.augment.area_min = 0.2
         c.augment.grey = 0.1

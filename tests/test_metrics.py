@@ -293,6 +293,9 @@ def test_images_per_second_leaves_out_compilation_and_pauses(tmp_path, monkeypat
 
     train(1, 60.0)  # compiles
     assert writer.images_per_second is None
+    with writer.waiting():
+        now[0] += 0.5
+    now[0] -= 0.5  # inside the step's second
     train(3, 1.0)
     with writer.pause():
         now[0] += 500.0
@@ -303,6 +306,9 @@ def test_images_per_second_leaves_out_compilation_and_pauses(tmp_path, monkeypat
     writer.close()
     rates = [r.get("images_per_second") for r in jsonl.read(tmp_path / jsonl.FILE)]
     assert rates == [None, 2 * 4 / 1.0, None, 2.67]
+    names = ("seconds_step", "seconds_input", "seconds_pause")
+    timings = [[r.get(n) for n in names] for r in jsonl.read(tmp_path / jsonl.FILE)]
+    assert timings == [[None] * 3, [0.5, 0.25, 0.0], [None] * 3, [1.5, 0.0, 570.0]]
     assert writer.images_per_second == pytest.approx(4 * 4 / 4.0)
 
 
@@ -344,12 +350,14 @@ def test_a_terminal_line_rewrites_itself(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     out = Terminal()
     bar = progress.Progress(100, out)
-    bar.show(1, 0.1, {"loss": 12.5, "probe_top1": 0.1}, None, None)
+    bar.show(1, 0.1, {"loss": 12.5, "probe_top1": 0.1}, {}, None)
     now[0] += 1
-    bar.show(2, 0.2, {"loss": 2.5, "probe_top1": 0.1}, 20_000.0, 3723.0)
+    timing = {"images_per_second": 20_000.0, "seconds_step": 0.2, "seconds_input": 0.01}
+    bar.show(2, 0.2, {"loss": 2.5, "probe_top1": 0.1}, timing, 3723.0)
     bar.message(2, {"knn_top1": 0.5})
     now[0] += 1
-    bar.show(100, 10.0, {"loss": 1.0}, 5.0, 0.0)
+    timing = {"images_per_second": 5.0, "seconds_step": 0.2, "seconds_input": 0.15}
+    bar.show(100, 10.0, {"loss": 1.0}, timing, 0.0)
     bar.close()
     screen = [""]  # what a person would see
     for piece in out.getvalue().replace("\r", "\n\r").split("\n"):
@@ -359,7 +367,7 @@ def test_a_terminal_line_rewrites_itself(monkeypatch):
             screen.append(piece)
     assert [line.rstrip() for line in screen if line.strip()] == [
         "step 2  knn_top1 50.0 %",
-        "step 100/100  epoch 10.0  loss 1.000  5 images/s",
+        "step 100/100  epoch 10.0  loss 1.000  5 images/s  input 75%",
     ]
     shown = out.getvalue().split("\r")[2]
     assert shown == "step 2/100  epoch 0.2  loss 2.500  probe_top1 10.0 %  20,000 images/s"[:59]

@@ -5,6 +5,7 @@ Started by pytest, this file starts itself twice: `test_multiprocess.py PORT IND
 
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,8 +28,68 @@ def loop_config():
     )  # fmt: skip
 
 
+def interrupted(c, workdir, mesh=None):
+    """Trains until step 3 is done and dies: the last checkpoint is of step 2."""
+    import tiny
+
+    from common import train as loop
+
+    real = loop.check_finite
+
+    def fail_at_three(step, loss):
+        real(step, loss)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    loop.check_finite = fail_at_three
+    try:
+        loop.train(tiny.METHODS[c.method], c, workdir, mesh)
+    except KeyboardInterrupt:
+        return
+    finally:
+        loop.check_finite = real
+    raise AssertionError("not interrupted")
+
+
+def long_config():
+    """Long enough to be told to stop in the middle: the word takes a second to get around."""
+    c = loop_config()
+    c.duration, c.checkpoint.every, c.evaluate.every = "120 steps", "0 steps", "0 steps"
+    c.log_every = 5
+    return c
+
+
+def told(workdir, index):
+    """Trains with slow steps; process 1 alone gets SIGTERM, twice, before step 10."""
+    import os
+    import signal
+
+    import tiny
+
+    from common import train as loop
+    from common.preemption import PreemptedError
+
+    real, taken = loop.to_global, iter(range(1, 10_000))
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        if next(taken) == 10 and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    loop.to_global = slow
+    try:
+        loop.train(tiny.METHODS["moco"], long_config(), workdir)
+    except PreemptedError as error:
+        return str(error)
+    finally:
+        loop.to_global = real
+    raise AssertionError("not told")
+
+
 def worker(port, index, directory):
-    """One of two processes: a few steps of each method, then a run that is interrupted."""
+    """One of two processes: a few steps of each method, then runs that are interrupted."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -37,6 +98,7 @@ def worker(port, index, directory):
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
     import numpy as np
     import tiny
+    from jax.experimental import multihost_utils
 
     from common import train as loop
     from common.sharding import local_rows, make_mesh
@@ -56,21 +118,18 @@ def worker(port, index, directory):
                     arrays[f"share {variant} {i} {shard.index[1].start}"] = np.asarray(shard.data)
     np.savez(directory / f"{index}.npz", **arrays)
 
-    real = loop.check_finite
-
-    def fail_at_three(step, loss):
-        real(step, loss)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    loop.check_finite = fail_at_three
-    try:
-        loop.train(tiny.METHODS["moco"], loop_config(), directory / "run")
-        raise AssertionError("not interrupted")
-    except KeyboardInterrupt:
-        loop.check_finite = real
+    interrupted(loop_config(), directory / "run")
+    multihost_utils.sync_global_devices("interrupted")
+    if index == 0:
+        shutil.copytree(directory / "run", directory / "of two")  # for one process to continue
+    multihost_utils.sync_global_devices("copied")
     summary = loop.train(tiny.METHODS["moco"], loop_config(), directory / "run")
     (directory / f"summary{index}.json").write_text(json.dumps(summary))
+    loop.train(tiny.METHODS["moco"], loop_config(), directory / "of one")
+
+    loop.train(tiny.METHODS["moco"], long_config(), directory / "whole")
+    (directory / f"told{index}").write_text(told(directory / "told", index))
+    loop.train(tiny.METHODS["moco"], long_config(), directory / "told")
     jax.distributed.shutdown()
 
 
@@ -83,7 +142,12 @@ def free_port():
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """The directory that two finished processes left; they never outlive this."""
+    import jax
+
+    from common.sharding import make_mesh
+
     directory = tmp_path_factory.mktemp("two")
+    interrupted(loop_config(), directory / "of one", make_mesh(jax.devices()[:2]))
     port, children, logs = free_port(), [], []
     try:
         for i in range(2):
@@ -143,10 +207,10 @@ def test_the_loop_in_two_processes_interrupted_and_resumed_ends_like_one(outcome
     import numpy as np
     import tiny
 
+    from common.metrics import TIMING_KEYS
     from common.train import train
 
     train(tiny.METHODS["moco"], loop_config(), tmp_path / "run")
-    timings = ("time", "images_per_second")
     lines = []
     for workdir in (outcome / "run", tmp_path / "run"):
         text = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -156,7 +220,7 @@ def test_the_loop_in_two_processes_interrupted_and_resumed_ends_like_one(outcome
     assert [x["step"] for x in got if "loss" in x] == [1, 2, 3, 4, 5]
     assert any("knn_top1" in x for x in got)
     for a, b in zip(got, want, strict=True):
-        a, b = ({k: v for k, v in x.items() if k not in timings} for x in (a, b))
+        a, b = ({k: v for k, v in x.items() if k not in TIMING_KEYS} for x in (a, b))
         assert a.keys() == b.keys()
         for name in a:
             # a rounding may turn one neighbour or one prediction
@@ -170,6 +234,52 @@ def test_the_loop_in_two_processes_interrupted_and_resumed_ends_like_one(outcome
         assert summary["knn_top1"] == on_disk["knn_top1"]
     assert "Trained moco" in (outcome / "0.log").read_text()
     assert "Trained moco" not in (outcome / "1.log").read_text()
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+@pytest.mark.multiprocess
+def test_a_checkpoint_moves_between_two_processes_and_one(outcome, tmp_path):
+    """2 x 4 devices to 1 x 2, and back: queue and all, the next three losses within 1e-3."""
+    import jax
+    import numpy as np
+    import tiny
+
+    from common.sharding import make_mesh
+    from common.train import train
+
+    two = make_mesh(jax.devices()[:2])
+    train(tiny.METHODS["moco"], loop_config(), tmp_path / "whole", two)
+    train(tiny.METHODS["moco"], loop_config(), outcome / "of two", two)
+    want = losses(tmp_path / "whole")
+    assert sorted(want) == [1, 2, 3, 4, 5]
+    for moved in ("of two", "of one"):
+        got = losses(outcome / moved)
+        assert sorted(got) == sorted(want)
+        for step in (3, 4, 5):
+            np.testing.assert_allclose(got[step], want[step], rtol=1e-3, err_msg=moved)
+
+
+@pytest.mark.multiprocess
+def test_sigterm_for_one_of_two_processes_stops_both_at_one_step(outcome):
+    """And the run ends as if nothing had happened: the same numbers to the last bit."""
+    from common import jsonl
+    from common.metrics import TIMING_KEYS
+
+    said = [(outcome / f"told{i}").read_text() for i in range(2)]
+    assert said[0] == said[1] and "step " in said[0]
+    step = int(said[0].split("step ")[1].split(" ")[0])
+    assert 10 <= step < 120
+    got, want = (
+        [{k: v for k, v in r.items() if k not in TIMING_KEYS}
+         for r in jsonl.read(outcome / name / jsonl.FILE)]
+        for name in ("told", "whole")
+    )  # fmt: skip
+    assert got == want and got[-1]["step"] == 120
+    assert str(step) in {p.name for p in (outcome / "told" / "checkpoints").iterdir()}
 
 
 if __name__ == "__main__":
