@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from common import command_line, distributed
 from common.data import shards
 from common.errors import UserError
+from common.evaluate import modes, settings
 from common.metrics import NonFiniteLossError
 from common.plan.plan import plan
 from common.preemption import EXIT_STATUS, PreemptedError
@@ -27,8 +28,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "plan", "prepare"],
-    "plan: only compile the train step and say what it costs; prepare: write the data as shards.",
+    ["train", "plan", "prepare", *modes.MODES],
+    "plan: only compile the train step and say what it costs; prepare: write the data as shards; "
+    "the others evaluate the run that --workdir holds.",
+)
+_EVAL = config_flags.DEFINE_config_dict(
+    "eval", settings.default_config(), "How to evaluate, e.g. --eval.knn.k=20."
 )
 _TOPOLOGY = flags.DEFINE_list(
     "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4."
@@ -51,28 +56,36 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are --config.NAME=VALUE")
     logging.getLogger().setLevel(logging.WARNING)
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        distributed.start(_COORDINATOR.value)
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _CACHE.value)
+    if not _WORKDIR.value and _MODE.value != "plan":
+        raise UserError("--workdir is missing: say where the results are to go, or are")
     config = _CONFIG.value
+    if _MODE.value in modes.MODES:
+        if config is not None:
+            raise UserError(
+                f"--mode={_MODE.value} takes the config from the workdir: leave --config out; "
+                "what can be changed are --eval.NAME=VALUE"
+            )
+        modes.run(_MODE.value, _WORKDIR.value, _EVAL.value, METHODS)
+        return
+    if config is None:
+        raise UserError("--config is missing: give a file, e.g. --config=configs/simclr_demo.py")
     method = config.get("method")
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
     if _MODE.value == "plan":
         plan(METHODS[method], config, _TOPOLOGY.value)
-        return
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing: say where the results are to go")
-    if _MODE.value == "prepare":
+    elif _MODE.value == "prepare":
         shards.prepare(config, _WORKDIR.value)
-        return
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        distributed.start(_COORDINATOR.value)
-    if _CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", _CACHE.value)
-    train(METHODS[method], config, _WORKDIR.value)
+    else:
+        train(METHODS[method], config, _WORKDIR.value)
 
 
 def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
-    flags.mark_flags_as_required(["config"])
     try:
         app.run(main, flags_parser=command_line.parse)
     except PreemptedError as error:

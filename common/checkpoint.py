@@ -16,7 +16,7 @@ class Checkpoints:
     copied the arrays when it returns, so the state may be donated.
     """
 
-    def __init__(self, workdir: str | epath.PathLike, keep: int) -> None:
+    def __init__(self, workdir: str | epath.PathLike, keep: int | None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         workdir = os.fspath(workdir)
         if "://" not in workdir:  # orbax refuses relative paths, after the first epoch of work
@@ -29,6 +29,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts to write `state` and the JSON dictionary `progress`, unless `step` is there."""
@@ -64,6 +68,17 @@ class Checkpoints:
             ),
         )
         return out.state, out.progress
+
+    def restore_part(self, step: int, target: dict[str, Any], shardings: Any) -> dict[str, Any]:
+        """Reads some fields of the state: those of `target`, a dictionary of their shapes."""
+        placed = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            target,
+            shardings,
+        )
+        how = ocp.checkpoint_utils.construct_restore_args(placed)
+        args = ocp.args.PyTreeRestore(placed, restore_args=how, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
 
     def wait(self) -> None:
         """Returns when everything is written."""

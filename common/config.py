@@ -125,6 +125,26 @@ def as_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
+def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
+    """Sets the fields of a config to what `as_dict` gave, lists becoming tuples again.
+
+    Raises:
+        UserError: for a field that this version of the code does not have.
+    """
+    for name, value in flatten(saved).items():
+        section, *rest = config, *name.split(".")
+        try:
+            for part in rest[:-1]:
+                section = section[part]
+            with section.ignore_type():
+                section[rest[-1]] = tuple(value) if isinstance(value, list) else value
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{where} has a field {name!r} that this version of the code does not know: use "
+                "the version that wrote it"
+            ) from error
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict to {"a.b": value}."""
     flat = {}

@@ -21,8 +21,8 @@ from common.models import heads
 class Method(Protocol):
     """What the loop calls.
 
-    States are `flax.struct.dataclass`es of arrays with a field `step`, `params` (a dictionary with
-    the encoder under "backbone") and `probe` (None without labels).
+    States are `flax.struct.dataclass`es of arrays with the fields `step`, `params` (a dictionary
+    with the encoder under "backbone"), `batch_stats`, and `probe` (None without labels).
     """
 
     def init(self, key: jax.Array) -> Any:
@@ -41,7 +41,16 @@ class Method(Protocol):
         """
 
     def encode(self, state: Any, images: jax.Array, layer: str = "backbone") -> jax.Array:
-        """Features `[b, d]` of uint8 `images [b, h, w, c]`, in eval mode."""
+        """Features `[b, d]` of uint8 `images [b, h, w, c]`, in eval mode.
+
+        Nothing of the state is used but `params` and `batch_stats`: evaluation restores no more.
+        """
+
+
+def root_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run: of `init`, and of all its steps."""
+    init_key, loop_key = jax.random.split(jax.random.key(seed))
+    return init_key, loop_key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from common.compiling import compile_step
 from common.data import pipeline, sources
 from common.errors import UserError
 from common.evaluate.online import Evaluator
-from common.method import Method, Setup, make_setup
+from common.method import Method, Setup, make_setup, root_keys
 from common.metrics import MetricsWriter, NonFiniteLossError
 from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
@@ -75,8 +75,7 @@ def train(
     method = make_method(setup)
     workdir = claim(workdir, config)
 
-    key = jax.random.key(config.seed)
-    init_key, loop_key = jax.random.split(key)
+    init_key, loop_key = root_keys(config.seed)
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
     # not device_put: it refuses typed keys when there are several processes

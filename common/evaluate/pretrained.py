@@ -1,0 +1,188 @@
+"""A trained run, opened for evaluation: its config, its encoder, its data."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common import config as configs
+from common.checkpoint import Checkpoints
+from common.data import pipeline, sources
+from common.errors import UserError
+from common.evaluate import features
+from common.evaluate.settings import FEATURES
+from common.method import Method, Setup, make_setup, root_keys
+from common.optim import one_of
+from common.sharding import local_rows, make_mesh, replicated, state_shardings
+
+# Only the encoder is used: a schedule is built, and no step of it is ever taken.
+_STEPS = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """The encoder of a run, and the data to evaluate it on.
+
+    Attributes:
+        config: of the run; its `data` section is what `settings` made of it.
+        settings: of the evaluation, see `settings.py`.
+        workdir: of the run.
+        mesh: the devices.
+        method: built from `config`, without a probe.
+        state: of the checkpoint; only `step`, `params` and `batch_stats` are filled.
+        step: of the checkpoint; 0 for an untrained encoder and for raw pixels.
+    """
+
+    config: ConfigDict
+    settings: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    method: Method
+    state: Any
+    step: int
+
+    def open(self, role: str) -> sources.Source:
+        """The source of a role ("train" or "test"); a missing split is a `UserError`."""
+        if not self.config.data[f"{role}_split"]:
+            raise UserError(
+                f"no {role} split: the run of {self.workdir} named none, so give "
+                f"--eval.{role}_split=NAME"
+            )
+        return sources.open_source(self.config.data, role)
+
+    def open_labelled(self, role: str) -> sources.Source:
+        """`open`, for a mode that cannot do without labels."""
+        source = self.open(role)
+        if not source.num_classes:
+            raise UserError(
+                f"{source.name} ({source.split}) has no labels, and --mode needs some: give "
+                "labelled data, e.g. --eval.source=folder:PATH with a folder for each class"
+            )
+        return source
+
+    def extract(
+        self, source: sources.Source, limit: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features of un-augmented images (pixels with `settings.features="pixels"`).
+
+        Args:
+            source: of any split.
+            limit: at most so many examples, evenly spaced; 0 for all.
+
+        Returns:
+            features `[n, d]` (float32; of pixels uint8), labels int32 `[n]` (-1: none) and ids
+            int64 `[n]`, in the order of the ids.
+        """
+        size = self.settings.batch_size or self.config.batch_size
+        size = -(-size // self.mesh.size) * self.mesh.size  # padding makes up the rest
+        batches = pipeline.eval_batches(
+            source,
+            size,
+            self.config.data.image_size,
+            local_rows(self.mesh, size),
+            limit=limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        found = features.extract(self.encoder, batches, self.mesh)
+        return tuple(x[: limit or None] for x in found)
+
+    @functools.cached_property
+    def encoder(self) -> Callable[[jax.Array], jax.Array]:
+        """Global uint8 images `[b, h, w, 3]` -> features `[b, d]` of `settings.layer`, compiled."""
+        if self.settings.features == "pixels":
+            return features.jit_encoder(lambda x: x.reshape(x.shape[0], -1), self.mesh)
+        encode = functools.partial(self.method.encode, layer=self.settings.layer)
+        return functools.partial(features.jit_encoder(encode, self.mesh), self.state)
+
+
+def load(
+    workdir: str | os.PathLike,
+    settings: ConfigDict,
+    methods: Mapping[str, Callable[[Setup], Method]],
+    mesh: Mesh | None = None,
+) -> Pretrained:
+    """Opens the run of a workdir.
+
+    Args:
+        workdir: of a run, finished or not.
+        settings: from `settings.default_config()`.
+        methods: by name, e.g. `{"simclr": SimCLR}`.
+        mesh: default all devices.
+
+    Raises:
+        UserError: no run or no such checkpoint there, an unknown method or field.
+    """
+    workdir = epath.Path(workdir)
+    one_of("eval.features", settings.features, FEATURES)
+    config = read_config(workdir, methods)
+    with config.unlocked():
+        d = config.data
+        d.source = settings.source or d.source
+        d.dir = settings.data_dir or d.dir
+        d.train_split = settings.train_split or d.bank_split or d.train_split
+        d.test_split = settings.test_split or d.test_split
+    mesh = mesh or make_mesh()
+    setup = make_setup(config, mesh, _STEPS, _STEPS, num_classes=0)
+    method = methods[config.method](setup)
+    state, step = None, 0
+    if settings.features == "trained":
+        state, step = _restore(workdir, method, mesh, settings.step)
+    elif settings.features == "untrained":
+        state = untrained(method, config.seed, mesh)
+    return Pretrained(config, settings, workdir, mesh, method, state, step)
+
+
+def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
+    """The config of the run in `workdir`; fields that are newer than the run have their default."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give the --workdir that a run was trained in"
+        )
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it") from error
+    name = saved.get("method") if isinstance(saved, dict) else None
+    if name not in methods:
+        raise UserError(f"{path} is of the method {name!r}: expected one of {', '.join(methods)}")
+    config = configs.base_config(name, methods[name].default_config())
+    configs.update(config, saved, str(path))
+    return config
+
+
+def untrained(method: Method, seed: int, mesh: Mesh) -> Any:
+    """The state that a run with this seed starts from."""
+    init_key, _ = root_keys(seed)
+    shardings = state_shardings(mesh, jax.eval_shape(method.init, init_key))
+    return jax.jit(method.init, out_shardings=shardings)(init_key)
+
+
+def _restore(workdir: epath.Path, method: Method, mesh: Mesh, step: int) -> tuple[Any, int]:
+    """The state at `step` (0: the newest), its encoder only."""
+    abstract = jax.eval_shape(method.init, jax.random.key(0))
+    names = ("step", "params", "batch_stats")
+    target = {name: getattr(abstract, name) for name in names}
+    shardings = jax.tree.map(lambda _: replicated(mesh), target)
+    with Checkpoints(workdir, keep=None) as checkpoints:
+        steps = checkpoints.all_steps()
+        if not steps:
+            raise UserError(f"{workdir} has no checkpoint yet: train first")
+        step = step or steps[-1]
+        if step not in steps:
+            raise UserError(
+                f"{workdir} has no checkpoint of step {step}: choose one of "
+                f"{', '.join(map(str, steps))}, or 0 for the newest"
+            )
+        found = checkpoints.restore_part(step, target, shardings)
+    nothing = {f.name: None for f in dataclasses.fields(abstract)}
+    return dataclasses.replace(abstract, **(nothing | found)), step
