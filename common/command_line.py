@@ -1,13 +1,83 @@
-"""Reads the command line, and says in one line what is wrong with it."""
+"""The flags of `main.py`; what is wrong with a command line is said in one line."""
 
+import os
 import re
+import sys
 import traceback
+from collections.abc import Iterable, Sequence
 
 from absl import flags
+from ml_collections import config_flags
 
 from common.errors import UserError
+from common.evaluate import settings
 
+CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
 _SUGGESTION = re.compile(r'Did you mean "([^"]+)" instead of "([^"]+)"')
+
+
+def define(
+    evaluations: Iterable[str],
+    values: flags.FlagValues = flags.FLAGS,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Defines all flags.
+
+    Args:
+        evaluations: the modes that evaluate a workdir.
+        values: where to.
+        argv: the command line, which ml_collections reads already here; None is this process's.
+
+    Raises:
+        UserError: for an unknown --eval field, or a value of a wrong type.
+    """
+    argv = sys.argv if argv is None else list(argv)
+    text, here = flags.DEFINE_string, {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it.",
+        sys_argv=argv, **here,
+    )  # fmt: skip
+    try:
+        config_flags.DEFINE_config_dict(
+            "eval", settings.default_config(), "How to evaluate, e.g. --eval.knn.k=20.",
+            sys_argv=argv, **here,
+        )  # fmt: skip
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(in_one_line(error, "--eval", "common/evaluate/settings.py")) from error
+    text("workdir", None, "Where checkpoints, metrics and pictures go, or are.", **here)
+    flags.DEFINE_enum(
+        "mode", "train", ["train", "plan", "prepare", *evaluations],
+        "plan: only compile the train step and say what it costs; prepare: write the data as "
+        "shards; the others evaluate the run that --workdir holds.", **here,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.", **here
+    )
+    flags.DEFINE_bool(
+        "distributed", False, "One process a host of a pod: join the others first.", **here
+    )
+    text("coordinator", "", "HOST:PORT,COUNT,INDEX, where JAX cannot find that out itself.", **here)
+    text("compile_cache", CACHE, "Keeps compiled programs for the next start; '' = none.", **here)
+
+
+def check(values: flags.FlagValues, evaluations: Iterable[str]) -> None:
+    """Checks that the flags fit together.
+
+    Raises:
+        UserError: saying which one is missing or too many.
+    """
+    mode = values.mode
+    if not values.workdir and mode != "plan":
+        raise UserError("--workdir is missing: say where the results are to go, or are")
+    if mode in evaluations and values.config is not None:
+        raise UserError(
+            f"--mode={mode} takes the config from the workdir: leave --config out; what can be "
+            "changed are --eval.NAME=VALUE (common/evaluate/settings.py)"
+        )
+    if mode not in evaluations and values.config is None:
+        raise UserError("--config is missing: give a file, e.g. --config=configs/simclr_demo.py")
+    if values.topology and mode != "plan":
+        raise UserError(f"--topology goes with --mode=plan, not with --mode={mode}")
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -33,7 +103,9 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     return rest
 
 
-def in_one_line(error: BaseException) -> str:
+def in_one_line(
+    error: BaseException, what: str = "the config", where_to_look: str = "common/config.py"
+) -> str:
     """What a person needs to know of an error of absl, ml_collections or `get_config`."""
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
@@ -50,9 +122,13 @@ def in_one_line(error: BaseException) -> str:
             "get_config(), e.g. configs/simclr_demo.py"
         )
     if match := _SUGGESTION.search(str(error)):
-        text = f"the config has no field {match[2]!r}: did you mean {match[1]!r}?"
+        text = f"{what} has no field {match[2]!r}: did you mean {match[1]!r}?"
     elif isinstance(error, (AttributeError, KeyError)):
-        text = f"the config has no field {str(chain[-1]).strip(chr(39))!r}: see common/config.py"
+        text = f"{what} has no field {_bare(chain[-1])!r}: see {where_to_look}"
     else:
         text = " ".join(str(chain[-1] if where else error).split())
     return (where[-1] if where else "") + text
+
+
+def _bare(error: BaseException) -> str:
+    return str(error).strip("\"'")

@@ -8,11 +8,11 @@ import jax
 import pytest
 import tiny
 from absl import flags
-from ml_collections import config_flags
 
 from common import command_line, config
 from common.data import presets
 from common.errors import UserError
+from common.evaluate import modes
 from common.method import make_setup
 from common.sharding import make_mesh
 
@@ -24,10 +24,9 @@ NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "_
 def parse(*arguments):
     """What `main.py` makes of a command line, with flags of its own."""
     argv, values = ["main.py", *map(str, arguments)], flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    flags.mark_flags_as_required(["config", "workdir"], values)
+    command_line.define(modes.MODES, values, argv)
     command_line.parse(argv, values)
+    command_line.check(values, modes.MODES)
     return values.config
 
 
@@ -69,6 +68,11 @@ def test_overrides_arrive_with_their_types():
         (["--config.batch_size=abc"], ["--config.batch_size=abc"]),
         (["--config.optimizer.learning_rate=fast"], ["--config.optimizer.learning_rate=fast"]),
         (["--bogus=3"], ["bogus"]),
+        (["--eval.knn.kk=3"], ["--eval has no field 'kk'", "settings.py"]),
+        (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
+        (["--mode=knn"], ["takes the config from the workdir"]),
+        (["--mode=kn"], ["--mode=kn", "knn"]),
+        (["--topology=v5e:4x8"], ["--mode=plan"]),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, words):
