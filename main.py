@@ -32,7 +32,7 @@ _MODE = flags.DEFINE_enum(
     "plan: only compile the train step and say what it costs; prepare: write the data as shards; "
     "the others evaluate the run that --workdir holds.",
 )
-_EVAL = config_flags.DEFINE_config_dict(
+_EVAL = command_line.define_settings(
     "eval", settings.default_config(), "How to evaluate, e.g. --eval.knn.k=20."
 )
 _TOPOLOGY = flags.DEFINE_list(

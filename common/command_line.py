@@ -1,13 +1,29 @@
 """Reads the command line, and says in one line what is wrong with it."""
 
 import re
+import sys
 import traceback
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from common.errors import UserError
 
 _SUGGESTION = re.compile(r'Did you mean "([^"]+)" instead of "([^"]+)"')
+
+
+_MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+def define_settings(
+    name: str, default: ConfigDict, text: str, values: flags.FlagValues = flags.FLAGS
+) -> Any:
+    """`DEFINE_config_dict`, which reads the command line at once: a mistake ends the program."""
+    try:
+        return config_flags.DEFINE_config_dict(name, default, text, flag_values=values)
+    except _MISTAKES as error:
+        sys.exit(f"error: {in_one_line(error).replace('the config', f'--{name}', 1)}")
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -28,7 +44,7 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
         rest = values(argv)
         # A file that could not be read raises only when the config is used.
         getattr(values.config, "method", None)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except _MISTAKES as error:
         raise UserError(in_one_line(error)) from error
     return rest
 
@@ -52,7 +68,8 @@ def in_one_line(error: BaseException) -> str:
     if match := _SUGGESTION.search(str(error)):
         text = f"the config has no field {match[2]!r}: did you mean {match[1]!r}?"
     elif isinstance(error, (AttributeError, KeyError)):
-        text = f"the config has no field {str(chain[-1]).strip(chr(39))!r}: see common/config.py"
+        field = re.sub(r"[\"']", "", str(chain[-1]))
+        text = f"the config has no field {field!r}: look for the right name where it is defined"
     else:
         text = " ".join(str(chain[-1] if where else error).split())
     return (where[-1] if where else "") + text
