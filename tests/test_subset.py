@@ -37,7 +37,7 @@ def test_the_seed_decides_and_a_small_fraction_is_part_of_a_large_one():
 
 def test_less_than_one_image_a_class():
     y = labels([50, 50])
-    with pytest.raises(UserError, match="less than one image a class: choose at least 0.02"):
+    with pytest.raises(UserError, match=r"less than one image a class: choose at least 0\.02"):
         subset.balanced(y, 0.004, 2, seed=0)
     for fraction in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match="more than 0, at most 1"):

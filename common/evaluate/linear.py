@@ -1,7 +1,7 @@
 """Linear classifiers on frozen features by SGD, a whole grid of settings in one pass.
 
-Chen et al. 2020, B.6: SGD with Nesterov momentum and a cosine schedule, learning rate x batch / 256.
-All candidates of a grid see the same batches, so images are encoded once for all of them.
+Chen et al. 2020, B.6: SGD with Nesterov momentum and a cosine schedule, learning rate x batch /
+256. All candidates of a grid see the same batches, so images are encoded once for all of them.
 """
 
 import collections
@@ -18,7 +18,6 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from common.errors import UserError
 from common.progress import Progress
 from common.sharding import batch_sharding, replicated
 
@@ -110,9 +109,7 @@ def fit(
         Classifiers of the features as given, in the order of the candidates.
     """
     if not candidates or steps < 1:
-        raise UserError(
-            f"{len(candidates)} settings and {steps} steps: expected 1 of each at least"
-        )
+        raise ValueError(f"{len(candidates)} candidates, {steps} steps: expected at least 1")
     d, g = len(mean), len(candidates)
     kernel, bias = (d, g, num_classes), (g, num_classes)
     params = {"kernel": np.zeros(kernel, np.float32), "bias": np.zeros(bias, np.float32)}

@@ -156,14 +156,13 @@ def _by_sgd(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, st
         "batch_size": batches.batch_size_for(c.batch_size, n, opened.mesh),
     }
     which = "cached features" if _variant(opened) == "cached" else "crops and flips"
-    return (
-        classifier,
-        how,
-        (
-            f"{which}, SGD, {c.epochs} epochs, learning rate {chosen.learning_rate:g} x batch / 256, "
-            f"weight decay {chosen.weight_decay:g}{_chosen_by(held)}"
-        ),
+    words = (
+        f"{which}, SGD, {c.epochs} epochs, learning rate {chosen.learning_rate:g} x batch / 256, "
+        f"weight decay {chosen.weight_decay:g}"
     )
+    if len(held):
+        words += f", chosen by {len(held):,} held-out training images"
+    return classifier, how, words
 
 
 def _by_lbfgs(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, str]:
@@ -173,10 +172,6 @@ def _by_lbfgs(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, 
         bank.features, bank.labels, bank.num_classes, opened.settings.logistic, opened.settings.seed
     )
     return found.classifier, found.record, f"cached features, L-BFGS, {found.words}"
-
-
-def _chosen_by(held: np.ndarray) -> str:
-    return f", chosen by {len(held):,} held-out training images" if len(held) else ""
 
 
 def _encoder_arrays(opened: Pretrained) -> Any:

@@ -1,8 +1,8 @@
-"""L2-regularised multinomial logistic regression (scikit-learn), its strength chosen on held-out rows.
+"""L2-regularised multinomial logistic regression, its strength chosen on held-out rows.
 
 Chen et al. 2020, B.8, after Kornblith et al. 2019: L-BFGS, no augmentation, 45 strengths spaced
-evenly on a log scale. It minimises sum of cross-entropies + l2 / 2 |kernel|^2, l2 = 1 / C, on
-features of mean 0 and standard deviation 1.
+evenly on a log scale. scikit-learn minimises sum of cross-entropies + l2 / 2 |kernel|^2,
+l2 = 1 / C, on features of mean 0 and standard deviation 1.
 """
 
 import dataclasses

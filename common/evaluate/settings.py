@@ -39,8 +39,8 @@ def default_config() -> ConfigDict:
     c.logistic = ConfigDict(
         {"num_values": 45, "low": 1e-6, "high": 1e5, "max_iterations": 1000, "held_out": 0.1}
     )
-    # Data sets by commas, splits after an @: "embedded,tfds:cifar10,folder:PATH@train:val"; "" = one,
-    # the run's own
+    # Data sets by commas, splits after an @: "embedded,tfds:cifar10,folder:PATH@train:val";
+    # "" = one, the run's own
     c.transfer = ConfigDict({"sources": ""})
     c.finetune = ConfigDict(
         {
