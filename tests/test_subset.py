@@ -70,6 +70,7 @@ def test_selected_examples_are_those_of_the_source():
     assert part.describe(0) == base.describe(1999)
 
 
+@pytest.mark.slow
 def test_a_streamed_set_is_selected_into_memory(tmp_path):
     from test_pipeline import config, write_tfds
 
