@@ -23,7 +23,7 @@ def define_settings(
     try:
         return config_flags.DEFINE_config_dict(name, default, text, flag_values=values)
     except _MISTAKES as error:
-        sys.exit(f"error: {in_one_line(error).replace('the config', f'--{name}', 1)}")
+        sys.exit(f"error: {in_one_line(error, f'--{name}', 'docs/evaluation.md')}")
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -49,7 +49,9 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     return rest
 
 
-def in_one_line(error: BaseException) -> str:
+def in_one_line(
+    error: BaseException, what: str = "the config", where_to_look: str = "common/config.py"
+) -> str:
     """What a person needs to know of an error of absl, ml_collections or `get_config`."""
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
@@ -66,10 +68,10 @@ def in_one_line(error: BaseException) -> str:
             "get_config(), e.g. configs/simclr_demo.py"
         )
     if match := _SUGGESTION.search(str(error)):
-        text = f"the config has no field {match[2]!r}: did you mean {match[1]!r}?"
+        text = f"{what} has no field {match[2]!r}: did you mean {match[1]!r}?"
     elif isinstance(error, (AttributeError, KeyError)):
         field = re.sub(r"[\"']", "", str(chain[-1]))
-        text = f"the config has no field {field!r}: look for the right name where it is defined"
+        text = f"{what} has no field {field!r}: see {where_to_look}"
     else:
         text = " ".join(str(chain[-1] if where else error).split())
     return (where[-1] if where else "") + text
