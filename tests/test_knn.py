@@ -178,3 +178,48 @@ def test_knn_makes_no_implicit_transfer():
     x, y = data(60, 8)
     with jax.transfer_guard("disallow"):
         knn.knn_top1(x, y, x, y, CLASSES, k=3, center=True)
+
+
+# 60: more than a device of 8 holds
+@pytest.mark.parametrize(("metric", "k"), [("cosine", 60), ("euclidean", 9)])
+def test_neighbours_on_many_devices_are_those_on_one(metric, k, monkeypatch):
+    monkeypatch.setattr(knn, "_TILE", 500)  # several blocks on each device
+    train, _ = data(203, 3)
+    train[100:150] = train[50:100]  # equal rows keep their order, too
+    queries, _ = data(30, 4)
+    found = [
+        knn.neighbours(train, queries, k, False, 16, metric, make_mesh(jax.devices()[:n]))
+        for n in (1, 2, 8)
+    ]
+    for indices, similarities in found[1:]:
+        np.testing.assert_array_equal(indices, found[0][0])
+        np.testing.assert_allclose(similarities, found[0][1], atol=1e-6)
+
+
+def test_euclidean_distance_by_hand():
+    train, labels = data(150, 5)
+    queries, wanted = data(40, 6)
+    distances = np.sqrt(((queries[:, None] - train[None]) ** 2).sum(-1))
+    order = np.argsort(distances, axis=1)[:, :20]
+    indices, similarities = knn.neighbours(train, queries, 20, metric="euclidean")
+    np.testing.assert_array_equal(indices, order)
+    spread = ((train - train.mean(0)) ** 2).sum(1).mean()
+    want = -(np.take_along_axis(distances, order, 1) ** 2) / 2 / spread
+    np.testing.assert_allclose(similarities, want, atol=1e-5)
+    votes = np.stack([(np.exp(want / 0.2) * (labels[order] == c)).sum(1) for c in range(CLASSES)])
+    got = knn.knn_scores(train, labels, queries, wanted, CLASSES, 20, 0.2, metric="euclidean")
+    assert got["top1"] == (votes.argmax(0) == wanted).mean()
+    # scale and place mean nothing
+    moved = knn.neighbours(5 * train + 9, 5 * queries + 9, 20, metric="euclidean")
+    np.testing.assert_allclose(moved[1], similarities, atol=1e-5)
+
+
+def test_top5_counts_only_classes_with_votes():
+    train, queries = np.eye(8), np.eye(8)
+    labels = np.arange(8)
+    args = (train, labels, queries, (labels + 1) % 8, 8)
+    got = knn.knn_scores(*args, k=8, temperature=1.0)
+    # all others tie behind the first: the classes 0, 1, ... come next, so 5, 6, 7 miss theirs
+    hits = [(c + 1) % 8 in [c, *[x for x in range(8) if x != c][:4]] for c in range(8)]
+    assert got["top1"] == 0 and got["top5"] == np.mean(hits) and got["num_test"] == 8
+    assert knn.knn_scores(*args, k=1)["top5"] == 0

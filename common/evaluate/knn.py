@@ -5,15 +5,22 @@ section 3.4. One protocol serves trained features, untrained ones and raw pixels
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from common.errors import UserError
+from common.evaluate.accuracy import labelled, top_k
+from common.optim import one_of
+from common.sharding import AXIS, local_rows, make_mesh, replicated, to_global
 
-# Similarities held at once, in numbers: 512 MB of float32.
+METRICS = ("cosine", "euclidean")
+# Similarities held at once on a device, in numbers: 512 MB of float32.
 _TILE = 2**27
 
 
@@ -32,26 +39,38 @@ def neighbours(
     k: int,
     center: bool = False,
     chunk: int = 1024,
+    metric: str = "cosine",
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k training rows with the largest cosine similarity to each query.
+    """Finds the k training rows that are most similar to each query.
 
-    Both sets stay on the host and pass through the device in blocks; a block is centred and
-    normalised there, so memory is O(chunk) whatever n is, and uint8 pixels stay uint8 here.
+    Both sets stay on the host and pass through the devices in blocks; a block is centred and
+    normalised there, so memory is O(chunk) whatever n is, and uint8 pixels stay uint8 here. Each
+    device looks through its own contiguous part of the training rows, and the best of all are
+    merged at the end, so the result (the order of equal ones included) is that of one device.
 
     Args:
         train_features: `[n, d]`, any real type.
         query_features: `[m, d]`.
         k: neighbours, in [1, n].
-        center: subtract the mean of the training rows from both sets first.
+        center: subtract the mean of the training rows from both sets first. (No Euclidean
+            distance changes by it.)
         chunk: queries scored at once.
+        metric: "cosine", or "euclidean": similarity -r^2 / (2 s^2) at distance r, where s^2 is the
+            mean squared distance of a training row from their mean. So scale and temperature mean
+            what they do for unit vectors, whose cosine is 1 - r^2 / 2.
+        mesh: devices that share the work; None is the first one of this process, and no process
+            waits for another.
 
     Returns:
         indices int32 `[m, k]` into the training rows and similarities float32 `[m, k]`, nearest
         first.
 
     Raises:
-        UserError: if k is out of range.
+        UserError: if k is out of range, or for an unknown metric.
     """
+    one_of("knn.metric", metric, METRICS)
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
     train = _rows(train_features)
     queries = _rows(query_features)
     n, d = train.shape
@@ -59,33 +78,51 @@ def neighbours(
         raise UserError(f"k={k} neighbours among {n} training rows: choose k from 1 to {n}")
     if queries.shape[1] != d:
         raise UserError(f"queries have {queries.shape[1]} features and training rows {d}")
-    mean = train.mean(0, dtype=np.float64) if center else np.zeros(d)
-    mean = jax.device_put(mean.astype(np.float32))
+    euclidean = metric == "euclidean"
+    mean, scale = np.zeros(d), 1.0
+    if center or euclidean:  # centred, |a|^2 + |b|^2 - 2ab loses the fewest digits
+        mean = train.mean(0, dtype=np.float64)
+    if euclidean:
+        scale = _spread(train, mean)
     chunk = max(1, min(chunk, len(queries)))
+    share = -(-n // mesh.size)  # training rows of a device
     # A block of training rows must hold k of them, and k more have to fit beside it.
-    block = min(n, max(k, min(_TILE // chunk, _TILE // d)))
-    block = -(-n // -(-n // block))  # all of about one size, so that little is padding
+    block = min(share, max(k, min(_TILE // chunk, _TILE // d)))
+    block = -(-share // -(-share // block))  # all of about one size, so that little is padding
     block = max(k, block)
+    mine = local_rows(mesh, mesh.size)  # devices of this process
+    prepare, merge, finish = _programs(mesh, euclidean)
+    everywhere = functools.partial(jax.device_put, device=replicated(mesh))
+    mean, scale = everywhere((mean.astype(np.float32), np.float32(scale)))
     starts = range(0, len(queries), chunk)
-    best = [
-        jax.device_put((np.zeros((chunk, k), np.int32), np.full((chunk, k), -np.inf, np.float32)))
-        for _ in starts
-    ]
-    for begin in range(0, n, block):
-        rows = jax.device_put(_padded(train[begin : begin + block], block))
-        rows = _unit(rows, mean)
-        limits = jax.device_put(np.array([begin, n], np.int32))
+    nothing = np.full((len(mine), chunk, k), -np.inf, np.float32)
+    best = [to_global(mesh, (np.zeros(nothing.shape, np.int32), nothing)) for _ in starts]
+    for begin in range(0, share, block):
+        ends = np.minimum((mine + 1) * share, n)
+        firsts = np.minimum(mine * share + begin, ends)
+        pieces = [
+            _padded(train[first : min(first + block, end)], block)
+            for first, end in zip(firsts, ends, strict=True)
+        ]
+        limits = np.stack([firsts, ends], axis=1).astype(np.int32)
+        rows, limits = to_global(mesh, (np.concatenate(pieces), limits))
+        rows = prepare(rows, mean, scale)
         for i, start in enumerate(starts):
-            part = jax.device_put(_padded(queries[start : start + chunk], chunk))
-            best[i] = _merge(best[i], _unit(part, mean), rows, limits)
-    best = jax.device_get(best)
+            part = everywhere(_padded(queries[start : start + chunk], chunk))
+            best[i] = merge(best[i], prepare(part, mean, scale), rows, limits)
+    best = jax.device_get([finish(pair) for pair in best])
     indices, similarities = (
         np.concatenate(parts)[: len(queries)] for parts in zip(*best, strict=True)
     )
     return indices, similarities
 
 
-def knn_top1(
+def knn_top1(*args: Any, **options: Any) -> float:
+    """Returns the top-1 accuracy of a weighted kNN classifier; see `knn_scores`."""
+    return knn_scores(*args, **options)["top1"]
+
+
+def knn_scores(
     train_features: np.ndarray,
     train_labels: np.ndarray,
     test_features: np.ndarray,
@@ -95,7 +132,9 @@ def knn_top1(
     temperature: float = 0.1,
     center: bool = False,
     chunk: int = 1024,
-) -> float:
+    metric: str = "cosine",
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
     """Returns the accuracy of a weighted kNN classifier.
 
     Each of the k nearest training rows votes for its class with weight exp(similarity /
@@ -111,24 +150,29 @@ def knn_top1(
         temperature: > 0.
         center: subtract the mean of the labelled training rows from both sets first.
         chunk: queries scored at once.
+        metric, mesh: as in `neighbours`.
 
     Returns:
-        Top-1 accuracy in [0, 1].
+        `top1` and `top5` in [0, 1] (`top5` None with 5 classes or fewer; a class without a vote is
+        no prediction), `k`, and `num_train` and `num_test`, the labelled rows of both sets.
 
     Raises:
         UserError: if either set has no labelled row, or k or the temperature is out of range.
     """
     if temperature <= 0:
         raise UserError(f"kNN temperature={temperature}: it must be above 0 (0.1 is usual)")
-    train_features, train_labels = _labelled("training", train_features, train_labels)
-    test_features, test_labels = _labelled("test", test_features, test_labels)
+    train_features, train_labels = labelled("training", train_features, train_labels)
+    test_features, test_labels = labelled("test", test_features, test_labels)
     k = default_k(len(train_labels)) if k is None else k
-    indices, similarities = neighbours(train_features, test_features, k, center, chunk)
+    indices, similarities = neighbours(
+        train_features, test_features, k, center, chunk, metric, mesh
+    )
     # The shift by the nearest changes no argmax and keeps a small temperature from overflowing.
     weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
     votes = np.zeros((len(test_labels), num_classes))
     np.add.at(votes, (np.arange(len(votes))[:, None], train_labels[indices]), weights)
-    return float(np.mean(votes.argmax(1) == test_labels))
+    sizes = {"num_train": len(train_labels), "num_test": len(test_labels)}
+    return top_k(votes, test_labels, least=0.0) | {"k": k} | sizes
 
 
 def _rows(features: np.ndarray) -> np.ndarray:
@@ -136,16 +180,12 @@ def _rows(features: np.ndarray) -> np.ndarray:
     return features.reshape(len(features), -1)
 
 
-def _labelled(name: str, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.asarray(labels)
-    keep = labels >= 0
-    if not keep.any():
-        raise UserError(
-            f"none of the {len(labels)} {name} rows has a label, and kNN needs some: "
-            "evaluate on a labelled data set"
-        )
-    # Indexing copies, and pixels are large: only when something has to go.
-    return (features, labels) if keep.all() else (np.asarray(features)[keep], labels[keep])
+def _spread(rows: np.ndarray, mean: np.ndarray) -> float:
+    """1 / s of `rows [n, d]`: the inverse root mean squared distance from their mean."""
+    squares = 0.0
+    for part in np.array_split(rows, -(-rows.size // _TILE)):
+        squares += float(((part.astype(np.float64) - mean[None]) ** 2).sum())
+    return 1 / max(np.sqrt(squares / len(rows)), 1e-12)
 
 
 def _padded(rows: np.ndarray, length: int) -> np.ndarray:
@@ -153,23 +193,46 @@ def _padded(rows: np.ndarray, length: int) -> np.ndarray:
     return np.pad(rows, ((0, length - len(rows)), (0, 0)))
 
 
-@jax.jit
-def _unit(rows: jax.Array, mean: jax.Array) -> jax.Array:
-    rows = rows.astype(jnp.float32) - mean[None]
-    return rows * lax.rsqrt(jnp.maximum((rows * rows).sum(1, keepdims=True), 1e-24))
+@functools.lru_cache(maxsize=8)
+def _programs(mesh: Mesh, euclidean: bool) -> tuple[Callable, Callable, Callable]:
+    """What runs on the devices: prepare rows, merge a block into the best so far, finish."""
 
+    @jax.jit
+    def prepare(rows: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
+        rows = rows.astype(jnp.float32) - mean[None]
+        if euclidean:
+            return rows * scale
+        return rows * lax.rsqrt(jnp.maximum((rows * rows).sum(1, keepdims=True), 1e-24))
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _merge(
-    best: tuple[jax.Array, jax.Array], queries: jax.Array, rows: jax.Array, limits: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Best neighbours so far, and those among `rows`, which start at index limits[0]."""
-    indices, similarities = best
-    begin, n = limits[0], limits[1]
-    new = jnp.matmul(queries, rows.T, precision="highest")
-    real = begin + jnp.arange(rows.shape[0]) < n
-    new, places = lax.top_k(jnp.where(real[None], new, -jnp.inf), similarities.shape[1])
-    new_indices = (begin + places).astype(jnp.int32)
-    similarities, places = lax.top_k(jnp.concatenate([similarities, new], 1), similarities.shape[1])
-    indices = jnp.take_along_axis(jnp.concatenate([indices, new_indices], 1), places, 1)
-    return indices, similarities
+    def local_merge(best: tuple, queries: jax.Array, rows: jax.Array, limits: jax.Array) -> tuple:
+        """Of this device's rows, which start at index limits[0, 0] and end before limits[0, 1]."""
+        indices, similarities = best[0][0], best[1][0]
+        k = similarities.shape[1]
+        new = jnp.matmul(queries, rows.T, precision="highest")
+        if euclidean:
+            squares = ((x * x).sum(1) for x in (queries, rows))
+            new = new - 0.5 * jnp.add.outer(*squares)
+        places = limits[0, 0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
+        new, chosen = lax.top_k(jnp.where((places < limits[0, 1])[None], new, -jnp.inf), k)
+        # of equal ones `top_k` takes the first: those with the lower index, which came before
+        similarities, order = lax.top_k(jnp.concatenate([similarities, new], 1), k)
+        indices = jnp.concatenate([indices, places[chosen]], 1)
+        return jnp.take_along_axis(indices, order, 1)[None], similarities[None]
+
+    split, whole = jax.P(AXIS), jax.P()
+    merge = jax.shard_map(
+        local_merge,
+        mesh=mesh,
+        in_specs=((split, split), whole, split, split),
+        out_specs=(split, split),
+    )
+
+    def finish(best: tuple) -> tuple:
+        """`[devices, chunk, k]` to `[chunk, k]`."""
+        k = best[0].shape[2]
+        indices, similarities = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in best)
+        similarities, order = lax.top_k(similarities, k)
+        return jnp.take_along_axis(indices, order, 1), similarities
+
+    finish = jax.jit(finish, out_shardings=replicated(mesh))
+    return prepare, jax.jit(merge, donate_argnums=0), finish

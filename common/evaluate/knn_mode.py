@@ -2,23 +2,31 @@
 
 from typing import Any
 
-from common.evaluate import knn, modes
+from common.evaluate import accuracy, knn, modes
 from common.evaluate.pretrained import Pretrained
+from common.optim import one_of
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Scores the test split by the votes of the train split; see `knn.knn_top1`."""
-    train, test = opened.open_labelled("train"), opened.open_labelled("test")
+    """Scores the test split by the votes of the train split; see `knn.knn_scores`."""
     c = opened.settings.knn
+    one_of("eval.knn.metric", c.metric, knn.METRICS)
+    train, test = opened.open_labelled("train"), opened.open_labelled("test")
     bank, labels, _ = opened.extract(train)
     queries, wanted, _ = opened.extract(test)
-    k = c.k or knn.default_k(int((labels >= 0).sum()))
-    top1 = knn.knn_top1(
+    metrics = knn.knn_scores(
         bank, labels, queries, wanted, train.num_classes,
-        k=k, temperature=c.temperature, center=c.center,
+        k=c.k or None, temperature=c.temperature, center=c.center, metric=c.metric,
+        mesh=opened.mesh,
     )  # fmt: skip
-    metrics = {"top1": top1, "k": k, "temperature": c.temperature, "metric": c.metric}
+    metrics |= {
+        "protocol": "weighted kNN (Wu et al. 2018) on features of un-augmented images",
+        "temperature": c.temperature,
+        "metric": c.metric,
+        "center": c.center,
+    }
     return metrics, (
-        f"kNN (k = {k}, T = {c.temperature:g}) on {modes.subject(opened)}: {100 * top1:.2f} % of "
-        f"{len(wanted):,} images of {test.name} ({test.split}) right."
+        f"kNN (k = {metrics['k']}, T = {c.temperature:g}, {c.metric}, votes of "
+        f"{metrics['num_train']:,} images) on {modes.subject(opened)}: "
+        f"{accuracy.in_words(metrics, test)}."
     )

@@ -22,6 +22,9 @@ from common.method import Method, Setup
 # The mode's name -> module with `run(pretrained) -> (metrics, sentence)`, imported when it is used.
 MODES = {
     "knn": "common.evaluate.knn_mode",
+    "linear_eval": "common.evaluate.linear_mode",
+    "finetune": "common.evaluate.finetune_mode",
+    "transfer": "common.evaluate.transfer_mode",
 }
 FILE = "results.jsonl"
 
@@ -63,6 +66,7 @@ def run(
         "command": shlex.join(sys.argv),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    record |= metrics  # a mode that has data of its own says so
     if jax.process_index() == 0:
         lines = jsonl.Lines(epath.Path(workdir) / FILE)
         lines.add(jsonl.dump(record))
@@ -78,3 +82,9 @@ def subject(opened: pretrained.Pretrained) -> str:
         "untrained": "the untrained encoder",
         "pixels": "raw pixels",
     }[opened.settings.features]
+
+
+def note(text: str) -> None:
+    """Tells a person who waits what is going on."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -69,13 +69,14 @@ class Pretrained:
         return source
 
     def extract(
-        self, source: sources.Source, limit: int = 0
+        self, source: sources.Source, limit: int = 0, encode: Callable | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features of un-augmented images (pixels with `settings.features="pixels"`).
 
         Args:
             source: of any split.
             limit: at most so many examples, evenly spaced; 0 for all.
+            encode: what makes features of global images; None is `encoder`.
 
         Returns:
             features `[n, d]` (float32; of pixels uint8), labels int32 `[n]` (-1: none) and ids
@@ -92,7 +93,7 @@ class Pretrained:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        found = features.extract(self.encoder, batches, self.mesh)
+        found = features.extract(encode or self.encoder, batches, self.mesh)
         return tuple(x[: limit or None] for x in found)
 
     @functools.cached_property

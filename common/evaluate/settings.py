@@ -20,4 +20,35 @@ def default_config() -> ConfigDict:
     c.test_split = ""
     # k = 0 is min(200, n / 10); knn.metric: cosine | euclidean
     c.knn = ConfigDict({"k": 0, "temperature": 0.1, "metric": "cosine", "center": False})
+    c.linear = ConfigDict(
+        {
+            "variant": "auto",  # cached (features of un-augmented images) | augmented (crop and
+            # flip, every image encoded anew) | auto: cached on CPUs and for pixels
+            "optimizer": "sgd",  # sgd | lbfgs (cached only; settings in eval.logistic)
+            "epochs": 90,
+            "batch_size": 256,  # at most the training images
+            "momentum": 0.9,
+            # Base values, x batch / 256. The best pair on a held-out part of train is taken.
+            "learning_rate": (0.1, 0.3, 1.0, 3.0, 10.0),
+            "weight_decay": (0.0, 1e-6, 1e-5),
+            "held_out": 0.1,  # share of each class of train to choose by
+            "standardise": True,  # features of variance 1 / d; False: as they are
+        }
+    )
+    # l2-regularised logistic regression: --mode=transfer, and --mode=linear_eval with lbfgs
+    c.logistic = ConfigDict(
+        {"num_values": 45, "low": 1e-6, "high": 1e5, "max_iterations": 1000, "held_out": 0.1}
+    )
+    # Data sets by commas, splits after an @: "embedded,tfds:cifar10,folder:PATH@train:val";
+    # "" = one, the run's own
+    c.transfer = ConfigDict({"sources": ""})
+    c.finetune = ConfigDict(
+        {
+            "fraction": 0.01,  # of the labels, class balanced
+            "epochs": 0,  # 0 = 60 up to 1 % of the labels, else 30 (Chen et al. 2020, B.5)
+            "batch_size": 256,  # at most the training images
+            "learning_rate": 0.05,  # x batch / 256
+            "weight_decay": 0.0,
+        }
+    )
     return c.lock()

@@ -76,24 +76,29 @@ class Network(nn.Module):
         features = self.backbone(images, train)
         return features, self.head(features, train)
 
-    def encode(self, images: jax.Array, layer: str = "backbone") -> jax.Array:
-        """Features in eval mode.
+    def encode(self, images: jax.Array, layer: str = "backbone", train: bool = False) -> jax.Array:
+        """Features, in eval mode unless `train`.
 
         Args:
             images: `[b, h, w, c]`, scaled.
             layer: "backbone", "head1" ... (after that many layers of the head), or "projection".
+            train: use and record batch statistics, to fine-tune.
 
         Raises:
             UserError: for a layer that this network does not have.
         """
-        features = self.backbone(images, False)
+        depth = self.depth_of(layer)
+        features = self.backbone(images, train)
+        return self.head(features, train, depth) if depth else features
+
+    def depth_of(self, layer: str) -> int:
+        """How many layers of the head `layer` is behind; 0 for the backbone."""
         names = ["backbone", *(f"head{i + 1}" for i in range(self.head.depth))]
         if layer != "projection" and layer not in names:
             raise UserError(
                 f"layer {layer!r} is unknown: choose one of {', '.join(names)}, projection"
             )
-        depth = self.head.depth if layer == "projection" else names.index(layer)
-        return self.head(features, False, depth) if depth else features
+        return self.head.depth if layer == "projection" else names.index(layer)
 
 
 def make_network(config: Any) -> Network:

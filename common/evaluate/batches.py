@@ -1,0 +1,95 @@
+"""Training batches with labels: the run's crops and flips, and nothing else of its augmentation.
+
+That is how linear classifiers and fine-tuning are trained in the papers (Chen et al. 2020, B.5).
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common.data import pipeline, presets
+from common.data.sources import Source
+from common.errors import UserError
+from common.sharding import local_rows, to_global
+
+_OFF = ("jitter", "grey", "blur", "solarise", "rotate")
+
+
+def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
+    """The batch size wanted, or the largest that `n` examples and the devices allow.
+
+    Raises:
+        UserError: if there are fewer examples than devices, or less than one is wanted.
+    """
+    if wanted < 1:
+        raise UserError(f"batch_size={wanted}: expected at least 1")
+    size = min(wanted, n) // mesh.size * mesh.size or mesh.size
+    if size > n:
+        raise UserError(
+            f"{n} training examples on {mesh.size} devices: expected at least one for each; give "
+            "more data, or use fewer devices"
+        )
+    return size
+
+
+def only_crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> ConfigDict:
+    """A copy of a run's config for batches of `images`, whole images being `data.image_size`."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.seed, c.batch_size = seed, batch_size
+        for name in _OFF:
+            c.augment[name] = 0.0
+        c.augment.size = None  # as large as in the test
+        c.augment_view2 = presets.default_config(None)  # as view 1
+    return c
+
+
+def batches(
+    source: Source,
+    config: ConfigDict,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    keep: np.ndarray | None = None,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Batches without end, over epochs of `num_examples // batch_size` steps.
+
+    Args:
+        source: of the training examples.
+        config: of the run.
+        mesh: the devices.
+        batch_size: of the global batch, a multiple of the devices.
+        seed: of orders, crops and flips.
+        keep: bool `[num_examples]`; the labels of all others are hidden. None: all are kept.
+
+    Yields:
+        Global arrays: images uint8 `[b, h, w, 3]` and labels int32 `[b]`, -1 where there is none.
+    """
+    c = only_crop_and_flip(config, batch_size, seed)
+    pairs = pipeline.train_batches(
+        source, c, rows=local_rows(mesh, batch_size),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    for batch in pairs:
+        labels = batch["labels"]
+        if keep is not None:
+            labels = np.where(keep[batch["ids"]], labels, -1)
+        # The pipeline makes pairs; one view is what the protocol asks for.
+        images = np.ascontiguousarray(batch["images"][:, 0])
+        yield to_global(mesh, (images, labels.astype(np.int32)))
+
+
+def cached(
+    features: np.ndarray, labels: np.ndarray, mesh: Mesh, batch_size: int, seed: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The same batches in the same order, of features `[n, d]` instead of images."""
+    n, rows = len(labels), local_rows(mesh, batch_size)
+    for epoch in itertools.count():
+        order = pipeline.order(seed, epoch, n)
+        for start in range(0, n - batch_size + 1, batch_size):
+            ids = order[start + rows]
+            yield to_global(mesh, (features[ids], labels[ids].astype(np.int32)))

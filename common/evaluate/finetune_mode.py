@@ -1,0 +1,97 @@
+"""`--mode=finetune`: the whole network trained on 1 %, 10 % or 100 % of the labels.
+
+Chen et al. 2020, B.5: class-balanced labels, crops and flips only, SGD with Nesterov momentum,
+60 epochs on 1 % and 30 on more. `--eval.features=untrained` is supervised training from scratch on
+the same labels. Nothing is tuned: the test split only scores.
+"""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from common import files
+from common.data import subset
+from common.data.sources import Source
+from common.errors import UserError
+from common.evaluate import accuracy, batches, finetune, modes
+from common.evaluate.pretrained import Pretrained
+
+
+def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
+    """Trains on the labels of a share of train, and scores the test split in eval mode."""
+    c, s = opened.settings.finetune, opened.settings
+    if s.features == "pixels":
+        raise UserError("--mode=finetune needs a network: --eval.features=trained or untrained")
+    train, test = opened.open_labelled("train"), opened.open_labelled("test")
+    labels = subset.labels_of(train)
+    accuracy.labelled("training", labels, labels)
+    ids = subset.balanced(labels, c.fraction, train.num_classes, s.seed)
+    listed = save_ids(opened, train, ids)
+
+    size = batches.batch_size_for(c.batch_size, len(ids), opened.mesh)
+    images, keep = train, None
+    if train.kind != "stream" or len(ids) < train.num_examples / 2:
+        images = subset.select(train, ids)
+    else:  # too large for memory: read all of it, with the other labels hidden
+        keep = np.isin(np.arange(train.num_examples), ids)
+    per_epoch = images.num_examples // size
+    epochs = c.epochs or (60 if c.fraction <= 0.01 else 30)
+    steps = round(epochs * per_epoch)
+    if steps < 1:
+        raise UserError(f"eval.finetune.epochs={epochs} is no step at all: expected more")
+
+    tx = finetune.optimizer(c.learning_rate, c.weight_decay, size, steps)
+    tuner = finetune.Finetuner(opened.config, opened.mesh, s.layer, train.num_classes, tx)
+    state = tuner.init(opened.state.params, opened.state.batch_stats)
+    modes.note(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
+    pairs = batches.batches(images, opened.config, opened.mesh, size, s.seed, keep)
+    state = tuner.train(state, pairs, steps, size)
+
+    logits, wanted, _ = opened.extract(test, encode=functools.partial(tuner.logits, state))
+    logits, wanted = accuracy.labelled("test", logits, wanted)
+    metrics = accuracy.top_k(logits, wanted) | {
+        "protocol": "fine-tuning of all layers, crops and flips, SGD with Nesterov momentum",
+        "fraction": c.fraction,
+        "ids": listed,
+        "num_train": len(ids),
+        "num_test": len(wanted),
+        "epochs": epochs,
+        "batch_size": size,
+        "learning_rate": c.learning_rate,
+        "weight_decay": c.weight_decay,
+    }
+    start = "from scratch" if s.features == "untrained" else f"from {modes.subject(opened)}"
+    return metrics, (
+        f"Fine-tuned on {100 * c.fraction:g} % of the labels ({len(ids):,} images) {start}, layer "
+        f"{s.layer}, {epochs:g} epochs: {accuracy.in_words(metrics, test)}."
+    )
+
+
+def save_ids(opened: Pretrained, train: Source, ids: np.ndarray) -> str:
+    """Writes the list of the examples that are used; returns the file's name.
+
+    Raises:
+        UserError: if the file is there and lists others.
+    """
+    fraction, seed = opened.settings.finetune.fraction, opened.settings.seed
+    name = f"finetune_ids_{fraction:g}_seed{seed}.json"
+    path = opened.workdir / name
+    record = {
+        "source": opened.config.data.source,
+        "split": train.split,
+        "num_examples": train.num_examples,
+        "fraction": fraction,
+        "seed": seed,
+        "ids": ids.tolist(),
+    }
+    if path.exists() and json.loads(path.read_text()) != record:
+        raise UserError(
+            f"{path} lists the examples of an earlier fine-tuning on other data: move it away, or "
+            "give another --eval.seed"
+        )
+    if jax.process_index() == 0 and not path.exists():
+        files.write_text(path, json.dumps(record) + "\n")
+    return name

@@ -1,0 +1,92 @@
+"""`--mode=transfer`: how far the features carry to other data sets (Chen et al. 2020, B.8)."""
+
+import dataclasses
+import re
+from typing import Any
+
+from common.errors import UserError
+from common.evaluate import accuracy, logistic, modes
+from common.evaluate.pretrained import Pretrained
+
+# A split may be a TFDS slice, with a colon of its own: train[:80%]
+_SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"
+_SPLITS = re.compile(rf"(?P<source>.+)@(?P<train>{_SPLIT}):(?P<test>{_SPLIT})")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """Where images come from, as `config.data` says it."""
+
+    source: str
+    train_split: str
+    test_split: str
+
+
+def parse(text: str, default: DataSet) -> list[DataSet]:
+    """Reads `eval.transfer.sources`, e.g. "embedded,tfds:cifar10,folder:PATH@train:val".
+
+    Args:
+        text: data sets by commas, each with its splits behind an @ where they are not train and
+            test.
+        default: what "" means.
+
+    Raises:
+        UserError: for splits that are not TRAIN:TEST.
+    """
+    if not text.strip():
+        return [default]
+    found = []
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            raise UserError(f"eval.transfer.sources={text!r} has a comma too many: remove it")
+        match = _SPLITS.fullmatch(part)
+        if not match and "@" in part.rsplit("/", 1)[-1]:
+            raise UserError(
+                f"eval.transfer.sources has {part!r}: expected SOURCE@TRAIN:TEST, such as "
+                "folder:PATH@train:val"
+            )
+        found.append(DataSet(*match.groups()) if match else DataSet(part, "train", "test"))
+    return found
+
+
+def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
+    """Logistic regression on the features of each data set, and their mean accuracy."""
+    d = opened.config.data
+    own = DataSet(d.source, d.train_split, d.test_split)
+    wanted = parse(opened.settings.transfer.sources, own)
+    opened_sets = [_open(opened, data_set) for data_set in wanted]  # mistakes show at once
+    results, sentences = [], []
+    for data_set, (train, test) in zip(wanted, opened_sets, strict=True):
+        modes.note(f"{train.name}: extracting features.")
+        features, labels, _ = opened.extract(train)
+        features, labels = accuracy.labelled("training", features, labels)
+        found = logistic.choose(
+            features, labels, train.num_classes, opened.settings.logistic, opened.settings.seed
+        )
+        queries, wanted_labels, _ = opened.extract(test)
+        queries, wanted_labels = accuracy.labelled("test", queries, wanted_labels)
+        scores = accuracy.top_k(found.classifier.logits(queries), wanted_labels)
+        result = dataclasses.asdict(data_set) | scores | {"num_test": len(wanted_labels)}
+        results.append(result | found.record)
+        sentences.append(f"{accuracy.in_words(result, test)} ({found.words})")
+    metrics = {
+        "protocol": "logistic regression (L-BFGS) on features of un-augmented images",
+        "top1": sum(r["top1"] for r in results) / len(results),
+        "data_sets": results,
+        "source": ",".join(r["source"] for r in results),
+        "train_split": ",".join(r["train_split"] for r in results),
+        "test_split": ",".join(r["test_split"] for r in results),
+        "num_train": sum(r["num_train"] for r in results),
+        "num_test": sum(r["num_test"] for r in results),
+    }
+    return metrics, (
+        f"Logistic regression on {modes.subject(opened)}: " + "; ".join(sentences) + "."
+    )
+
+
+def _open(opened: Pretrained, data_set: DataSet) -> tuple:
+    config = opened.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.update(dataclasses.asdict(data_set))
+    there = dataclasses.replace(opened, config=config)
+    return there.open_labelled("train"), there.open_labelled("test")
