@@ -10,6 +10,7 @@ import tiny
 
 from common import config as configs
 from common import contrast, microbatch
+from common.compiling import cost
 from common.errors import UserError
 from common.models import resnet
 from common.plan.collectives import KINDS
@@ -90,6 +91,12 @@ def test_it_compiles_once_and_sends_nothing_inside_the_loop(method, devices, par
     inner, entry = got.step_fn.as_text().split("\nENTRY ")
     collective = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
     assert collective.search(entry) and not collective.search(inner)
+
+
+def test_the_work_of_a_loop_is_counted_as_often_as_it_runs():
+    """Forward, forward again, backward (twice a forward) instead of forward, backward."""
+    parts, whole = (cost(run("simclr", 2, 32).step_fn, 4), cost(run("simclr", 1, 0).step_fn))
+    assert 1.2 < 2 * parts["flops"] / whole["flops"] < 1.5
 
 
 def compiled(batch, size):
