@@ -22,12 +22,14 @@ FREE_ON_RESUME = (
     "data.cache_gib",
     "data.on_corrupt",
     "model.remat",
+    "microbatch",
     "tpu_compiler_options",
 )
 
 _AT_LEAST = {
     "seed": 0,
     "batch_size": 1,
+    "microbatch": 0,
     "log_every": 1,
     "data.image_size": 1,
     "data.shuffle_buffer": 1,
@@ -53,6 +55,9 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.method = method
     c.seed = 0
     c.batch_size = 256  # images of the global batch; each gives two views
+    # Images of it that the encoder sees at a time (0 = all): less memory, the same step. Needs
+    # model.bn_groups to be a multiple of batch_size / microbatch x devices; free on resume.
+    c.microbatch = 0
     c.duration = "100 epochs"
     c.log_every = 50  # steps
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard

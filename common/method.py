@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import optim, probe
+from common import microbatch, optim, probe
 from common.data import presets
 from common.models import heads
 
@@ -67,6 +67,7 @@ class Setup:
     std: tuple[float, ...]
     total_steps: int  # of the run
     steps_per_epoch: int
+    microbatches: int = 1  # parts in which the encoder sees a batch, see `common/microbatch.py`
 
     def init_network(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns `(params, batch_stats)`."""
@@ -85,13 +86,23 @@ class Setup:
 
     def forward(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple:
         """Training forward pass of uint8 images: `(features, embeddings, new batch_stats)`."""
-        (features, embeddings), new = self.network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            self.scale(images),
-            train=True,
-            mutable=["batch_stats"],
-        )
-        return features, embeddings, new["batch_stats"]
+        network, parts = self.network, self.microbatches
+        if parts > 1:
+            groups = network.backbone.bn_groups // (parts * self.mesh.size)
+            network = network.with_groups(groups)
+
+        def apply(params: Any, batch_stats: Any, images: jax.Array) -> tuple:
+            (features, embeddings), new = network.apply(
+                {"params": params, "batch_stats": batch_stats},
+                self.scale(images),
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return features, embeddings, new["batch_stats"]
+
+        if parts == 1:
+            return apply(params, batch_stats, images)
+        return microbatch.forward(apply, params, batch_stats, images, parts=parts, mesh=self.mesh)
 
     def encode(self, params: Any, batch_stats: Any, images: jax.Array, layer: str) -> jax.Array:
         """Eval-mode features of uint8 images."""
@@ -138,7 +149,8 @@ def make_setup(
     """Builds network, optimiser and probe of a resolved config.
 
     Raises:
-        UserError: from the builders, for a value that none of them knows.
+        UserError: from the builders, for a value that none of them knows, or for micro-batches
+            that do not fit the mesh.
     """
     tx, schedule = optim.make_optimizer(config, total_steps, steps_per_epoch)
     augmentation = presets.resolve(config.augment, config.data.image_size)
@@ -153,4 +165,5 @@ def make_setup(
         std=augmentation.std,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        microbatches=microbatch.count(config, mesh.size),
     )

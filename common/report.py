@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import files, optim, pictures
+from common.compiling import cost
 from common.data import pipeline, presets, sources
 from common.data.sources import Source
 from common.errors import UserError
@@ -60,7 +61,7 @@ def start_up(
     device = mesh.devices.flat[0]
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
-    flops = (step_fn.cost_analysis() or {}).get("flops", float("nan")) * mesh.size
+    flops = cost(step_fn, setup.microbatches).get("flops", float("nan")) * mesh.size
     labels = f"{source.num_classes} classes" if source.num_classes else "no labels"
     model = setup.network.backbone
     name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"

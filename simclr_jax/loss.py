@@ -117,11 +117,12 @@ def nt_xent_with_metrics(
         # The sum over all ordered pairs, less each row with itself and with its positive.
         positives, mean = 2 * total(similarity), total(rows)
         negatives = jnp.sum(mean * mean) - jnp.sum(total(rows * rows)) - positives
+        pairs = float(2 * n * (2 * n - 2))  # as an integer it has more than 32 bits at 2n = 65,536
         return loss, {
             "contrastive_top1": total((above < 1).astype(loss.dtype)) / (2 * n),
             "contrastive_top5": total((above < 5).astype(loss.dtype)) / (2 * n),
             "positive_similarity": positives / (2 * n),
-            "negative_similarity": negatives / max(1, 2 * n * (2 * n - 2)) if n > 1 else 0 * loss,
+            "negative_similarity": negatives / pairs if n > 1 else 0 * loss,
         }
 
     temperature = jnp.asarray(temperature)

@@ -76,6 +76,12 @@ class Network(nn.Module):
         features = self.backbone(images, train)
         return features, self.head(features, train)
 
+    def with_groups(self, groups: int) -> "Network":
+        """The same network for a part of the batch: one that holds `groups` of the BN groups."""
+        return self.clone(
+            backbone=self.backbone.clone(bn_groups=groups), head=self.head.clone(bn_groups=groups)
+        )
+
     def encode(self, images: jax.Array, layer: str = "backbone", train: bool = False) -> jax.Array:
         """Features, in eval mode unless `train`.
 

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.compiling import compile_step
+from common.compiling import compile_step, cost
 from common.errors import UserError
 from common.method import Method, Setup, make_setup
 from common.plan import collectives
@@ -73,7 +73,7 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
         found = {"out_of_memory": {"peak": used, "capacity": capacity}}
         return {"devices": mesh.size, "compile_seconds": time.perf_counter() - begin} | found
     seconds = time.perf_counter() - begin
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, work = compiled.memory_analysis(), cost(compiled, setup.microbatches)
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "devices": mesh.size,
@@ -83,8 +83,8 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "peak": live + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        "flops": cost.get("flops"),
-        "bytes_accessed": cost.get("bytes accessed"),
+        "flops": work.get("flops"),
+        "bytes_accessed": work.get("bytes accessed"),
         "collectives": [
             dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), mesh.size)
         ],
@@ -139,7 +139,9 @@ def _child(task: Task, topology: str, sender: Any, log: str) -> None:
 
     try:
         try:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            # libtpu takes a host to have 2x2 chips, and then refuses a machine with one
+            one = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

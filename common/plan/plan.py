@@ -165,7 +165,7 @@ def _advice(row: dict[str, Any], full: float) -> str:
         chips_needed *= 2
     return (
         f"does not fit: try batch_size={batch}, {chips_needed} chips, or a stronger model.remat "
-        f"({', '.join(REMAT)})"
+        f"({', '.join(REMAT)}), or config.microbatch"
     )
 
 

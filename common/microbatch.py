@@ -1,0 +1,111 @@
+"""A large batch on a small machine: the encoder sees it in parts, the loss sees it whole.
+
+`config.microbatch` images (with all their views) go through encoder and head at a time, and of each
+such pass nothing is kept but features and embeddings; one loss then contrasts all of them. In the
+backward pass each part is computed again with the cotangents of its embeddings (as GradCache does
+by hand, Gao et al. 2021). That is the gradient of the full contrast, which gradient accumulation is
+not: there every part would have its own, fewer negatives.
+
+It is exact because a micro-batch is a set of whole BN groups. Every device contributes its own rows
+to every micro-batch, and holds whole groups of them, so that a pass sends nothing at all: gradients
+and running statistics are summed over the devices once a step, not once a micro-batch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from common.errors import UserError
+from common.sharding import AXIS
+
+
+def count(config: ConfigDict, devices: int) -> int:
+    """Number of micro-batches M of a step; 1 where the batch is not split.
+
+    Args:
+        config: `microbatch` (images; 0 = the batch), `batch_size`, `model.bn_groups`.
+        devices: of the mesh.
+
+    Raises:
+        UserError: unless `microbatch` divides the batch and is a multiple of the devices, and
+            `model.bn_groups` is a multiple of M x devices.
+    """
+    b, size, groups = config.batch_size, config.microbatch, config.model.bn_groups
+    if size in (0, b):
+        return 1
+    if size < 0 or b % size or size % devices:
+        fitting = [s for s in range(devices, b, devices) if b % s == 0]
+        near = sorted(sorted(fitting, key=lambda s: abs(s - size))[:3])
+        raise UserError(
+            f"microbatch={size}: expected a divisor of batch_size={b} that can be split over "
+            f"{devices} device(s), choose {_either([*near, '0 (the whole batch at once)'])}"
+        )
+    parts = b // size
+    if groups % (parts * devices):
+        fitting = [g for g in range(parts * devices, b + 1, parts * devices) if b % g == 0]
+        raise UserError(
+            f"model.bn_groups={groups} with {parts} micro-batches (batch_size={b}, microbatch="
+            f"{size}) on {devices} device(s): batch statistics must not cross a micro-batch or a "
+            f"device, so set model.bn_groups to a multiple of {parts * devices}, "
+            f"{_either(fitting[:4])}, or microbatch=0"
+        )
+    return parts
+
+
+def forward(
+    apply: Callable[[Any, Any, jax.Array], tuple],
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    *,
+    parts: int,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`apply` to a sharded batch, in parts that are computed again in the backward pass.
+
+    Args:
+        apply: `(params, batch_stats, images) -> (features, embeddings, new batch_stats)`, the
+            training pass of a micro-batch's share on one device. The new statistics must be linear
+            in those of the groups, as a running mean is: then the mean over parts and devices is
+            what one update with all groups gives.
+        params: replicated.
+        batch_stats: replicated.
+        images: `[rows, ...]`, split over the devices, rows a multiple of `parts` x devices.
+        parts: number of micro-batches.
+        mesh: the device mesh.
+
+    Returns:
+        `features [rows, d]`, `embeddings [rows, dim]` in the order of `images`, and the statistics.
+    """
+
+    def local(params: Any, batch_stats: Any, images: jax.Array) -> tuple:
+        # Their copies on each device are told apart *before* the loop, so that the gradient is
+        # summed over the devices after it.
+        params, batch_stats = jax.lax.pcast((params, batch_stats), AXIS, to="varying")
+
+        # the loop itself keeps the two passes apart, which prevent_cse is for
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def encode(params: Any, images: jax.Array) -> tuple:
+            features, embeddings, stats = apply(params, batch_stats, images)
+            return features, embeddings, jax.lax.stop_gradient(stats)
+
+        blocks = images.reshape(parts, images.shape[0] // parts, *images.shape[1:])
+        _, out = jax.lax.scan(lambda _, block: (None, encode(params, block)), None, blocks)
+        features, embeddings = (x.reshape(images.shape[0], -1) for x in out[:2])
+        stats = jax.tree.map(lambda x: jax.lax.pmean(x.mean(0), AXIS), out[2])
+        return features, embeddings, stats
+
+    rows, whole = PartitionSpec(AXIS), PartitionSpec()
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, rows, whole)
+    )
+    return run(params, batch_stats, images)
+
+
+def _either(choices: list) -> str:
+    *first, last = map(str, choices)
+    return f"{', '.join(first)} or {last}" if first else last

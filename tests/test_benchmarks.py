@@ -1,0 +1,50 @@
+"""The benchmarks run, and compare programs that compute the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import loss, moco_queue, scaling, side_by_side
+from common.contrast import normalize
+from moco_jax import queue as queues
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_losses_that_are_timed_are_one_loss():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(12, 2, 8)), jnp.float32)
+    want = jax.value_and_grad(lambda z: loss.streamed(z, 7))(z)
+    for other in (loss.full_logits, loss.optax_logits):
+        got = jax.value_and_grad(other)(z)
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+        np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+
+
+def test_the_queues_that_are_timed_are_one_queue(monkeypatch):
+    monkeypatch.setattr(moco_queue, "BATCH", 4)
+    rng = np.random.default_rng(0)
+    queries, keys = (jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(2))
+    queue = normalize(jnp.asarray(rng.normal(size=(12, 8)), jnp.float32))
+    slots = queues.Queue(keys=queue.reshape(3, 4, 8))
+    want = moco_queue.usual(queries, keys, queue, 1)
+    value, gradient, pushed = moco_queue.ours(queries, keys, slots, 1, length=12)
+    np.testing.assert_allclose(value, want[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, want[1], atol=1e-6)
+    np.testing.assert_allclose(pushed.keys.reshape(12, 8), want[2], rtol=1e-6)
+
+
+def test_tables(capsys):
+    side_by_side.show("Loss", list("abcde"), loss.times(64, [16, 64], 2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("Loss (") and len([x for x in lines if x.startswith("| 64 |")]) == 4
+    whole, parts = (float(loss.memory(256, n)[2]) for n in (1, 2))
+    assert whole == pytest.approx(2 * parts, abs=1)
+    assert moco_queue.times(512, 2)[0][3] == "1.00"  # what the others are compared with
+    assert float(moco_queue.memory(512, 2)[4]) > 0
+
+
+def test_steps_in_parts_send_what_the_whole_batch_sends(monkeypatch):
+    monkeypatch.setattr(scaling, "BATCH", 64)
+    rows = [scaling.compiled(name, 2) for name in ("SimCLR, 32 BN groups", "MoCo, 32 BN groups")]
+    assert all("all-reduce" in row[5] for row in rows)
