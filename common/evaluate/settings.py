@@ -20,4 +20,9 @@ def default_config() -> ConfigDict:
     c.test_split = ""
     # k = 0 is min(200, n / 10); knn.metric: cosine | euclidean
     c.knn = ConfigDict({"k": 0, "temperature": 0.1, "metric": "cosine", "center": False})
+    # embed.split: "" = the test split, or train where there is none; format: npz | npz,parquet;
+    # examples: at most so many, 0 = all; report: write report.html too, with so many map points
+    c.embed = ConfigDict(
+        {"split": "", "format": "npz", "examples": 0, "report": True, "points": 3000}
+    )
     return c.lock()
