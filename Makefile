@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SEED ?= 0
 PYTEST_MARK ?=
 
-.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook lint clean
+.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
@@ -53,5 +53,14 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The documentation site, into site/; needs no network once the packages are there.
+$(VENV)/docs: docs/requirements.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache site

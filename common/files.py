@@ -4,7 +4,10 @@ An object store (`gs://...`) can neither append nor rename, but replaces a whole
 disk can rename, and a write to it may be torn.
 """
 
+import io
 import os
+from collections.abc import Callable
+from typing import IO
 
 from etils import epath
 
@@ -21,4 +24,17 @@ def write_text(path: epath.Path, text: str) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_binary(path: epath.Path, write: Callable[[IO[bytes]], object]) -> None:
+    """As `write_text`, of what `write(file)` writes; the whole is in memory for an object store."""
+    if is_remote(path):
+        buffer = io.BytesIO()
+        write(buffer)
+        path.write_bytes(buffer.getvalue())
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
     temporary.replace(path)

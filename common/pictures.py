@@ -116,8 +116,8 @@ def curves(
     figure = _figure(8.4, 3.2, top=0.1, bottom=0.1)
     left, right = figure.subplots(1, 2)
     for name, records in runs.items():
-        left.plot(*_series(records, "loss"), label=name or None, linewidth=1.3)
-        x, y = _series(records, "knn_top1")
+        left.plot(*series(records, "loss"), label=name or None, linewidth=1.3)
+        x, y = series(records, "knn_top1")
         right.plot(x, 100 * y, label=name or None, marker="o", markersize=3.5, linewidth=1.3)
     # Runs on one data set share the value: one line, not one a run.
     for value in sorted({raw for records in runs.values() for raw in _raw_pixels(records)}):
@@ -138,7 +138,8 @@ def _raw_pixels(records: Sequence[Mapping[str, Any]]) -> list[float]:
     return [r["knn_top1_raw_pixels"] for r in records if "knn_top1_raw_pixels" in r][-1:]
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of `key` in `metrics.jsonl`, against the epoch (or the step): `(x, y)`."""
     points = [(r.get("epoch", r["step"]), r[key]) for r in records if r.get(key) is not None]
     return np.array([x for x, _ in points]), np.array([y for _, y in points], float)
 

@@ -96,14 +96,18 @@ def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
     """Draws the views of a few images, to see by eye what the augmentation does."""
     if jax.process_count() > 1:
         return
-    n = min(PAIRS, config.batch_size)
+    batch = some_pairs(config, source, min(PAIRS, config.batch_size))
+    originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
+    pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")
+
+
+def some_pairs(config: ConfigDict, source: Source, n: int) -> dict[str, np.ndarray]:
+    """A training batch of `n` pairs of views, as `pipeline.train_batches` gives it."""
     with config.copy_and_resolve_references().unlocked() as small:
         small.batch_size = n
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
-    batch = next(pipeline.train_batches(source, small, rows=np.arange(n)))
-    originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
-    pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")
+    return next(pipeline.train_batches(source, small, rows=np.arange(n)))
 
 
 def finished(workdir: epath.Path) -> dict[str, Any] | None:

@@ -49,8 +49,8 @@ def extract(
         mesh: the device mesh.
 
     Returns:
-        features `[n, d]`, labels int32 `[n]` and ids `[n]`, the same on every process, without the
-        padding, in the order of the ids.
+        features `[n, d]`, labels int32 `[n]` and ids int64 `[n]`, the same on every process,
+        without the padding, in the order of the ids.
     """
     gather = _gather(mesh)
     rows: list[dict[str, np.ndarray]] = []
@@ -70,7 +70,8 @@ def extract(
     rows.append(_keep(jax.device_get(pending)))
     out = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     order = np.argsort(out["ids"], kind="stable")
-    return out["features"][order], out["labels"][order], out["ids"][order]
+    ids = out["ids"][order].astype(np.int64)  # JAX has made them int32
+    return out["features"][order], out["labels"][order], ids
 
 
 def _keep(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

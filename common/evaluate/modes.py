@@ -21,6 +21,7 @@ from common.method import Method, Setup
 
 # The mode's name -> module with `run(pretrained) -> (metrics, sentence)`, imported when it is used.
 MODES = {
+    "embed": "common.evaluate.embed_mode",
     "knn": "common.evaluate.knn_mode",
     "linear_eval": "common.evaluate.linear_mode",
     "finetune": "common.evaluate.finetune_mode",

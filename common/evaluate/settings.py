@@ -51,4 +51,9 @@ def default_config() -> ConfigDict:
             "weight_decay": 0.0,
         }
     )
+    # embed.split: "" = the test split, or train where there is none; format: npz | npz,parquet;
+    # examples: at most so many, 0 = all; report: write report.html too, with so many map points
+    c.embed = ConfigDict(
+        {"split": "", "format": "npz", "examples": 0, "report": True, "points": 3000}
+    )
     return c.lock()

@@ -1,0 +1,101 @@
+"""`--mode=embed`: the features of any images, as files to work with and as a page to look at."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.data.sources import Source, open_source
+from common.errors import UserError
+from common.evaluate import feature_files, modes
+from common.evaluate.feature_files import Embedded
+from common.evaluate.pretrained import Pretrained
+
+
+def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
+    """Writes the features of one split, and `report.html`; see `settings.embed`."""
+    c = opened.settings.embed
+    formats = feature_files.formats_of(c.format)
+    if c.examples < 0 or c.points < 1:
+        raise UserError(
+            f"eval.embed.examples={c.examples} and eval.embed.points={c.points}: expected at "
+            "least 0 and 1"
+        )
+    source = _open(opened)
+    features, labels, ids = opened.extract(source, c.examples)
+    _check_finite(features)
+    embedded = Embedded(
+        features, labels, ids, feature_files.names_of(source, ids, opened.config.data.source),
+        source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
+        _about(opened, source),
+    )  # fmt: skip
+    written = [opened.workdir / f"{_stem(embedded.about)}.{kind}" for kind in formats]
+    page = opened.workdir / "report.html"
+    if jax.process_index() == 0:
+        for path, kind in zip(written, formats, strict=True):
+            feature_files.WRITERS[kind](path, embedded)
+        if c.report:
+            from common.page import build  # scikit-learn takes a second to import
+
+            build.write(page, opened, source, embedded)
+    if c.report:
+        written.append(page)
+    n, d = features.shape
+    metrics = {
+        "examples": n,
+        "dimensions": d,
+        "labelled": int((labels >= 0).sum()),
+        "embedded_source": opened.config.data.source,
+        "embedded_split": source.split,
+        "files": [path.name for path in written],
+    }
+    return metrics, (
+        f"{d:,} features of {n:,} images of {source.name} ({source.split}) by "
+        f"{modes.subject(opened)}: {', '.join(str(path) for path in written)}"
+    )
+
+
+def _open(opened: Pretrained) -> Source:
+    """The split that is named, else test, else (a folder of photos has no other) train."""
+    data, split = opened.config.data, opened.settings.embed.split
+    try:
+        return open_source(data, split) if split else opened.open("test")
+    except UserError as error:
+        if not split and not opened.settings.test_split:
+            return opened.open("train")
+        raise UserError(f"{error} (Here: --eval.embed.split=NAME.)") from error
+
+
+def _check_finite(features: np.ndarray) -> None:
+    bad = int((~np.isfinite(features).all(1)).sum())
+    if bad:
+        raise UserError(
+            f"the features of {bad:,} of {len(features):,} images are NaN or infinite: the run "
+            "has diverged, so evaluate an earlier checkpoint with --eval.step=STEP"
+        )
+
+
+def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
+    s = opened.settings
+    about = {"method": opened.config.method, "features": s.features, "layer": s.layer}
+    if s.features == "pixels":
+        del about["layer"]
+    return about | {
+        "checkpoint_step": opened.step,
+        "data": source.name,
+        "split": source.split,
+        "image_size": opened.config.data.image_size,
+    }
+
+
+def _stem(about: dict[str, Any]) -> str:
+    """Name of the files: another split, layer or encoder does not overwrite them.
+
+    Names come from the user's disk and flags: nothing of them may leave the workdir.
+    """
+    parts = ["features", about["data"], about["split"]]
+    if about["features"] != "trained":
+        parts.append(about["features"])
+    if about.get("layer", "backbone") != "backbone":
+        parts.append(about["layer"])
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in "-".join(parts))[:150]

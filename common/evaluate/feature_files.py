@@ -1,0 +1,124 @@
+"""Features on disk: `.npz` for NumPy, Parquet for pandas and everything that reads tables."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from common import files
+from common.data.sources import Source
+from common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """Features of the images of a split, row by row.
+
+    Attributes:
+        features: `[n, d]`, float32 (of raw pixels uint8).
+        labels: int32 `[n]`, -1 where unlabelled.
+        ids: int64 `[n]`, places in the split.
+        names: str `[n]`, see `names_of`.
+        class_names: of the labels 0, 1, ...; empty where nothing is labelled.
+        about: which encoder, which data; JSON.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    names: np.ndarray
+    class_names: tuple[str, ...]
+    about: dict[str, Any]
+
+
+def formats_of(text: str) -> list[str]:
+    """Parses `eval.embed.format`; npz is always among them.
+
+    Raises:
+        UserError: an unknown format, or Parquet without pyarrow.
+    """
+    formats = [name.strip() for name in text.split(",") if name.strip()]
+    for name in formats:
+        if name not in WRITERS:
+            raise UserError(
+                f"eval.embed.format={text!r}: {name!r} is unknown, choose npz or npz,parquet"
+            )
+    if "parquet" in formats:
+        _pyarrow()
+    return ["npz", *(name for name in dict.fromkeys(formats) if name != "npz")]
+
+
+def names_of(source: Source, ids: np.ndarray, data_source: str) -> np.ndarray:
+    """File names below the folder of `data.source`; of sets without files the ids, as text.
+
+    Shards have the names that were written into them.
+    """
+    if source.kind == "path":
+        base = str(epath.Path(data_source.partition(":")[2]).expanduser()).rstrip("/") + "/"
+        return np.array([str(path).removeprefix(base) for path in source.paths[ids]])
+    if hasattr(source, "names"):
+        return np.asarray(source.names)[ids]
+    return np.array([str(i) for i in ids])
+
+
+def printable(name: str) -> str:
+    """A name that is valid UTF-8: a file's need not be, and its odd bytes become `\\udcXX`."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def write_npz(path: epath.Path, embedded: Embedded) -> None:
+    """Writes the fields of `Embedded`; `np.load(path)` reads them, without pickle."""
+    fields = {f.name: getattr(embedded, f.name) for f in dataclasses.fields(embedded)}
+    fields["class_names"] = np.array(embedded.class_names, str)
+    fields["about"] = np.array(json.dumps(embedded.about))
+    files.write_binary(path, lambda file: np.savez(file, **fields))
+
+
+def write_parquet(path: epath.Path, embedded: Embedded) -> None:
+    """Writes the columns id, name, label, class_name (null: none) and features, a list of d."""
+    pa, parquet = _pyarrow()
+    n, d = embedded.features.shape
+    unlabelled = embedded.labels < 0
+    classes = [printable(str(c)) for c in embedded.class_names]
+    table = pa.table(
+        {
+            "id": pa.array(embedded.ids),
+            "name": pa.array([printable(str(name)) for name in embedded.names], pa.string()),
+            "label": pa.array(embedded.labels, mask=unlabelled),
+            "class_name": pa.array(
+                [classes[i] if i >= 0 else None for i in embedded.labels], pa.string()
+            ),
+            "features": pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ascontiguousarray(embedded.features).reshape(n * d)), d
+            ),
+        }
+    )
+    table = table.replace_schema_metadata({"about": json.dumps(embedded.about)})
+    files.write_binary(path, lambda file: parquet.write_table(table, file))
+
+
+WRITERS = {"npz": write_npz, "parquet": write_parquet}
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            "eval.embed.format=parquet needs pyarrow, which is not installed: pip install "
+            "pyarrow, or leave the format at npz"
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def shortened(text: str) -> str:
+    """A path without its directories, also behind `folder:`: a page to show names no disk."""
+    kind, colon, rest = text.partition(":")
+    if not colon or not kind.isalnum() or rest.startswith("//"):
+        kind, colon, rest = "", "", text
+    rooted = rest.startswith(("/", "~", "./", "../")) or "://" in rest
+    return kind + colon + (os.path.basename(rest.rstrip("/")) if rooted else rest)

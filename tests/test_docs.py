@@ -1,0 +1,24 @@
+"""Code in the documentation works."""
+
+import pathlib
+import re
+
+import pytest
+import tiny
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.slow
+def test_the_example_of_a_method_trains(monkeypatch):
+    text = (DOCS / "adding_a_method.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names = {"__name__": "byol_example"}
+    exec(compile(code, "adding_a_method.md", "exec"), names)
+    monkeypatch.setitem(tiny.METHODS, "byol", names["BYOL"])
+    run = tiny.run(tiny.build(tiny.config("byol")), steps=2)
+    first, second = (float(metrics["loss"]) for metrics in run.metrics)
+    assert 0 <= second <= 4 and first != second  # 2 - 2 cos
+    weights = [s.params["predictor"]["Dense_0"]["kernel"] for s in run.states]
+    assert (weights[0] != weights[2]).any()
+    assert run.traces == 1
