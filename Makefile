@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 0
 PYTEST_MARK ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook lint clean
+.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook test-torch lint clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
@@ -20,6 +21,13 @@ $(VENV)/tpu: $(VENV)/ready
 
 $(VENV)/notebook: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check nbclient ipykernel
+	touch $@
+
+# PyTorch without CUDA, 190 MB: PyPI's build for Linux brings 2 GB more. Where the index of CPU
+# builds cannot be reached, pip says so and takes what it finds elsewhere.
+$(VENV)/torch: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 \
+	    --extra-index-url $(TORCH_INDEX)
 	touch $@
 
 demo: $(VENV)/ready
@@ -48,6 +56,10 @@ test-tpu: $(VENV)/tpu
 # Runs the notebook in its smoke setting.
 test-notebook: $(VENV)/notebook
 	$(BIN)/python -m pytest -m notebook
+
+# Compares with PyTorch: exported and imported weights.
+test-torch: $(VENV)/torch
+	$(BIN)/python -m pytest -m torch
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

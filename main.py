@@ -12,6 +12,7 @@ from common import command_line, distributed
 from common.data import shards
 from common.errors import UserError
 from common.evaluate import modes, settings
+from common.export.start import import_weights
 from common.metrics import NonFiniteLossError
 from common.plan.plan import plan
 from common.preemption import EXIT_STATUS, PreemptedError
@@ -28,8 +29,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "plan", "prepare", *modes.MODES],
+    ["train", "plan", "prepare", "import", *modes.MODES],
     "plan: only compile the train step and say what it costs; prepare: write the data as shards; "
+    "import: a workdir with the weights of --config.init_from; "
     "the others evaluate the run that --workdir holds.",
 )
 _EVAL = config_flags.DEFINE_config_dict(
@@ -80,6 +82,8 @@ def main(argv: list[str]) -> None:
         plan(METHODS[method], config, _TOPOLOGY.value)
     elif _MODE.value == "prepare":
         shards.prepare(config, _WORKDIR.value)
+    elif _MODE.value == "import":
+        import_weights(METHODS[method], config, _WORKDIR.value)
     else:
         train(METHODS[method], config, _WORKDIR.value)
 

@@ -5,6 +5,7 @@ disk can rename, and a write to it may be torn.
 """
 
 import os
+from collections.abc import Callable
 
 from etils import epath
 
@@ -16,9 +17,18 @@ def is_remote(path: str | epath.PathLike) -> bool:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file that is, at any moment, whole: the old one or the new one."""
+    _write(path, lambda target: target.write_text(text))
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """`write_text` of bytes."""
+    _write(path, lambda target: target.write_bytes(data))
+
+
+def _write(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
     if is_remote(path):
-        path.write_text(text)
+        write(path)
         return
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    write(temporary)
     temporary.replace(path)

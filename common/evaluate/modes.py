@@ -22,6 +22,7 @@ from common.method import Method, Setup
 # The mode's name -> module with `run(pretrained) -> (metrics, sentence)`, imported when it is used.
 MODES = {
     "knn": "common.evaluate.knn_mode",
+    "export": "common.export.export_mode",
 }
 FILE = "results.jsonl"
 

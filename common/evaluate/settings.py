@@ -20,4 +20,6 @@ def default_config() -> ConfigDict:
     c.test_split = ""
     # k = 0 is min(200, n / 10); knn.metric: cosine | euclidean
     c.knn = ConfigDict({"k": 0, "temperature": 0.1, "metric": "cosine", "center": False})
+    # dir "" is <workdir>/export
+    c.export = ConfigDict({"format": "safetensors,npz,stablehlo", "dir": ""})
     return c.lock()
