@@ -23,7 +23,7 @@ $(VENV)/notebook: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check nbclient ipykernel
 	touch $@
 
-# PyTorch without CUDA, 190 MB: PyPI's build for Linux brings 2 GB more. Where the index of CPU
+# PyTorch without CUDA, 190 MB; the build on PyPI for Linux comes with it. Where the index of CPU
 # builds cannot be reached, pip says so and takes what it finds elsewhere.
 $(VENV)/torch: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 \

@@ -61,7 +61,7 @@ def load_weights(path: str | epath.PathLike) -> Weights:
         UserError: nothing there, nothing that can be read safely, or no ResNet in it.
     """
     path = epath.Path(path)
-    if path.is_dir():
+    if path.is_dir() or _is_checkpoint(path):
         return _of_run(path)
     arrays, metadata, digest = formats.read(path)
     prefix = _prefix(arrays, path)
@@ -163,7 +163,7 @@ def _moco_head(arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict] | None:
 def _of_run(path: epath.Path) -> Weights:
     """Encoder and head of a workdir, or of `WORKDIR/checkpoints/STEP`."""
     workdir, step = path, None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    if _is_checkpoint(path):
         workdir, step = path.parent.parent, int(path.name)
     config = workdir / "config.json"
     if not config.exists():
@@ -178,7 +178,10 @@ def _of_run(path: epath.Path) -> Weights:
         steps = checkpoints.all_steps()
         step = steps[-1] if steps and step is None else step
         if step not in steps:
-            raise UserError(f"{workdir} has no checkpoint{'' if step is None else f' {step}'} yet")
+            raise UserError(
+                f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'}: it has "
+                f"{', '.join(map(str, steps)) or 'none yet'}"
+            )
         shapes = checkpoints.shapes(step)
         target = {name: shapes[name] for name in ("params", "batch_stats")}
         shardings = jax.tree.map(lambda _: place, target)
@@ -195,6 +198,10 @@ def _of_run(path: epath.Path) -> Weights:
             "step": step,
         },
     )
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    return path.parent.name == "checkpoints" and path.name.isdigit()
 
 
 def _alike(found: Mapping, expected: Mapping) -> bool:
