@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 0
 PYTEST_MARK ?=
+TORCH_OPTIONS ?=
 
-.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook lint docs clean
+.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook test-torch lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
@@ -20,6 +21,12 @@ $(VENV)/tpu: $(VENV)/ready
 
 $(VENV)/notebook: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check nbclient ipykernel
+	touch $@
+
+# Only the CPU part is used. The wheels for Linux bring CUDA (gigabytes) unless TORCH_OPTIONS leads
+# pip to PyTorch's own index of CPU builds (190 MB).
+$(VENV)/torch: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_OPTIONS)
 	touch $@
 
 demo: $(VENV)/ready
@@ -48,6 +55,10 @@ test-tpu: $(VENV)/tpu
 # Runs the notebook in its smoke setting.
 test-notebook: $(VENV)/notebook
 	$(BIN)/python -m pytest -m notebook
+
+# Compares with PyTorch: exported and imported weights.
+test-torch: $(VENV)/torch
+	$(BIN)/python -m pytest -m torch
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

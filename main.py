@@ -14,6 +14,7 @@ from common import command_line, distributed
 from common.data import shards
 from common.errors import UserError
 from common.evaluate import modes
+from common.export.start import import_weights
 from common.metrics import NonFiniteLossError
 from common.optim import one_of
 from common.plan.plan import plan
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> None:
         plan(method, f.config, f.topology)
     elif f.mode == "prepare":
         shards.prepare(f.config, f.workdir)
+    elif f.mode == "import":
+        import_weights(method, f.config, f.workdir)
     else:
         train(method, f.config, f.workdir)
 

@@ -80,6 +80,13 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(placed, restore_args=how, partial_restore=True)
         return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
 
+    def shapes(self, step: int) -> dict[str, Any]:
+        """What `restore_part` can read of a checkpoint: `ShapeDtypeStruct`s by field and name."""
+        saved = ocp.PyTreeCheckpointHandler().metadata(
+            self._manager.directory / str(step) / "state"
+        )
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved.tree)
+
     def wait(self) -> None:
         """Returns when everything is written."""
         self._manager.wait_until_finished()

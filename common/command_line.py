@@ -46,9 +46,10 @@ def define(
         raise UserError(in_one_line(error, "--eval", "common/evaluate/settings.py")) from error
     text("workdir", None, "Where checkpoints, metrics and pictures go, or are.", **here)
     flags.DEFINE_enum(
-        "mode", "train", ["train", "plan", "prepare", *evaluations],
+        "mode", "train", ["train", "plan", "prepare", "import", *evaluations],
         "plan: only compile the train step and say what it costs; prepare: write the data as "
-        "shards; the others evaluate the run that --workdir holds.", **here,
+        "shards; import: a workdir with the weights of --config.init_from; the others evaluate the "
+        "run that --workdir holds.", **here,
     )  # fmt: skip
     flags.DEFINE_list(
         "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.", **here

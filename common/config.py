@@ -59,6 +59,7 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     # model.bn_groups to be a multiple of batch_size / microbatch x devices; free on resume.
     c.microbatch = 0
     c.duration = "100 epochs"
+    c.init_from = ""  # weights to start from: a file (docs/export.md), or the workdir of a run
     c.log_every = 50  # steps
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults

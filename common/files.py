@@ -19,12 +19,12 @@ def is_remote(path: str | epath.PathLike) -> bool:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file that is, at any moment, whole: the old one or the new one."""
-    if is_remote(path):
-        path.write_text(text)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """`write_text` of bytes."""
+    write_binary(path, lambda file: file.write(data))
 
 
 def write_binary(path: epath.Path, write: Callable[[IO[bytes]], object]) -> None:

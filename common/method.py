@@ -68,12 +68,14 @@ class Setup:
     total_steps: int  # of the run
     steps_per_epoch: int
     microbatches: int = 1  # parts in which the encoder sees a batch, see `common/microbatch.py`
+    initial: Any = None  # (params, batch_stats) to start from, whole or without the head
 
     def init_network(self, key: jax.Array) -> tuple[Any, Any]:
-        """Returns `(params, batch_stats)`."""
+        """Returns `(params, batch_stats)`: those of `initial`, and drawn what is not there."""
         size = self.config.data.image_size
         variables = self.network.init(key, jnp.zeros((1, size, size, 3)), train=False)
-        return variables["params"], variables["batch_stats"]
+        params, batch_stats = self.initial or ({}, {})
+        return variables["params"] | params, variables["batch_stats"] | batch_stats
 
     def scale(self, images: jax.Array) -> jax.Array:
         """uint8 `[..., h, w, 3]` to [0, 1], then standardised if the preset has mean and std."""

@@ -20,6 +20,7 @@ from common.compiling import compile_step
 from common.data import pipeline, sources
 from common.errors import UserError
 from common.evaluate.online import Evaluator
+from common.export.start import init_state
 from common.method import Method, Setup, make_setup, root_keys
 from common.metrics import MetricsWriter, NonFiniteLossError
 from common.optim import steps_of
@@ -90,7 +91,7 @@ def train(
             state, progress = checkpoints.restore(start, abstract, shardings)
             same_data(progress, train_source)
         else:
-            state = jax.jit(method.init, out_shardings=shardings)(init_key)
+            state = init_state(make_method, method, setup, init_key, shardings)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(

@@ -26,6 +26,7 @@ MODES = {
     "linear_eval": "common.evaluate.linear_mode",
     "finetune": "common.evaluate.finetune_mode",
     "transfer": "common.evaluate.transfer_mode",
+    "export": "common.export.export_mode",
 }
 FILE = "results.jsonl"
 

@@ -56,4 +56,6 @@ def default_config() -> ConfigDict:
     c.embed = ConfigDict(
         {"split": "", "format": "npz", "examples": 0, "report": True, "points": 3000}
     )
+    # dir "" is <workdir>/export
+    c.export = ConfigDict({"format": "safetensors,npz,stablehlo", "dir": ""})
     return c.lock()

@@ -1,0 +1,137 @@
+"""`--mode=export`: the encoder for torchvision, timm and NumPy, and as a compiled JAX function."""
+
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from common import files
+from common.data import presets
+from common.errors import UserError
+from common.evaluate import modes
+from common.evaluate.pretrained import Pretrained
+from common.export import formats, layout, stablehlo
+
+FORMATS = ("safetensors", "npz", "stablehlo")
+LAYOUT = "torchvision ResNet, version 1"
+LINEAR = "linear_eval.npz"  # written by --mode=linear_eval
+_CLASSES = 1000  # of torchvision's constructors, unless they are told otherwise
+_INPUT = (
+    "RGB [n, 3, h, w], divided by 255 to [0, 1], then (image - mean) / std per colour; this is not "
+    "part of conv1, whose zero padding would make that inexact"
+)
+
+
+def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
+    """Writes the formats of `settings.export.format`; `docs/export.md` says how to use them."""
+    c = opened.settings.export
+    wanted = [name.strip() for name in c.format.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in FORMATS]
+    if unknown or not wanted:
+        raise UserError(
+            f"eval.export.format={c.format!r}: expected some of {', '.join(FORMATS)}, with commas"
+        )
+    if opened.state is None:
+        raise UserError(
+            f"eval.features={opened.settings.features!r} has no weights to export: expected trained"
+        )
+    directory = epath.Path(c.dir) if c.dir else opened.workdir / "export"
+    arrays, metadata = weights_of(opened)
+    if jax.process_index() != 0:
+        return {"dir": str(directory)}, ""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        sizes = {}
+        for name in wanted:
+            if name == "stablehlo":
+                path, data = directory / "encoder.stablehlo", stablehlo.serialize(opened)
+                files.write_bytes(path, data)
+                sizes[path.name] = len(data)
+            else:
+                path = directory / f"model.{name}"
+                sizes[path.name] = formats.write(path, arrays, metadata)
+        text = json.dumps(metadata | {"files": sizes}, indent=2)
+        files.write_text(directory / "export.json", text + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {directory}: {reason}; see --eval.export.dir") from error
+    written = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items())
+    fits = metadata["torchvision"]
+    loads = f"loads into torchvision.models.{fits}()" if fits else "docs/export.md says how to load"
+    return {"dir": str(directory), "files": sizes, "fc": metadata["fc"]}, (
+        f"Exported {modes.subject(opened)} to {directory}: {written}; {loads}; "
+        f"fc: {metadata['fc']}."
+    )
+
+
+def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A complete state_dict of float32 arrays, and what one has to know to use it.
+
+    Args:
+        opened: a run with weights.
+
+    Returns:
+        Arrays by torchvision's names, `fc` and the batch norms' counters among them, and metadata
+        that JSON can hold.
+    """
+    config, state = opened.config, opened.state
+    params, batch_stats = jax.device_get((state.params["backbone"], state.batch_stats["backbone"]))
+    arrays = {
+        name: np.asarray(array, np.float32)
+        for name, array in layout.to_torchvision(params, batch_stats).items()
+    }
+    network = layout.describe(arrays)
+    kernel, bias, fc, classes = _classifier(opened, network["feature_dim"])
+    for name in layout.batch_norms(arrays):
+        arrays[f"{name}.{layout.COUNTER}"] = np.array(opened.step, np.int64)
+    arrays |= {"fc.weight": kernel.T, "fc.bias": bias}
+    augmentation = presets.resolve(config.augment, config.data.image_size)
+    run = json.loads((opened.workdir / "config.json").read_text())  # --eval may name other data
+    libraries = ("jax", "flax", "numpy", "safetensors")
+    return arrays, {
+        "layout": LAYOUT,
+        "weights": opened.settings.features,
+        "method": config.method,
+        "step": opened.step,
+        "data": f"{run['data']['source']} ({run['data']['train_split']})",
+        "init_from": config.init_from,
+        **network,
+        "conv1": layout.conv1(network["stem"]),
+        "input": _INPUT,
+        "input_range": [0.0, 1.0],
+        "mean": list(augmentation.mean),
+        "std": list(augmentation.std),
+        "image_size": config.data.image_size,
+        "trained_in": config.model.dtype,
+        "batch_norm_epsilon": 1e-5,
+        "fc": fc,
+        "class_names": classes,
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def _classifier(opened: Pretrained, d: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
+    """`(kernel [d, c], bias [c], where they come from, class names)`, float32.
+
+    Those of `--mode=linear_eval` if it read the backbone of this very checkpoint, else zeros.
+    """
+    path, reason = opened.workdir / LINEAR, "no linear evaluation"
+    if path.exists() and opened.settings.features == "trained":
+        found, _, _ = formats.read(path)
+        lacking = [name for name in ("kernel", "bias", "step") if name not in found]
+        if lacking:
+            raise UserError(f"{path} lacks {', '.join(lacking)}: run --mode=linear_eval again")
+        step, layer = int(found["step"]), str(found.get("layer", "backbone"))
+        if step != opened.step:
+            reason = f"the linear evaluation is of step {step}"
+        elif layer != "backbone" or found["kernel"].shape[0] != d:
+            reason = f"the linear evaluation is of the layer {layer}, not of the backbone"
+        else:
+            kernel, bias = (np.asarray(found[name], np.float32) for name in ("kernel", "bias"))
+            names = [str(name) for name in found.get("class_names", ())]
+            return kernel, bias, f"linear evaluation of step {step}", names
+    kernel, bias = np.zeros((d, _CLASSES), np.float32), np.zeros(_CLASSES, np.float32)
+    return kernel, bias, f"zeros ({reason})", []

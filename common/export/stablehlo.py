@@ -1,0 +1,34 @@
+"""The encoder as StableHLO: a function of uint8 images that needs this code no more."""
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from common.evaluate.pretrained import Pretrained
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def serialize(opened: Pretrained) -> bytes:
+    """The encoder of a run, serialised by `jax.export`.
+
+    The function takes uint8 images `[b, h, w, 3]` of the run's size, for any b, and returns
+    features `[b, d]` of `settings.layer`. Scaling, mean and std, and the weights
+    are inside. It is lowered for CPU, CUDA GPUs and TPU, and runs on one device (a jit around it
+    may shard the batch). JAX promises to read it for six months at least.
+
+    Args:
+        opened: a run with weights.
+
+    Returns:
+        What `jax.export.deserialize(bytearray(data)).call(images)` takes.
+    """
+    size = opened.config.data.image_size
+    state = jax.device_get(opened.state)  # constants of one device, whatever held them
+
+    def encode(images: jax.Array) -> jax.Array:
+        return opened.method.encode(state, images, layer=opened.settings.layer)
+
+    (b,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8)
+    return bytes(export.export(jax.jit(encode), platforms=PLATFORMS)(images).serialize())
