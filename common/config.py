@@ -36,6 +36,7 @@ _AT_LEAST = {
     "evaluate.knn_examples": 0,
     "evaluate.batch_size": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
 }
 
 
@@ -88,7 +89,14 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
             "pictures": True,  # augmented pairs and nearest neighbours, as PNG in the workdir
         }
     )
-    c.checkpoint = ConfigDict({"every": "5 %", "keep": 2})
+    c.checkpoint = ConfigDict(
+        {
+            "every": "5 %",
+            "keep": 2,  # the newest; with 1 there is none to go back to when it is damaged
+            "keep_every": "0 steps",  # the first of each so many steps stays too; 0: none does
+            "keep_best": 0,  # so many with the highest kNN stay too
+        }
+    )
     return c.lock()
 
 

@@ -71,6 +71,9 @@ def train(
         name: steps_of(config[name].every, per_epoch, total, name=f"{name}.every")
         for name in ("checkpoint", "evaluate")
     }
+    keep_every = steps_of(
+        config.checkpoint.keep_every, per_epoch, total, name="checkpoint.keep_every"
+    )
     setup = make_setup(config, mesh, total, per_epoch, train_source.num_classes)
     method = make_method(setup)
     workdir = claim(workdir, config)
@@ -81,15 +84,16 @@ def train(
     # not device_put: it refuses typed keys when there are several processes
     root_key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
 
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        start = checkpoints.latest_step or 0
-        if start == total and (summary := report.finished(workdir)):
+    keep = config.checkpoint
+    with Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints:
+        if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
         step_fn = compile_step(method, config, mesh, abstract, shardings)
-        if start:
-            state, progress = checkpoints.restore(start, abstract, shardings)
+        if found := checkpoints.restore_newest(abstract, shardings):
+            start, state, progress = found
             same_data(progress, train_source)
         else:
+            start = 0
             state = jax.jit(method.init, out_shardings=shardings)(init_key)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
@@ -153,6 +157,7 @@ def train(
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
+                    checkpoints.check()  # a full disk shows now, not at the next one
                 last, told = step == total, preemption.after(step)
                 save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
