@@ -53,9 +53,9 @@ class Checkpoints:
         self._workdir = epath.Path(workdir)
         self._keep = _Keep(self, keep, every, best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else self._keep,
+            preservation_policy=self._keep,
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            create=not read_only,  # (orbax's own read_only warns of what it then ignores)
         )
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints", options=options, item_names=("state", "progress")

@@ -56,6 +56,9 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.batch_size = 256  # images of the global batch; each gives two views
     c.duration = "100 epochs"
     c.log_every = 50  # steps
+    # A new run starts from another one's weights: "DIR" or "DIR@STEP"; what fits is taken.
+    c.resume_from = ""
+    c.resume_optimizer = False  # with resume_from: momenta too, not only the weights
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
     c[method] = method_config
@@ -173,12 +176,11 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
     def free(name: str) -> bool:
         return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
 
-    missing = object()
-    differing = sorted(
-        name
-        for name in a.keys() | b.keys()
-        if not free(name) and a.get(name, missing) != b.get(name, missing)
-    )
+    def same(name: str) -> bool:
+        # a field that the code of the run did not have yet is one that is off
+        return a[name] == b.get(name, ...) if name in a else not b[name]
+
+    differing = sorted(n for n in a.keys() | b.keys() if not free(n) and not same(n))
     if differing:
         shown = ", ".join(
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common import report
+from common import report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, sources
@@ -76,8 +76,6 @@ def train(
     )
     setup = make_setup(config, mesh, total, per_epoch, train_source.num_classes)
     method = make_method(setup)
-    workdir = claim(workdir, config)
-
     init_key, loop_key = root_keys(config.seed)
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
@@ -85,7 +83,10 @@ def train(
     root_key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
 
     keep = config.checkpoint
-    with Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints:
+    with (
+        claim(workdir, config) as (workdir, lock),
+        Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints,
+    ):
         if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
         step_fn = compile_step(method, config, mesh, abstract, shardings)
@@ -95,6 +96,8 @@ def train(
         else:
             start = 0
             state = jax.jit(method.init, out_shardings=shardings)(init_key)
+            if config.resume_from:
+                state = transfer.adopt(config, workdir, method, state)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(
@@ -174,6 +177,8 @@ def train(
                         writer.write_now(step, scores)
                         results |= scores
                     if save:
+                        if lock:
+                            lock.check()
                         progress_now = now(step) | {"scores_due": bool(evaluate and told)}
                         checkpoints.save(step, state, progress_now)
                     if told:

@@ -91,6 +91,16 @@ class MoCo:
             probe=self.setup.init_probe(probe_key),
         )
 
+    def adopted(self, state: MoCoState, taken: set[str]) -> tuple[MoCoState, list[str]]:
+        """Of a run without momentum encoder only weights were taken: keys are made with those."""
+        if any(name.startswith("key_params/") for name in taken):
+            return state, []
+        state = state.replace(
+            key_params=jax.tree.map(jnp.copy, state.params),
+            key_batch_stats=jax.tree.map(jnp.copy, state.batch_stats),
+        )
+        return state, ["key_params", "key_batch_stats"]
+
     def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
         """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""
         del key  # nothing in this step is random: shuffling BN deals rows in a fixed order
