@@ -15,6 +15,7 @@ from common.evaluate import modes, settings
 from common.metrics import NonFiniteLossError
 from common.plan.plan import plan
 from common.preemption import EXIT_STATUS, PreemptedError
+from common.replay import replay
 from common.train import train
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
@@ -28,9 +29,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "plan", "prepare", *modes.MODES],
+    ["train", "plan", "prepare", "replay", *modes.MODES],
     "plan: only compile the train step and say what it costs; prepare: write the data as shards; "
-    "the others evaluate the run that --workdir holds.",
+    "replay: take the step again at which the run of --workdir diverged; the others evaluate the "
+    "run that --workdir holds.",
 )
 _EVAL = config_flags.DEFINE_config_dict(
     "eval", settings.default_config(), "How to evaluate, e.g. --eval.knn.k=20."
@@ -63,13 +65,16 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value and _MODE.value != "plan":
         raise UserError("--workdir is missing: say where the results are to go, or are")
     config = _CONFIG.value
-    if _MODE.value in modes.MODES:
+    if _MODE.value in ("replay", *modes.MODES):
         if config is not None:
             raise UserError(
                 f"--mode={_MODE.value} takes the config from the workdir: leave --config out; "
                 "what can be changed are --eval.NAME=VALUE"
             )
-        modes.run(_MODE.value, _WORKDIR.value, _EVAL.value, METHODS)
+        if _MODE.value == "replay":
+            replay(_WORKDIR.value, METHODS)
+        else:
+            modes.run(_MODE.value, _WORKDIR.value, _EVAL.value, METHODS)
         return
     if config is None:
         raise UserError("--config is missing: give a file, e.g. --config=configs/simclr_demo.py")

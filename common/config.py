@@ -14,6 +14,8 @@ from common.errors import UserError
 FREE_ON_RESUME = (
     "log_every",
     "profile",
+    "on_nonfinite",
+    "max_skipped",
     "checkpoint",
     "evaluate.every",
     "evaluate.batch_size",
@@ -35,6 +37,7 @@ _AT_LEAST = {
     "evaluate.knn_k": 0,
     "evaluate.knn_examples": 0,
     "evaluate.batch_size": 0,
+    "max_skipped": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_best": 0,
 }
@@ -59,6 +62,9 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     # A new run starts from another one's weights: "DIR" or "DIR@STEP"; what fits is taken.
     c.resume_from = ""
     c.resume_optimizer = False  # with resume_from: momenta too, not only the weights
+    # A loss or weight that is no number: "stop", or "skip" that step's update and count.
+    c.on_nonfinite = "stop"
+    c.max_skipped = 10  # in a row; then the run stops after all
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
     c[method] = method_config
@@ -115,6 +121,7 @@ def check(config: ConfigDict) -> None:
             value = value[name]
         if value < least:
             raise UserError(f"{field}={value}: expected at least {least}")
+    optim.one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
     b, groups = config.batch_size, config.model.bn_groups
     if b % groups:
         divisors = [g for g in range(1, b + 1) if b % g == 0]

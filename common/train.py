@@ -1,14 +1,11 @@
 """The training loop, one for every method."""
 
-import collections
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,10 +15,11 @@ from common import report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, sources
+from common.divergence import SkipNonFinite, Watch
 from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.method import Method, Setup, make_setup, root_keys
-from common.metrics import MetricsWriter, NonFiniteLossError
+from common.metrics import MetricsWriter
 from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
 from common.profiling import Profile
@@ -89,7 +87,8 @@ def train(
     ):
         if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
-        step_fn = compile_step(method, config, mesh, abstract, shardings)
+        stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
+        step_fn = compile_step(stepped, config, mesh, abstract, shardings)
         if found := checkpoints.restore_newest(abstract, shardings):
             start, state, progress = found
             same_data(progress, train_source)
@@ -112,8 +111,17 @@ def train(
             process_count=jax.process_count(),
             saved_readers=progress["readers"],
         )
+        watch = Watch(config, workdir, method, total, progress.get("skipped", 0))
+        watch.saved = start or None
         writer = MetricsWriter(
-            workdir, start, total, config.batch_size, per_epoch, config.log_every
+            workdir,
+            start,
+            total,
+            config.batch_size,
+            per_epoch,
+            config.log_every,
+            extra=watch.counts,
+            stop_at_nonfinite=config.on_nonfinite == "stop",
         )
         with writer, Preemption() as preemption, contextlib.closing(profile):
             results = progress["results"]
@@ -124,7 +132,6 @@ def train(
                         writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
                     if config.evaluate.pictures:
                         report.draw_pairs(config, train_source, workdir)
-            in_flight: collections.deque = collections.deque()
             loop_begin = time.perf_counter()
 
             def now(step: int) -> dict[str, Any]:
@@ -136,6 +143,7 @@ def train(
                     "readers": batches.readers,
                     "num_examples": train_source.num_examples,
                     "results": dict(results),  # orbax writes it later
+                    "skipped": watch.skipped,
                     "images_per_second": rate,
                     "seconds": progress["seconds"] + time.perf_counter() - begin,
                 }
@@ -148,15 +156,13 @@ def train(
 
             for step in range(start + 1, total + 1):
                 with writer.waiting():
-                    batch = next(batches)
-                batch = to_global(mesh, {k: batch[k] for k in ("images", "labels")})
+                    host_batch = next(batches)
+                batch = to_global(mesh, {k: host_batch[k] for k in ("images", "labels")})
                 with profile.step(step):
                     state, metrics = step_fn(state, batch, root_key)
                 profile.after(step, state)
-                in_flight.append((step, metrics["loss"]))
-                settled = step - (1 if writer.due(step - 1) else IN_FLIGHT)
-                while in_flight[0][0] <= settled:  # in order, so that the first bad one is named
-                    check_finite(*in_flight.popleft())
+                watch.took(step, metrics, host_batch)
+                watch.settle(step - (1 if writer.due(step - 1) else IN_FLIGHT), state)
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
@@ -166,11 +172,10 @@ def train(
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
                     continue
-                while in_flight:  # never save what came out of a bad step
-                    check_finite(*in_flight.popleft())
+                watch.settle(step, state)  # never save what came out of a bad step
                 with writer.pause(wait_for=state):
-                    if save and not all_finite(state):  # the loss is of what was before the step
-                        raise NonFiniteLossError(diverged(step, "the state is not finite"))
+                    if save:
+                        watch.check_state(step, state, host_batch)
                     # Scores first: a kill in between must not lose the line that belongs here.
                     # A run that was told to stop has no time for them: the next start makes them.
                     if evaluate and not told and (scores := evaluator(state)):
@@ -181,6 +186,7 @@ def train(
                             lock.check()
                         progress_now = now(step) | {"scores_due": bool(evaluate and told)}
                         checkpoints.save(step, state, progress_now)
+                        watch.saved = step
                     if told:
                         checkpoints.wait()
                         raise PreemptedError(
@@ -206,25 +212,3 @@ def same_data(progress: dict[str, Any], source: sources.Source) -> None:
             f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
             "this run began: restore the data, or give another --workdir"
         )
-
-
-def check_finite(step: int, loss: jax.Array) -> None:
-    """Waits for the loss of `step`, and stops the run if it is no number."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NonFiniteLossError(diverged(step, f"loss is {value}"))
-
-
-def diverged(step: int, what: str) -> str:
-    """The message of a run that stops itself."""
-    return (
-        f"{what} at step {step}: the run stops, and the last good checkpoint stays; "
-        "try a smaller learning rate, a longer warm-up or optimizer.clip_norm"
-    )
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no float of a tree of arrays is NaN or infinite."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()

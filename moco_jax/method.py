@@ -73,6 +73,7 @@ class MoCo:
                 "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
             )
         self.setup = setup
+        self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
         self.rows = setup.config.batch_size * (2 if moco.symmetric else 1)
 
     def init(self, key: jax.Array) -> MoCoState:
