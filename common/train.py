@@ -142,6 +142,7 @@ def train(
                     "position": batches.position,
                     "readers": batches.readers,
                     "num_examples": train_source.num_examples,
+                    "listing": train_source.listing,
                     "results": dict(results),  # orbax writes it later
                     "skipped": watch.skipped,
                     "images_per_second": rate,
@@ -201,14 +202,19 @@ def train(
 
 
 def same_data(progress: dict[str, Any], source: sources.Source) -> None:
-    """Refuses to go on with a data set that has grown or shrunk: orders and schedules follow n.
+    """Refuses to go on with a data set that has changed: orders and schedules follow its examples.
 
     Raises:
-        UserError: saying both sizes.
+        UserError: saying both sizes, or that files have other names.
     """
     n = progress["num_examples"]
     if n != source.num_examples:
         raise UserError(
             f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
             "this run began: restore the data, or give another --workdir"
+        )
+    if source.listing != progress.get("listing", source.listing):
+        raise UserError(
+            f"{source.name} ({source.split}) has {n} images as before, but files were renamed, or "
+            "added and removed, since this run began: restore the data, or give another --workdir"
         )
