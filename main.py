@@ -98,6 +98,10 @@ def run() -> None:
         sys.exit(EXIT_STATUS)
     except (UserError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not command_line.is_of_the_disk(error):
+            raise
+        sys.exit(f"error: {error}: make room or mend the disk, then give the same command again")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reads the command line, and says in one line what is wrong with it."""
 
+import errno
 import re
 import traceback
 
@@ -31,6 +32,11 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(in_one_line(error)) from error
     return rest
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether an error is of a disk that is full, read-only or broken, and not of this code."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ while it has no further work.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +81,10 @@ class MetricsWriter:
             jsonl.discard_after(workdir, start_step if start_step > 0 else -1)
             self._lines = jsonl.Lines(workdir / FILE)
             if tensorboard:
-                self._events = events.open_writer(workdir / "tensorboard", start_step)
+                try:
+                    self._events = events.open_writer(workdir / "tensorboard", start_step)
+                except OSError as error:
+                    logging.warning("training without TensorBoard: %s", error)
 
     def __enter__(self) -> Self:
         return self
