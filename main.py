@@ -19,6 +19,7 @@ from common.metrics import NonFiniteLossError
 from common.optim import one_of
 from common.plan.plan import plan
 from common.preemption import EXIT_STATUS, PreemptedError
+from common.replay import replay
 from common.train import train
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
@@ -39,6 +40,9 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", f.compile_cache)
     if f.mode in modes.MODES:
         modes.run(f.mode, f.workdir, f.eval, METHODS)
+        return
+    if f.mode == "replay":
+        replay(f.workdir, METHODS)
         return
     method = METHODS[one_of("method", f.config.get("method"), METHODS)]
     if f.mode == "plan":
@@ -61,6 +65,10 @@ def run() -> None:
         sys.exit(EXIT_STATUS)
     except (UserError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not command_line.is_of_the_disk(error):
+            raise
+        sys.exit(f"error: {error}: make room or mend the disk, then give the same command again")
 
 
 if __name__ == "__main__":

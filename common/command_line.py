@@ -1,5 +1,6 @@
 """The flags of `main.py`; what is wrong with a command line is said in one line."""
 
+import errno
 import os
 import re
 import sys
@@ -46,10 +47,10 @@ def define(
         raise UserError(in_one_line(error, "--eval", "common/evaluate/settings.py")) from error
     text("workdir", None, "Where checkpoints, metrics and pictures go, or are.", **here)
     flags.DEFINE_enum(
-        "mode", "train", ["train", "plan", "prepare", "import", *evaluations],
+        "mode", "train", ["train", "plan", "prepare", "import", "replay", *evaluations],
         "plan: only compile the train step and say what it costs; prepare: write the data as "
-        "shards; import: a workdir with the weights of --config.init_from; the others evaluate the "
-        "run that --workdir holds.", **here,
+        "shards; import: a workdir with the weights of --config.init_from; replay: take the step "
+        "again at which the run of --workdir diverged; the others evaluate that run.", **here,
     )  # fmt: skip
     flags.DEFINE_list(
         "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.", **here
@@ -70,12 +71,13 @@ def check(values: flags.FlagValues, evaluations: Iterable[str]) -> None:
     mode = values.mode
     if not values.workdir and mode != "plan":
         raise UserError("--workdir is missing: say where the results are to go, or are")
-    if mode in evaluations and values.config is not None:
+    of_a_run = mode == "replay" or mode in evaluations
+    if of_a_run and values.config is not None:
         raise UserError(
             f"--mode={mode} takes the config from the workdir: leave --config out; what can be "
             "changed are --eval.NAME=VALUE (common/evaluate/settings.py)"
         )
-    if mode not in evaluations and values.config is None:
+    if not of_a_run and values.config is None:
         raise UserError("--config is missing: give a file, e.g. --config=configs/simclr_demo.py")
     if values.topology and mode != "plan":
         raise UserError(f"--topology goes with --mode=plan, not with --mode={mode}")
@@ -102,6 +104,11 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(in_one_line(error)) from error
     return rest
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether an error is of a disk that is full, read-only or broken, and not of this code."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def in_one_line(

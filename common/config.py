@@ -14,6 +14,8 @@ from common.errors import UserError
 FREE_ON_RESUME = (
     "log_every",
     "profile",
+    "on_nonfinite",
+    "max_skipped",
     "checkpoint",
     "evaluate.every",
     "evaluate.batch_size",
@@ -37,7 +39,9 @@ _AT_LEAST = {
     "evaluate.knn_k": 0,
     "evaluate.knn_examples": 0,
     "evaluate.batch_size": 0,
+    "max_skipped": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
 }
 
 
@@ -59,8 +63,15 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     # model.bn_groups to be a multiple of batch_size / microbatch x devices; free on resume.
     c.microbatch = 0
     c.duration = "100 epochs"
-    c.init_from = ""  # weights to start from: a file (docs/export.md), or the workdir of a run
     c.log_every = 50  # steps
+    # A new run may start from an encoder (and head) trained elsewhere: a file, see docs/export.md,
+    # or from all that fits of another run: "DIR" or "DIR@STEP".
+    c.init_from = ""
+    c.resume_from = ""
+    c.resume_optimizer = False  # with resume_from: momenta too, not only the weights
+    # A loss or weight that is no number: "stop", or "skip" that step's update and count.
+    c.on_nonfinite = "stop"
+    c.max_skipped = 10  # in a row; then the run stops after all
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
     c[method] = method_config
@@ -94,7 +105,14 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
             "pictures": True,  # augmented pairs and nearest neighbours, as PNG in the workdir
         }
     )
-    c.checkpoint = ConfigDict({"every": "5 %", "keep": 2})
+    c.checkpoint = ConfigDict(
+        {
+            "every": "5 %",
+            "keep": 2,  # the newest; with 1 there is none to go back to when it is damaged
+            "keep_every": "0 steps",  # the first of each so many steps stays too; 0: none does
+            "keep_best": 0,  # so many with the highest kNN stay too
+        }
+    )
     return c.lock()
 
 
@@ -110,6 +128,12 @@ def check(config: ConfigDict) -> None:
             value = value[name]
         if value < least:
             raise UserError(f"{field}={value}: expected at least {least}")
+    optim.one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    if config.init_from and config.resume_from:
+        raise UserError(
+            f"init_from={config.init_from} and resume_from={config.resume_from}: a run starts from "
+            "one of them, leave the other out"
+        )
     b, groups = config.batch_size, config.model.bn_groups
     if b % groups:
         divisors = [g for g in range(1, b + 1) if b % g == 0]
@@ -171,12 +195,11 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
     def free(name: str) -> bool:
         return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
 
-    missing = object()
-    differing = sorted(
-        name
-        for name in a.keys() | b.keys()
-        if not free(name) and a.get(name, missing) != b.get(name, missing)
-    )
+    def same(name: str) -> bool:
+        # a field that the code of the run did not have yet is one that is off
+        return a[name] == b.get(name, ...) if name in a else not b[name]
+
+    differing = sorted(n for n in a.keys() | b.keys() if not free(n) and not same(n))
     if differing:
         shown = ", ".join(
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]

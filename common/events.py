@@ -1,6 +1,13 @@
-"""TensorBoard's event files, also in an object store."""
+"""TensorBoard's event files, also in an object store.
 
-from typing import Any
+tensorboardX writes them in a thread of its own. If a write fails there the thread ends, its queue
+fills, and the training waits for ever, so no write may fail: the files here warn and drop what they
+cannot write. The numbers are in `metrics.jsonl` all the same.
+"""
+
+import logging
+import os
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -17,11 +24,28 @@ def open_writer(path: epath.Path, start_step: int) -> Any:
     import tensorboardX
     from tensorboardX import record_writer
 
-    if files.is_remote(path):
-        scheme = str(path).partition(":")[0]
-        record_writer.register_writer_factory(scheme, _Remote())
     purge = (start_step + 1 if start_step else 0) if path.exists() else None
-    return tensorboardX.SummaryWriter(str(path), purge_step=purge, flush_secs=20)
+    name = str(path)
+    if files.is_remote(path):
+        record_writer.register_writer_factory(name.partition(":")[0], _Remote())
+    else:
+        record_writer.register_writer_factory(_LOCAL, _Local())
+        name = f"{_LOCAL}:{os.path.abspath(name)}"
+    return tensorboardX.SummaryWriter(name, purge_step=purge, flush_secs=20)
+
+
+_LOCAL = "careful"  # a scheme by which tensorboardX finds `_Local`
+
+
+class _Local:
+    """What tensorboardX asks for a path with a scheme, for a disk."""
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_LOCAL}:"), exist_ok=True)
+
+    def open(self, path: str) -> "_Careful":
+        path = path.removeprefix(f"{_LOCAL}:")
+        return _Careful(open(path, "wb", buffering=0), path)
 
 
 class _Remote:
@@ -30,8 +54,36 @@ class _Remote:
     def directory_check(self, path: str) -> None:
         """Object stores have no directories."""
 
-    def open(self, path: str) -> "_WholeFile":
-        return _WholeFile(epath.Path(path))
+    def open(self, path: str) -> "_Careful":
+        return _Careful(_WholeFile(epath.Path(path)), path)
+
+
+class _Careful:
+    """A file whose writes never fail: after the first that does, nothing more is written."""
+
+    def __init__(self, file: "BinaryIO | _WholeFile", path: str) -> None:
+        self._file, self._path, self._broken = file, path, False
+
+    def write(self, data: bytes) -> None:
+        self._try(self._file.write, data)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def close(self) -> None:
+        self._try(self._file.close)
+
+    def _try(self, action: Any, *arguments: Any) -> None:
+        if self._broken:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # of a disk, or of whatever client an object store has
+            self._broken = True
+            logging.warning(
+                "cannot write %s (%s): training goes on without TensorBoard; metrics.jsonl has "
+                "the same numbers", self._path, error,
+            )  # fmt: skip
 
 
 class _WholeFile:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 from etils import epath
 
 from common import files
+from common.errors import UserError
 
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
+_MOST_WAITING = 10_000  # lines
 _REMOTE_SECONDS = 30.0  # between two rewrites of a file in an object store
 
 
@@ -67,34 +71,84 @@ def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Lines:
-    """A text file that grows by lines; object stores cannot append, so there it is rewritten."""
+    """A text file that grows by lines; object stores cannot append, so there it is rewritten.
+
+    A disk that is full or away for a while costs no line: they wait in memory. `flush` insists.
+    """
+
+    _failing = False
 
     def __init__(self, path: epath.Path):
         self._path = path
         self._remote = files.is_remote(path)
         self._saved = time.monotonic()
+        self._waiting: list[str] = []
         if self._remote:
             self._text = path.read_text() if path.exists() else ""
         else:
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            # no buffer: what a failed write has left of a line is then known, and cut off again
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self._size = self._file.seek(0, os.SEEK_END)
 
     def add(self, line: str) -> None:
-        if not self._remote:
-            self._file.write(line + "\n")
-            self._file.flush()
+        """Writes a line, now or, if that is not possible, later.
+
+        Raises:
+            UserError: if too many wait.
+        """
+        self._waiting.append(line + "\n")
+        if self._remote and time.monotonic() - self._saved <= _REMOTE_SECONDS:
             return
-        self._text += line + "\n"
-        if time.monotonic() - self._saved > _REMOTE_SECONDS:
-            self._save()
+        try:
+            self._write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                logging.warning("cannot write %s (%s): trying again", self._path, error)
+            self._failing = True
+            if len(self._waiting) > _MOST_WAITING:
+                raise self._lost(error) from error
 
     def flush(self) -> None:
-        """Makes every line so far outlive this process."""
-        if self._remote:
-            self._save()
+        """Makes every line so far outlive this process.
+
+        Raises:
+            UserError: if that is not possible.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            raise self._lost(error) from error
 
     def close(self) -> None:
-        self._save() if self._remote else self._file.close()
+        """`flush`, and no more lines."""
+        try:
+            self.flush()
+        finally:
+            if not self._remote:
+                self._file.close()
 
-    def _save(self) -> None:
-        self._path.write_text(self._text)
-        self._saved = time.monotonic()
+    def _write(self) -> None:
+        text = "".join(self._waiting)
+        if self._remote:
+            self._path.write_text(self._text + text)
+            self._text += text
+            self._saved = time.monotonic()
+        elif text:
+            data = text.encode()
+            try:
+                written = self._file.write(data)
+                if written < len(data):  # the disk is full; the rest says so
+                    self._file.write(data[written:])
+            except OSError:
+                os.ftruncate(self._file.fileno(), self._size)
+                raise
+            self._size += len(data)
+        self._waiting.clear()
+
+    def _lost(self, error: OSError) -> UserError:
+        reason = error.strerror or error
+        return UserError(
+            f"cannot write {self._path} ({reason}; {len(self._waiting)} lines wait): make room or "
+            "mend the disk; the same command then carries on from the last checkpoint"
+        )

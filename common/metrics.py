@@ -5,9 +5,10 @@ while it has no further work.
 """
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TextIO
 
 import jax
@@ -43,6 +44,8 @@ class MetricsWriter:
         log_every: interval that `due` goes by.
         tensorboard: also write `<workdir>/tensorboard`.
         stream: where progress goes; None is stderr.
+        extra: called when a step is logged, for more scalars of it.
+        stop_at_nonfinite: whether a loss that is not finite is an error.
     """
 
     def __init__(
@@ -55,11 +58,14 @@ class MetricsWriter:
         log_every: int = 1,
         tensorboard: bool = True,
         stream: TextIO | None = None,
+        extra: Callable[[], Mapping[str, float]] = dict,
+        stop_at_nonfinite: bool = True,
     ):
         self._start, self._total = start_step, total_steps
         self._images_per_step = images_per_step
         self._steps_per_epoch = steps_per_epoch
         self._log_every = max(1, log_every)
+        self._extra, self._stop = extra, stop_at_nonfinite
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         # Time and step of the last scalars that the device delivered, less the pauses since.
         self._mark: tuple[float, int] | None = None
@@ -75,7 +81,10 @@ class MetricsWriter:
             jsonl.discard_after(workdir, start_step if start_step > 0 else -1)
             self._lines = jsonl.Lines(workdir / FILE)
             if tensorboard:
-                self._events = events.open_writer(workdir / "tensorboard", start_step)
+                try:
+                    self._events = events.open_writer(workdir / "tensorboard", start_step)
+                except OSError as error:
+                    logging.warning("training without TensorBoard: %s", error)
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +137,7 @@ class MetricsWriter:
         if self._pending is None:
             return
         (step, scalars), self._pending = self._pending, None
-        values = _numbers(scalars)
+        values = _numbers(scalars) | dict(self._extra())
         now = time.perf_counter()
         timing = {}
         if self._mark is not None and step > self._mark[1]:
@@ -152,7 +161,7 @@ class MetricsWriter:
             eta = (now - self._first[0]) / (step - self._first[1]) * (self._total - step)
         self._progress.show(step, self._epoch(step), values, timing, eta)
         bad = [name for name in values if _is_loss(name) and not math.isfinite(values[name])]
-        if bad:
+        if bad and self._stop:
             raise NonFiniteLossError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}: the run stops, and the last good "
                 "checkpoint stays; try a smaller learning rate, a longer warm-up or clip_norm"

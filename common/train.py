@@ -1,28 +1,26 @@
 """The training loop, one for every method."""
 
-import collections
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common import report
+from common import report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, sources
+from common.divergence import SkipNonFinite, Watch
 from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.export.start import init_state
 from common.method import Method, Setup, make_setup, root_keys
-from common.metrics import MetricsWriter, NonFiniteLossError
+from common.metrics import MetricsWriter
 from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
 from common.profiling import Profile
@@ -72,26 +70,34 @@ def train(
         name: steps_of(config[name].every, per_epoch, total, name=f"{name}.every")
         for name in ("checkpoint", "evaluate")
     }
+    keep_every = steps_of(
+        config.checkpoint.keep_every, per_epoch, total, name="checkpoint.keep_every"
+    )
     setup = make_setup(config, mesh, total, per_epoch, train_source.num_classes)
     method = make_method(setup)
-    workdir = claim(workdir, config)
-
     init_key, loop_key = root_keys(config.seed)
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
     # not device_put: it refuses typed keys when there are several processes
     root_key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
 
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        start = checkpoints.latest_step or 0
-        if start == total and (summary := report.finished(workdir)):
+    keep = config.checkpoint
+    with (
+        claim(workdir, config) as (workdir, lock),
+        Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints,
+    ):
+        if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
-        step_fn = compile_step(method, config, mesh, abstract, shardings)
-        if start:
-            state, progress = checkpoints.restore(start, abstract, shardings)
+        stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
+        step_fn = compile_step(stepped, config, mesh, abstract, shardings)
+        if found := checkpoints.restore_newest(abstract, shardings):
+            start, state, progress = found
             same_data(progress, train_source)
         else:
+            start = 0
             state = init_state(make_method, method, setup, init_key, shardings)
+            if config.resume_from:
+                state = transfer.adopt(config, workdir, method, state)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(
@@ -106,8 +112,17 @@ def train(
             process_count=jax.process_count(),
             saved_readers=progress["readers"],
         )
+        watch = Watch(config, workdir, method, total, progress.get("skipped", 0))
+        watch.saved = start or None
         writer = MetricsWriter(
-            workdir, start, total, config.batch_size, per_epoch, config.log_every
+            workdir,
+            start,
+            total,
+            config.batch_size,
+            per_epoch,
+            config.log_every,
+            extra=watch.counts,
+            stop_at_nonfinite=config.on_nonfinite == "stop",
         )
         with writer, Preemption() as preemption, contextlib.closing(profile):
             results = progress["results"]
@@ -118,7 +133,6 @@ def train(
                         writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
                     if config.evaluate.pictures:
                         report.draw_pairs(config, train_source, workdir)
-            in_flight: collections.deque = collections.deque()
             loop_begin = time.perf_counter()
 
             def now(step: int) -> dict[str, Any]:
@@ -129,7 +143,9 @@ def train(
                     "position": batches.position,
                     "readers": batches.readers,
                     "num_examples": train_source.num_examples,
+                    "listing": train_source.listing,
                     "results": dict(results),  # orbax writes it later
+                    "skipped": watch.skipped,
                     "images_per_second": rate,
                     "seconds": progress["seconds"] + time.perf_counter() - begin,
                 }
@@ -142,36 +158,37 @@ def train(
 
             for step in range(start + 1, total + 1):
                 with writer.waiting():
-                    batch = next(batches)
-                batch = to_global(mesh, {k: batch[k] for k in ("images", "labels")})
+                    host_batch = next(batches)
+                batch = to_global(mesh, {k: host_batch[k] for k in ("images", "labels")})
                 with profile.step(step):
                     state, metrics = step_fn(state, batch, root_key)
                 profile.after(step, state)
-                in_flight.append((step, metrics["loss"]))
-                settled = step - (1 if writer.due(step - 1) else IN_FLIGHT)
-                while in_flight[0][0] <= settled:  # in order, so that the first bad one is named
-                    check_finite(*in_flight.popleft())
+                watch.took(step, metrics, host_batch)
+                watch.settle(step - (1 if writer.due(step - 1) else IN_FLIGHT), state)
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
+                    checkpoints.check()  # a full disk shows now, not at the next one
                 last, told = step == total, preemption.after(step)
                 save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
                     continue
-                while in_flight:  # never save what came out of a bad step
-                    check_finite(*in_flight.popleft())
+                watch.settle(step, state)  # never save what came out of a bad step
                 with writer.pause(wait_for=state):
-                    if save and not all_finite(state):  # the loss is of what was before the step
-                        raise NonFiniteLossError(diverged(step, "the state is not finite"))
+                    if save:
+                        watch.check_state(step, state, host_batch)
                     # Scores first: a kill in between must not lose the line that belongs here.
                     # A run that was told to stop has no time for them: the next start makes them.
                     if evaluate and not told and (scores := evaluator(state)):
                         writer.write_now(step, scores)
                         results |= scores
                     if save:
+                        if lock:
+                            lock.check()
                         progress_now = now(step) | {"scores_due": bool(evaluate and told)}
                         checkpoints.save(step, state, progress_now)
+                        watch.saved = step
                     if told:
                         checkpoints.wait()
                         raise PreemptedError(
@@ -186,10 +203,10 @@ def train(
 
 
 def same_data(progress: dict[str, Any], source: sources.Source) -> None:
-    """Refuses to go on with a data set that has grown or shrunk: orders and schedules follow n.
+    """Refuses to go on with a data set that has changed: orders and schedules follow its examples.
 
     Raises:
-        UserError: saying both sizes.
+        UserError: saying both sizes, or that files have other names.
     """
     n = progress["num_examples"]
     if n != source.num_examples:
@@ -197,25 +214,8 @@ def same_data(progress: dict[str, Any], source: sources.Source) -> None:
             f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
             "this run began: restore the data, or give another --workdir"
         )
-
-
-def check_finite(step: int, loss: jax.Array) -> None:
-    """Waits for the loss of `step`, and stops the run if it is no number."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NonFiniteLossError(diverged(step, f"loss is {value}"))
-
-
-def diverged(step: int, what: str) -> str:
-    """The message of a run that stops itself."""
-    return (
-        f"{what} at step {step}: the run stops, and the last good checkpoint stays; "
-        "try a smaller learning rate, a longer warm-up or optimizer.clip_norm"
-    )
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no float of a tree of arrays is NaN or infinite."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+    if source.listing != progress.get("listing", source.listing):
+        raise UserError(
+            f"{source.name} ({source.split}) has {n} images as before, but files were renamed, or "
+            "added and removed, since this run began: restore the data, or give another --workdir"
+        )

@@ -1,7 +1,9 @@
 """The directory of a run: whose it is."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common import files, jsonl
+from common import files, jsonl, lock
 from common.errors import UserError
 
 # What a run leaves in its workdir before the first step.
@@ -21,51 +23,71 @@ OWN_FILES = {
     "tensorboard",
     "checkpoints",
     "augmented_pairs.png",
+    "resumed_from.json",
+    "nonfinite",
+    lock.FILE,
 }
 
 
-def claim(workdir: str | epath.PathLike, config: ConfigDict) -> epath.Path:
+@contextlib.contextmanager
+def claim(
+    workdir: str | epath.PathLike, config: ConfigDict
+) -> Iterator[tuple[epath.Path, lock.Lock | None]]:
     """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
 
+    A context manager; while it is open no other run can claim the directory.
+
+    Yields:
+        The directory, and on process 0 the lock.
+
     Raises:
-        UserError: if the directory holds another run, or files but no run.
+        UserError: if the directory holds another run, or files but no run, or is in use.
     """
-    workdir, refusal = epath.Path(workdir), None
-    if jax.process_index() == 0:
-        try:
-            _claim(workdir, configs.as_dict(config))
-        except UserError as error:
-            refusal = error
-        except OSError as error:
-            reason = error.strerror or error
-            refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    workdir, refusal, held = epath.Path(workdir), None, None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                _make(workdir)
+                held = stack.enter_context(lock.hold(workdir))
+                _claim(workdir, configs.as_dict(config))
+            except UserError as error:
+                refusal = error
+            except OSError as error:
+                reason = error.strerror or error
+                refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
 
-        # one decides for all, and nobody goes on before config.json is written
-        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)) and not refusal:
-            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
-    if refusal:
-        raise refusal
-    return workdir
+            # one decides for all, and nobody goes on before config.json is written
+            refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
+            if refused and not refusal:
+                refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+        if refusal:
+            raise refusal
+        yield workdir, held
 
 
-def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
+def _make(workdir: epath.Path) -> None:
+    """Makes the directory; one that holds something else is refused before it gets a lock."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
-    path = workdir / "config.json"
     names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
-    if names <= OWN_FILES and not _has_trained(workdir):
-        # also what a mistake in the config leaves that shows before or in the first step
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, json.dumps(current, indent=2) + "\n")
-        logging.info("new run in %s", workdir)
-        return
-    if path.name not in names:
+    if not names <= OWN_FILES and "config.json" not in names:
         raise UserError(
             f"{workdir} exists, is not empty and holds no run (no config.json): "
             "give a new or an empty directory as --workdir"
         )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
+    path = workdir / "config.json"
+    names = {p.name for p in workdir.iterdir()}
+    if names <= OWN_FILES and not _has_trained(workdir):
+        # also what a mistake in the config leaves that shows before or in the first step
+        files.write_text(path, json.dumps(current, indent=2) + "\n")
+        logging.info("new run in %s", workdir)
+        return
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:

@@ -73,6 +73,7 @@ class MoCo:
                 "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
             )
         self.setup = setup
+        self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
         self.rows = setup.config.batch_size * (2 if moco.symmetric else 1)
 
     def init(self, key: jax.Array) -> MoCoState:
@@ -90,6 +91,16 @@ class MoCo:
             queue=queues.init(queue_key, length, self.rows, dim),
             probe=self.setup.init_probe(probe_key),
         )
+
+    def adopted(self, state: MoCoState, taken: set[str]) -> tuple[MoCoState, list[str]]:
+        """Of a run without momentum encoder only weights were taken: keys are made with those."""
+        if any(name.startswith("key_params/") for name in taken):
+            return state, []
+        state = state.replace(
+            key_params=jax.tree.map(jnp.copy, state.params),
+            key_batch_stats=jax.tree.map(jnp.copy, state.batch_stats),
+        )
+        return state, ["key_params", "key_batch_stats"]
 
     def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
         """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""

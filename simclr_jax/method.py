@@ -32,6 +32,7 @@ class SimCLR:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.chance = 1 / (2 * setup.config.batch_size - 1)  # of guessing an image's other view
 
     def init(self, key: jax.Array) -> SimCLRState:
         """See `Method.init`."""

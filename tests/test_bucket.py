@@ -38,8 +38,8 @@ def test_a_run_in_a_bucket_is_that_of_a_disk(tmp_path, monkeypatch):
     disk, store = tmp_path / "disk", epath.Path("gs://b/run")
 
     class OnDisk(Checkpoints):
-        def __init__(self, workdir, keep):
-            super().__init__(tmp_path / "checkpoints", keep)
+        def __init__(self, workdir, keep, **options):
+            super().__init__(tmp_path / "checkpoints", keep, **options)
 
     def run(c, workdir):
         return loop.train(main.METHODS[c.method], c, workdir, make_mesh(jax.devices()[:2]))

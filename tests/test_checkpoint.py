@@ -1,4 +1,7 @@
-"""Checkpoints: exact, placed as asked, and only the complete ones count."""
+"""Checkpoints: exact, placed as asked; only those count that are complete and undamaged."""
+
+import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
+from common import digests
 from common.checkpoint import Checkpoints
-from common.sharding import make_mesh, replicated, state_shardings
+from common.errors import UserError
+from common.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from moco_jax import queue as queues
 
 
@@ -93,3 +98,164 @@ def test_a_half_written_checkpoint_is_ignored_and_written_anew(tmp_path, name):
         got, progress = checkpoints.restore(9, abstract, shardings)
     assert progress == {"position": 9}
     assert_equal(got, s)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_digests_do_not_depend_on_the_sharding(devices):
+    """Against the NumPy form on whole arrays, for every width of element."""
+    mesh = make_mesh(jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        host = {
+            "f64": rng.normal(size=(4, 3)),
+            "f32": rng.normal(size=(3, 8, 2)).astype(np.float32),
+            "bf16": np.asarray(jnp.asarray(rng.normal(size=(8, 2)), jnp.bfloat16)),
+            "i8": rng.integers(-99, 99, (8,)).astype(np.int8),
+            "flag": rng.integers(0, 2, (8,)) > 0,
+            "scalar": np.int32(-7),
+            "empty": np.zeros((0, 4), np.float32),
+        }
+        host["f32"][0, 0, 0] = np.nan
+        place = {k: batch_sharding(mesh) if k in ("f64", "bf16", "i8") else replicated(mesh)
+                 for k in host}  # fmt: skip
+        placed = {k: jax.device_put(x, place[k]) for k, x in host.items()}
+        got = digests.of_state(placed)
+        assert got == {k: digests.of_array(np.asarray(x)) for k, x in host.items()}
+        swapped = host["f32"][::-1]
+        assert digests.of_array(swapped) != got["f32"]  # the same elements at other places
+        for bit in range(32):
+            flipped = host["f32"].copy()
+            flipped.view(np.uint32)[1, 2, 1] ^= np.uint32(1 << bit)
+            assert digests.of_array(flipped) != got["f32"]
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 4
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of steps 3 and 5; one array makes up nearly all of the bytes."""
+    mesh = make_mesh(jax.devices()[:2])
+    w = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    shardings = {"w": replicated(mesh), "rows": batch_sharding(mesh)}
+    s = jax.device_put({"w": w, "rows": np.arange(8)}, shardings)
+    workdir = tmp_path_factory.mktemp("saved")
+    with Checkpoints(workdir, 2) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, s, {"position": step})
+    return workdir, s, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), s), shardings
+
+
+@pytest.fixture
+def two(saved, tmp_path):
+    """A copy of it, in `tmp_path`."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    return saved[1:]
+
+
+# orbax leaves what it had begun when it stops at a broken file
+leftovers = pytest.mark.filterwarnings(
+    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@leftovers
+@pytest.mark.parametrize("part", ["array", "progress", "tree"])
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_a_damaged_newest_checkpoint_is_set_aside(part, how, two, tmp_path, caplog):
+    s, abstract, shardings = two
+    newest = tmp_path / "checkpoints" / "5"
+    damage({"array": largest(newest / "state"), "progress": newest / "progress" / "metadata",
+            "tree": newest / "state" / "_METADATA"}[part], how)  # fmt: skip
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        step, got, progress = checkpoints.restore_newest(abstract, shardings)
+        assert (step, progress) == (3, {"position": 3})
+        assert_equal(got, s)
+        assert checkpoints.all_steps() == [3]
+        checkpoints.save(5, s, {"position": 5})  # it comes by this step again
+    assert "step 5 is damaged" in caplog.text and "going on from that of step 3" in caplog.text
+    assert [p.name for p in (tmp_path / "damaged_checkpoints").iterdir()] == ["5"]
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.restore_newest(abstract, shardings)[0] == 5
+
+
+@leftovers
+def test_when_all_are_damaged_none_is_touched(two, tmp_path):
+    _, abstract, shardings = two
+    for step in ("3", "5"):
+        damage(largest(tmp_path / "checkpoints" / step / "state"), "flipped")
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        with pytest.raises(UserError, match=r"step 5 in .* is damaged .*also those of step 3: re"):
+            checkpoints.restore_newest(abstract, shardings)
+        assert checkpoints.all_steps() == [3, 5]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+@leftovers
+def test_reading_only_notices_damage_and_changes_nothing(two, tmp_path):
+    _, abstract, shardings = two
+    part = {"w": abstract["w"]}
+    half = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"  # a run is writing this now
+    half.mkdir()
+    with Checkpoints(tmp_path, None, read_only=True) as checkpoints:
+        assert checkpoints.restore_part(5, part, {"w": shardings["w"]})["w"].shape == (64, 256)
+        damage(largest(tmp_path / "checkpoints" / "5" / "state"), "flipped")
+        with pytest.raises(UserError, match=r"the checkpoint of step 5 in .* is damaged"):
+            checkpoints.restore_part(5, part, {"w": shardings["w"]})
+    assert half.exists() and (tmp_path / "checkpoints" / "5").exists()
+
+
+def test_a_value_that_changed_on_its_way_is_named(two, tmp_path):
+    """A record beside the state that parses well and says something else."""
+    _, abstract, shardings = two
+    path = tmp_path / "checkpoints" / "5" / "progress" / "metadata"
+    path.write_text(path.read_text().replace('"position": 5', '"position": 7'))
+    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError, match="beside the st"):
+        checkpoints.restore(5, abstract, shardings)
+
+
+def test_checkpoints_of_before_there_were_digests_are_read(two, tmp_path, caplog):
+    _, abstract, shardings = two
+    path = tmp_path / "checkpoints" / "5" / "progress" / "metadata"
+    path.write_text('{"position": 5}')
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        step, _, progress = checkpoints.restore_newest(abstract, shardings)
+    assert (step, progress) == (5, {"position": 5}) and "without digests" in caplog.text
+
+
+def test_which_checkpoints_stay(tmp_path):
+    """The last two, the first of each ten steps, and the two best, of equals the older."""
+    s = {"w": jax.device_put(np.zeros(3, np.float32), replicated(make_mesh(jax.devices()[:1])))}
+    scores = {4: 0.5, 8: 0.9, 10: 0.1, 14: 0.9, 20: None, 24: 0.2, 28: 0.3}
+    for steps in ([4, 8, 10], [14, 20, 24, 28]):  # also after a restart
+        with Checkpoints(tmp_path, 2, every=10, best=2) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, s, {"results": {"knn_top1": scores[step]}})
+    assert checkpoints.all_steps() == [8, 10, 14, 20, 24, 28]
+
+
+def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(two, tmp_path):
+    """The limit on the size of a file stands for it: a write fails in the middle."""
+    s, abstract, shardings = two
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = r"cannot write the checkpoint of step 7 .*: make room .* carries on from step 5"
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+        try:
+            with pytest.raises(UserError, match=said) as caught:
+                checkpoints.save(7, s, {"position": 7})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "\n" not in str(caught.value)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.restore_newest(abstract, shardings)[0] == 5
+        assert not list((tmp_path / "checkpoints").glob("7*"))

@@ -8,6 +8,7 @@ import jax
 import pytest
 import tiny
 from absl import flags
+from ml_collections import ConfigDict
 
 from common import command_line, config
 from common.data import presets
@@ -145,6 +146,13 @@ def test_the_configs_for_two_cores_are_sound(name):
     method = tiny.METHODS[c.method](make_setup(c, make_mesh(jax.devices()[:1]), 7800, 390, 10))
     state = jax.eval_shape(method.init, jax.random.key(0))
     assert 1e6 < sum(x.size for x in jax.tree.leaves(state.params)) < 2e6
+
+
+def test_a_run_starts_from_one_place():
+    c = config.base_config("simclr", ConfigDict())
+    c.init_from, c.resume_from = "a.npz", "b"
+    with pytest.raises(UserError, match=r"init_from=a.npz and resume_from=b: .* one of them"):
+        config.check(c)
 
 
 def test_unknown_dtype_and_temperature_are_refused():

@@ -327,7 +327,7 @@ def test_a_mistake_is_one_line_before_anything_is_trained(changes, words, tmp_pa
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
     bad(tmp_path, words, **changes)
     # the same workdir serves when the mistake is mended
-    assert {p.name for p in (tmp_path / "work").glob("*")} <= {"config.json", "checkpoints"}
+    assert {p.name for p in (tmp_path / "work").glob("*")} <= {"config.json", "checkpoints", "lock"}
 
 
 def test_empty_folder(tmp_path):
@@ -349,16 +349,21 @@ def test_a_corrupt_jpeg_stops_the_run_or_is_replaced(folder, tmp_path, caplog):
     assert len(warnings) == 1 and "1 of 20" in warnings[0]
 
 
+def claim(workdir, c):
+    with loop.claim(workdir, c) as (path, _):
+        return path
+
+
 def test_a_mended_config_may_use_the_workdir_that_never_trained(tmp_path):
     bad(tmp_path, ["bn_groups"], model__bn_groups=3)
-    work = loop.claim(tmp_path / "work", small("simclr"))
+    work = claim(tmp_path / "work", small("simclr"))
     assert json.loads((work / "config.json").read_text())["model"]["bn_groups"] == 2
     (work / jsonl.FILE).write_text('{"step": 0}\n')  # what is measured before the first step
-    loop.claim(work, small("simclr", seed=2))
-    loop.claim(work, small("simclr"))
+    claim(work, small("simclr", seed=2))
+    claim(work, small("simclr"))
     (work / jsonl.FILE).write_text('{"step": 0}\n{"step": 1}\n')  # now it has begun
     bad(tmp_path, ["holds the run of another config", "seed (was 0, now 1)"], seed=1)
-    loop.claim(work, small("simclr", log_every=7))
+    claim(work, small("simclr", log_every=7))
 
 
 def test_a_workdir_that_is_not_ours(tmp_path):
@@ -373,7 +378,7 @@ def test_a_workdir_that_is_not_ours(tmp_path):
     bad(tmp_path, ["another config"])
     (work / "config.json").write_text("{")
     bad(tmp_path, ["config.json is not JSON"])
-    assert sorted(p.name for p in work.iterdir()) == ["config.json", "thesis.txt"]
+    assert sorted(p.name for p in work.iterdir()) == ["config.json", "lock", "thesis.txt"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot use .*file/run"):
         run(small("simclr"), tmp_path / "file" / "run")

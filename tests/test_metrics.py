@@ -13,6 +13,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from common import events, jsonl, metrics, progress
+from common.errors import UserError
 from common.metrics import MetricsWriter, NonFiniteLossError
 
 
@@ -206,6 +207,7 @@ def test_an_object_store_gets_whole_files(tmp_path):
     file.close()
     file = jsonl.Lines.__new__(jsonl.Lines)
     file._path, file._remote, file._saved, file._text = path, True, -math.inf, path.read_text()
+    file._waiting = []
     file.add("2")
     assert path.read_text() == "1\n2\n"
     file.add("3")
@@ -215,6 +217,82 @@ def test_an_object_store_gets_whole_files(tmp_path):
     file.add("4")
     file.close()
     assert path.read_text() == "1\n2\n3\n4\n"
+
+
+class Full:
+    """A file on a disk that takes `room` bytes and then no more, until there is room again."""
+
+    def __init__(self, path, room):
+        self._file, self.room = open(path, "ab", buffering=0), room  # noqa: SIM115
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self._file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def fileno(self):
+        return self._file.fileno()
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self._file.close()
+
+
+def test_lines_wait_for_a_full_disk(tmp_path, caplog, monkeypatch):
+    """None is lost, none is torn; what must outlive the process says that it cannot."""
+    path = jsonl.epath.Path(tmp_path / "x.jsonl")
+    file = jsonl.Lines(path)
+    file._file.close()
+    disk = file._file = Full(path, 7)
+    file.add("one")
+    file.add("two")
+    file.add("three")
+    assert path.read_text() == "one\n" and len(caplog.records) == 1
+    said = r"cannot write .*x.jsonl \(No space left on device; 2 lines wait\): make room"
+    with pytest.raises(UserError, match=said):
+        file.flush()
+    disk.room = 100
+    file.add("four")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n"
+    disk.room = 0
+    monkeypatch.setattr(jsonl, "_MOST_WAITING", 3)
+    for _ in range(3):
+        file.add("waits")
+    with pytest.raises(UserError, match="4 lines wait"):
+        file.add("too many")
+    disk.room = 100
+    file.close()
+    assert path.read_text().splitlines()[-1] == "too many"
+
+
+def test_a_full_disk_stops_neither_tensorboard_nor_the_training(tmp_path, caplog, monkeypatch):
+    """Its thread would die, its queue of ten would fill, and the eleventh scalar wait for ever."""
+    real = events._Careful
+
+    def full(file, path):
+        file.close()
+        return real(Full(path, 50), path)
+
+    monkeypatch.setattr(events, "_Careful", full)
+    with make_writer(tmp_path, total=60, log_every=1) as writer:
+        for step in range(1, 61):
+            writer.write(step, {"loss": 1.0, "other": 2.0})
+            writer.flush()
+    said = [r.getMessage() for r in caplog.records if "without TensorBoard" in r.getMessage()]
+    assert len(said) == 1 and "No space left on device" in said[0]
+    assert len(jsonl.read(tmp_path / jsonl.FILE)) == 60
+
+
+def test_no_tensorboard_where_it_cannot_be(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file")
+    with make_writer(tmp_path, total=2, log_every=1) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert "training without TensorBoard" in caplog.text
+    assert [r["loss"] for r in jsonl.read(tmp_path / jsonl.FILE)] == [1.0]
 
 
 def test_events_in_an_object_store_are_whole_files(tmp_path, monkeypatch):

@@ -34,20 +34,20 @@ def interrupted(c, workdir, mesh=None):
 
     from common import train as loop
 
-    real = loop.check_finite
+    real = loop.Watch.check
 
-    def fail_at_three(step, loss):
-        real(step, loss)
+    def fail_at_three(self, step, *rest):
+        real(self, step, *rest)
         if step == 3:
             raise KeyboardInterrupt
 
-    loop.check_finite = fail_at_three
+    loop.Watch.check = fail_at_three
     try:
         loop.train(tiny.METHODS[c.method], c, workdir, mesh)
     except KeyboardInterrupt:
         return
     finally:
-        loop.check_finite = real
+        loop.Watch.check = real
     raise AssertionError("not interrupted")
 
 

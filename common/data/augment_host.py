@@ -7,8 +7,11 @@ Both take what `draws.py` drew; nothing here is random but the boxes of `draw_bo
 import numpy as np
 
 from common.data import draws, pixel_ops
+from common.data.decode import decode, is_fine_jpeg
 from common.data.presets import Augmentation
 from common.data.tensorflow_host import tf
+
+MAX_RATIO = 8  # of the sides of an image that evaluation resizes whole
 
 
 def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
@@ -77,11 +80,6 @@ def augment_pixels(
     return tf.reshape(both, [-1, 2, first.size, first.size, 3])
 
 
-def decode(data: tf.Tensor) -> tf.Tensor:
-    """Decodes a scalar string with a JPEG, PNG, GIF or BMP file to uint8 [h, w, 3]."""
-    return tf.io.decode_image(data, channels=3, expand_animations=False)
-
-
 def augment_encoded(
     data: tf.Tensor,
     parameters: tf.Tensor,
@@ -127,7 +125,7 @@ def augment_encoded(
     if whole:
         image, boxes = everything()
     else:
-        image, boxes = tf.cond(tf.io.is_jpeg(data), jpeg_part, everything)
+        image, boxes = tf.cond(is_fine_jpeg(data), jpeg_part, everything)
     views = []
     for a, box in zip(augmentations, tf.unstack(boxes), strict=True):
         crop = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
@@ -200,6 +198,11 @@ def centre(image: tf.Tensor, shorter: int, size: int) -> tf.Tensor:
     Returns:
       uint8 [size, size, 3].
     """
+    # Of a strip, 20,000 times 1 say, only the middle is resized: all of it would fill the memory.
+    tall, wide = tf.unstack(tf.shape(image)[:2])
+    longest = MAX_RATIO * tf.minimum(tall, wide)
+    h, w = tf.minimum(tall, longest), tf.minimum(wide, longest)
+    image = tf.slice(image, [(tall - h) // 2, (wide - w) // 2, 0], [h, w, 3])
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
     shape = tf.cast(tf.round(shape * (shorter / tf.reduce_min(shape))), tf.int32)
     image = tf.image.resize(image, shape, antialias=True)

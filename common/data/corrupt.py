@@ -1,17 +1,20 @@
 """Images that cannot be decoded: named to the user, or replaced and counted."""
 
+import concurrent.futures
+import re
 from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
 
-from common.data import augment_host
+from common.data import decode
 from common.data.sources import Source
 from common.data.tensorflow_host import tf
 from common.errors import UserError
 
 # Errors may overtake the batches before them in tf.data, by about as many as are in flight.
 LOOK_AHEAD = 64  # batches
+_READERS = 8  # files looked at at a time
 
 
 def file_bytes(source: Source, payload: tf.Tensor) -> tf.Tensor:
@@ -34,48 +37,73 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
       UserError: an image is corrupt and `source.on_corrupt` is "error", or no image is good.
     """
 
-    def good(index: int) -> bool:
+    def fault(index: int) -> str:
         payload, _ = source.read(np.array([index]))
-        return decodes(payload[0], is_path=source.kind == "path")
+        return fault_of(payload[0], is_path=source.kind == "path")
 
-    for ids in batches:
-        bad = [int(i) for i in np.unique(source.stand_ins(ids)) if not good(int(i))]
-        if bad:
-            break
-    else:
-        raise error
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for ids in batches:
+            places = np.unique(source.stand_ins(ids)).tolist()
+            bad = {i: f for i, f in zip(places, pool.map(fault, places), strict=True) if f}
+            if bad:
+                break
+        else:
+            raise error
     if source.on_corrupt == "error":
-        raise error_for(source, bad[0]) from None
+        raise error_for(source, *next(iter(bad.items()))) from None
     n = source.num_examples
-    for index in bad:
+    for index, reason in bad.items():
         others = ((index + k) % n for k in range(1, n))
-        stand_in = next((i for i in others if i not in source.replaced and good(i)), None)
+        stand_in = next((i for i in others if i not in source.replaced and not fault(i)), None)
         if stand_in is None:
-            raise error_for(source, index) from None
+            raise error_for(source, index, reason) from None
+        # what it stands in for itself, because it was good until now, needs another one too
+        for i in [k for k, v in source.replaced.items() if v == index]:
+            source.replaced[i] = stand_in
         source.replaced[index] = stand_in
-        warn(source, index, source.describe(stand_in))
+        warn(source, index, source.describe(stand_in), reason)
 
 
-def error_for(source: Source, index: int) -> UserError:
+def error_for(source: Source, index: int, reason: str) -> UserError:
     """The error that names a corrupt example."""
     return UserError(
-        f"cannot decode {source.describe(index)}; expected a whole JPEG or PNG image. Repair or "
+        f"cannot decode {source.describe(index)} ({reason}); expected a whole image. Repair or "
         "remove it, or set config.data.on_corrupt='replace'."
     )
 
 
-def warn(source: Source, index: int, stand_in: str) -> None:
-    """Logs a replacement, and how many there have been."""
-    logging.warning(
-        "corrupt image %s replaced by %s (%d of %d images so far)",
-        source.describe(index), stand_in, source.corrupt_count, source.num_examples,
-    )  # fmt: skip
+def warn(source: Source, index: int, stand_in: str, reason: str) -> None:
+    """Logs a replacement, and how many there have been; of many only every so often."""
+    count = source.corrupt_count
+    if count <= 20 or count % 100 == 0:
+        logging.warning(
+            "corrupt image %s (%s) replaced by %s (%d of %d images so far)",
+            source.describe(index), reason, stand_in, count, source.num_examples,
+        )  # fmt: skip
 
 
-def decodes(payload: bytes, is_path: bool = False) -> bool:
-    """Whether a file, or the bytes of one, is a whole image."""
+def fault_of(payload: bytes, is_path: bool = False) -> str:
+    """What is wrong with a file, or with the bytes of one; "" if it is a whole image."""
     try:
-        augment_host.decode(tf.io.read_file(payload) if is_path else tf.constant(payload))
-    except tf.errors.OpError:
-        return False
-    return True
+        data = tf.io.read_file(payload) if is_path else tf.constant(payload)
+    except tf.errors.OpError as error:
+        return _short(error)
+    size = int(tf.strings.length(data))
+    if not size:
+        return "the file is empty"
+    try:
+        decode.decode(data)
+    except (tf.errors.OpError, ValueError) as error:  # the second out of Pillow
+        return _short(error)
+    return ""
+
+
+def _short(error: Exception) -> str:
+    """One line of TensorFlow's many."""
+    if isinstance(error, tf.errors.NotFoundError):
+        return "no such file"
+    if isinstance(error, tf.errors.PermissionDeniedError):
+        return "permission denied"
+    # less the names of its operations
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", getattr(error, "message", str(error))).strip()
+    return " ".join(text.split())[:120] or "unreadable"

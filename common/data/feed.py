@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from common.data import augment_host, corrupt, draws
+from common.data import augment_host, corrupt, decode, draws
 from common.data.pipeline import resize_to
 from common.data.presets import Augmentation
 from common.data.sources import Source
@@ -167,7 +167,7 @@ def evaluator(image_size: int, encoded: bool) -> Callable:
     """Function of one image, or of its file's bytes, to uint8 [image_size, image_size, 3]."""
 
     def shown(image):
-        image = augment_host.decode(image) if encoded else image
+        image = decode.decode(image) if encoded else image
         return augment_host.centre(image, resize_to(image_size), image_size)
 
     return traced(shown)

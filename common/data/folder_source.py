@@ -1,7 +1,9 @@
 """A tree of image files, in class folders or not."""
 
 import dataclasses
+import hashlib
 import os
+import stat
 
 import numpy as np
 from absl import logging
@@ -10,7 +12,7 @@ from etils import epath
 from common.data.sources import Source
 from common.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # What stands in for a split that has no folder of its name.
 _STAND_INS = {"test": ("val", "validation"), "val": ("validation", "test"), "train": ()}
 
@@ -20,6 +22,7 @@ class FolderSource(Source):
     """Files on disk."""
 
     paths: np.ndarray = None
+    root: str = ""
 
     def read(self, ids):
         # as bytes, because a name need not be valid UTF-8
@@ -27,7 +30,19 @@ class FolderSource(Source):
         return np.array(paths, object), self.labels[ids]
 
     def describe(self, index):
-        return str(self.paths[index])
+        return shown(self.paths[index])
+
+    @property
+    def listing(self):
+        # of the names below the root: the whole folder may move
+        text = "\0".join(os.path.relpath(p, self.root) for p in self.paths)
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+def shown(path: str) -> str:
+    """A path for a message of one line: a name may hold newlines, or be no text at all."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def open_folder(path: str, split: str) -> Source:
@@ -45,13 +60,11 @@ def open_folder(path: str, split: str) -> Source:
       A source of kind "path", in sorted order.
 
     Raises:
-      UserError: no such folder, no such split, or no JPEG or PNG file.
+      UserError: no such folder, no such split, no image file, or a folder that cannot be read.
     """
     base = epath.Path(path).expanduser()
     if not base.is_dir():
-        raise UserError(
-            f"no folder {path}; expected a folder of JPEG or PNG files. Check data.source."
-        )
+        raise UserError(f"no folder {path}; expected a folder of image files. Check data.source.")
     root, train = _split_folder(base, split), base / "train"
     files, folders = _listing(root)
     if files:
@@ -84,7 +97,7 @@ def open_folder(path: str, split: str) -> Source:
         labels = np.full(len(paths), -1, np.int32)
     return FolderSource(
         name=base.name, split=split, kind="path", num_examples=len(paths), num_classes=len(names),
-        class_names=names, labels=labels, paths=np.array(paths, object),
+        class_names=names, labels=labels, paths=np.array(paths, object), root=str(root),
     )  # fmt: skip
 
 
@@ -103,16 +116,49 @@ def _split_folder(base: epath.Path, split: str) -> epath.Path:
 
 
 def _listing(folder: epath.Path) -> tuple[list[str], list[epath.Path]]:
-    """Image files and folders directly in `folder`, sorted, without hidden ones."""
-    entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=str)
-    is_image = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
-    files = [str(entry) for entry, image in zip(entries, is_image, strict=True) if image]
-    rest = (entry for entry, image in zip(entries, is_image, strict=True) if not image)
-    return files, [entry for entry in rest if entry.is_dir()]
+    """Image files and folders directly in `folder`, sorted, without hidden ones.
+
+    Raises:
+        UserError: if the folder cannot be read. It is never left out: which image is which number
+            would depend on who may read what.
+    """
+    try:
+        entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=str)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {shown(folder)} ({error.strerror or error}): give this user "
+            "access to it, or move it out of the data set"
+        ) from error
+    files, folders = [], []
+    for entry in entries:
+        image = entry.suffix.lower() in IMAGE_SUFFIXES
+        if image and not _is_something_else(entry):
+            files.append(str(entry))
+        elif entry.is_dir():
+            folders.append(entry)
+    return files, folders
 
 
-def _walk(folder: epath.Path) -> list[str]:
+def _is_something_else(path: epath.Path) -> bool:
+    """Whether what is called like an image is a folder, or a pipe that nobody would ever fill.
+
+    A link that leads nowhere, and a file that may not be read, count as images, as bad ones.
+    """
+    if "://" in str(path):  # there are only files, and asking takes a round trip each
+        return False
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> list[str]:
+    """Image files at any depth; a link back to a folder above is not followed again."""
+    here = os.path.realpath(folder) if "://" not in str(folder) else str(folder)
+    if here in above:
+        logging.warning("%s links to a folder that holds it: it is left out", shown(folder))
+        return []
     files, folders = _listing(folder)
     for inner in folders:
-        files += _walk(inner)
+        files += _walk(inner, (*above, here))
     return files

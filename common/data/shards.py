@@ -110,10 +110,10 @@ def _arrays(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
         data = payload[i]
         if source.kind == "path":
             data = epath.Path(source.paths[ids[i]]).read_bytes()
-        if not corrupt.decodes(data):
+        if reason := corrupt.fault_of(data):
             raise UserError(
-                f"cannot decode {source.describe(int(ids[i]))}: repair or remove it, then prepare "
-                "again"
+                f"cannot decode {source.describe(int(ids[i]))} ({reason}): repair or remove it, "
+                "then prepare again"
             )
         return data
 
@@ -153,7 +153,10 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
             "data.train_split or data.test_split."
         )
     found = index["splits"][split]
-    paths = [directory / shard["file"] for shard in found["shards"]]
+    names = [shard["file"] for shard in found["shards"]]
+    if outside := [n for n in names if "/" in n or "\\" in n or n.startswith("..")]:
+        raise UserError(f"{path} names the file {outside[0]!r}: expected names without a folder")
+    paths = [directory / name for name in names]
     size = sum(p.stat().length for p in paths) / _GIB
     if size > config.cache_gib:
         raise UserError(

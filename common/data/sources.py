@@ -2,7 +2,7 @@
 
     embedded     Fashion-MNIST, ships with this code (10,000 + 2,000 images, 28 x 28)
     tfds:NAME    any TensorFlow data set of images that is already prepared on this machine
-    folder:PATH  a tree of JPEG and PNG files, in class folders or not
+    folder:PATH  a tree of image files, in class folders or not
     shards:PATH  what `--mode=prepare` wrote: any of these as a few large files
     fake         random views, made once: everything but the data can be timed with it
 
@@ -61,6 +61,7 @@ class Source:
       image_shape: (h, w) when all images share it, else None.
       on_corrupt: "error" or "replace".
       replaced: id of a corrupt image -> id of the image that stands in for it.
+      listing: changes when examples are added, removed or renamed, even if their number stays.
     """
 
     name: str
@@ -91,6 +92,10 @@ class Source:
     def describe(self, index: int) -> str:
         """Names one example in an error message."""
         return f"example {index} of {self.name} ({self.split})"
+
+    @property
+    def listing(self) -> str:
+        return ""
 
     @property
     def corrupt_count(self) -> int:
@@ -185,7 +190,8 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
 def _open_embedded(split: str) -> Source:
     if split not in ("train", "test"):
         raise UserError(f"the embedded data set has no split {split!r}; expected train or test.")
-    with np.load(pathlib.Path(__file__).with_name("fashion_mnist.npz")) as arrays:
+    archive = pathlib.Path(__file__).with_name("fashion_mnist.npz")
+    with np.load(archive, allow_pickle=False) as arrays:
         images = to_rgb(arrays[f"{split}_images"][..., None])
         labels = arrays[f"{split}_labels"].astype(np.int32)
         names = tuple(str(name) for name in arrays["class_names"])

@@ -262,13 +262,14 @@ def _note_corrupt(source: StreamSource, encoded: tf.data.Dataset, error: Excepti
             raise error from None
         except tf.errors.OpError as record_error:  # not an image but its record is damaged
             raise unreadable(source.name, record_error) from None
-        bad = [int(i) for i, x in zip(ids, images, strict=True) if not corrupt.decodes(x)]
+        found = {int(i): corrupt.fault_of(x) for i, x in zip(ids, images, strict=True)}
+        bad = {i: reason for i, reason in found.items() if reason}
         new = [i for i in bad if i not in source.replaced]
         if not new:
             continue
         if source.on_corrupt == "error" or len(bad) == len(ids):
-            raise corrupt.error_for(source, new[0]) from None
+            raise corrupt.error_for(source, new[0], bad[new[0]]) from None
         for index in new:
             source.replaced[index] = -1  # by a neighbour in its batch
-            corrupt.warn(source, index, "its neighbour")
+            corrupt.warn(source, index, "its neighbour", bad[index])
         return

@@ -174,7 +174,7 @@ def _restore(workdir: epath.Path, method: Method, mesh: Mesh, step: int) -> tupl
     names = ("step", "params", "batch_stats")
     target = {name: getattr(abstract, name) for name in names}
     shardings = jax.tree.map(lambda _: replicated(mesh), target)
-    with Checkpoints(workdir, keep=None) as checkpoints:
+    with Checkpoints(workdir, keep=None, read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
         if not steps:
             raise UserError(f"{workdir} has no checkpoint yet: train first")

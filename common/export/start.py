@@ -84,8 +84,10 @@ def import_weights(
     shardings = state_shardings(setup.mesh, jax.eval_shape(make_method(setup).init, key))
     weights = load_weights(config.init_from)
     state, with_head = _init_from(weights, make_method, setup, key, shardings)
-    workdir = claim(workdir, config)
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    with (
+        claim(workdir, config) as (workdir, _),
+        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+    ):
         if checkpoints.all_steps():
             raise UserError(f"{workdir} has checkpoints already: give a new --workdir")
         checkpoints.save(0, state, {"position": 0, "readers": None, "results": {}, "seconds": 0.0})

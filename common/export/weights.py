@@ -174,7 +174,7 @@ def _of_run(path: epath.Path) -> Weights:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config} cannot be read ({error}): restore it") from error
     place = replicated(make_mesh())
-    with Checkpoints(workdir, keep=None) as checkpoints:
+    with Checkpoints(workdir, None, read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
         step = steps[-1] if steps and step is None else step
         if step not in steps:

@@ -1,0 +1,154 @@
+"""Likely mistakes, and the one line that each prints; docs/reliability.md shows this very table.
+
+`python tests/test_mistakes.py` writes the table anew.
+"""
+
+import io
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import main  # noqa: E402
+from common import command_line  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.evaluate import modes, settings  # noqa: E402
+
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mistakes begin -->", "<!-- mistakes end -->"
+DEMO = "--config=configs/simclr_demo.py:smoke"
+NEW = "--workdir=DIR/new"
+# arguments -> words that the line must have
+MISTAKES = [
+    ((DEMO, NEW, "--config.batch_sze=64"), ["did you mean 'batch_size'"]),
+    ((DEMO, NEW, "--config.batch_size=big"), ["batch_size=big"]),
+    ((DEMO, NEW, "--confg=x"), ["confg"]),
+    ((DEMO,), ["--workdir is missing"]),
+    ((NEW,), ["--config is missing"]),
+    (("--config=configs/nope.py", NEW), ["no config file configs/nope.py"]),
+    (("--config=configs/simclr_demo.py:fast", NEW), ["'fast' is unknown"]),
+    ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
+    ((DEMO, NEW, "--mode=evaluate"), ["evaluate", "knn"]),
+    ((DEMO, "--workdir=DIR/file"), ["is a file"]),
+    ((DEMO, "--workdir=DIR/thesis"), ["holds no run"]),
+    ((DEMO, "--workdir=DIR/other", "--config.seed=1"), ["another config", "seed (was 0, now 1)"]),
+    (("--mode=knn", NEW), ["holds no run"]),
+    (("--mode=knn", DEMO, NEW), ["leave --config out"]),
+    (("--mode=replay", NEW), ["nothing to replay"]),
+    ((DEMO, NEW, "--config.method=simsiam"), ["'simsiam' is unknown", "moco"]),
+    ((DEMO, NEW, "--config.data.source=imagenet"), ["tfds:NAME"]),
+    ((DEMO, NEW, "--config.data.source=folder:DIR/nowhere"), ["no folder"]),
+    ((DEMO, NEW, "--config.data.source=folder:DIR/thesis"), ["no image in"]),
+    ((DEMO, NEW, "--config.data.on_corrupt=ignore"), ["on_corrupt", "'replace'"]),
+    ((DEMO, NEW, "--config.batch_size=4096"), ["64 examples", "smaller config.batch_size"]),
+    ((DEMO, NEW, "--config.model.bn_groups=3"), ["bn_groups=3", "divisor"]),
+    ((DEMO, NEW, "--config.model.dtype=fp16"), ["bfloat16"]),
+    ((DEMO, NEW, "--config.duration=ten epochs"), ['"10 epochs"']),
+    ((DEMO, NEW, "--config.duration=0 steps"), ["no step at all"]),
+    ((DEMO, NEW, "--config.optimizer.name=adam"), ["adamw"]),
+    ((DEMO, NEW, "--config.optimizer.warmup=9 steps"), ["warmup"]),
+    ((DEMO, NEW, "--config.augment.preset=simclear"), ["Did you mean 'simclr'"]),
+    ((DEMO, NEW, "--config.checkpoint.keep=0"), ["checkpoint.keep=0"]),
+    ((DEMO, NEW, "--config.on_nonfinite=ignore"), ["on_nonfinite", "skip"]),
+    ((DEMO, NEW, "--config.resume_from=DIR/nowhere"), ["no checkpoints in"]),
+]
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """What the mistakes find in DIR."""
+    (directory / "file").write_text("")
+    (directory / "thesis").mkdir()
+    (directory / "thesis" / "chapter1.txt").write_text("precious")
+    from common.config import as_dict
+    from configs.simclr_demo import get_config
+
+    other = directory / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(as_dict(get_config("smoke"))))
+    (other / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def said(arguments: tuple[str, ...], directory: pathlib.Path) -> str:
+    """What `main.py` prints for these arguments, after "error: ", with DIR for the directory."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    config_flags.DEFINE_config_dict("eval", settings.default_config(), flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    names = ["train", "plan", "prepare", "replay", *modes.MODES]
+    flags.DEFINE_enum("mode", "train", names, "", flag_values=values)
+    before = {n: getattr(main, n) for n in ("_CONFIG", "_WORKDIR", "_MODE", "_EVAL", "_CACHE")}
+    try:
+        given = [a.replace("DIR", str(directory)) for a in arguments]
+        rest = command_line.parse(["main.py", *given], values)
+        for name in before:
+            value = "" if name == "_CACHE" else values[name.strip("_").lower()].value
+            setattr(main, name, SimpleNamespace(value=value))
+        main.main(rest)
+    except UserError as error:
+        return str(error).replace(str(directory), "DIR")
+    finally:
+        for name, value in before.items():
+            setattr(main, name, value)
+    raise AssertionError(f"{arguments} went through")
+
+
+def row(arguments: tuple[str, ...], line: str) -> str:
+    """A line of the table."""
+    shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)
+    shown = shown.replace(DEMO, "--config=...").replace(NEW, "--workdir=...")
+    return f"| `{shown}` | {line.replace('|', chr(92) + '|')} |"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mistakes")
+    prepare(path)
+    return path
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda x: str(x[-1])[:40])
+def test_a_mistake_prints_one_line_and_the_docs_show_it(arguments, words, directory, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = said(arguments, directory)
+    assert "\n" not in line and len(line) < 400
+    for word in words:
+        assert word in line, line
+    assert row(arguments, line) in PAGE.read_text(), "run `python tests/test_mistakes.py`"
+
+
+def test_every_user_error_is_one_line_of_source():
+    """No message is made of text with a newline in it."""
+    for path in ROOT.glob("**/*.py"):
+        if {"common", "simclr_jax", "moco_jax", "configs"} & set(path.relative_to(ROOT).parts):
+            for call in re.findall(r"raise UserError\((.*?)\n        \)", path.read_text(), re.S):
+                assert r"\n" not in call, f"{path}: {call}"
+
+
+def write() -> None:
+    """Puts the table into the page."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = pathlib.Path(scratch) / "mistakes"
+        directory.mkdir()
+        prepare(directory)
+        rows = [row(arguments, said(arguments, directory)) for arguments, _ in MISTAKES]
+    table = "\n".join(["| arguments | what is printed |", "| --- | --- |", *rows])
+    page = PAGE.read_text()
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    PAGE.write_text(f"{page[:start]}\n\n{table}\n\n{page[end:]}")
+
+
+if __name__ == "__main__":
+    import os
+
+    os.chdir(ROOT)
+    sys.stderr = io.StringIO()
+    write()
