@@ -165,7 +165,7 @@ def test_mistakes(monkeypatch):
         plan(main.METHODS["simclr"], c)
 
 
-def die(task, topology, sender, log):
+def die(compile_for, topology, sender, log):
     """Stands for a compiler that overflows its stack."""
     import os
     import pathlib
