@@ -121,6 +121,48 @@ def test_what_does_not_fit_is_tried_with_remat(monkeypatch, capsys):
     assert rows[0]["peak_gib"] == 32 and "does not fit" in rows[0]["advice"]
 
 
+def test_what_fits_is_said(monkeypatch, capsys):
+    """The plain step is too large; with the second policy it fits: that row is there too."""
+    fits = dict(
+        devices=32, compile_seconds=1.0, arguments=0, temporaries=2**33, outputs=0, aliased=0,
+        peak=2**33, flops=1e12, bytes_accessed=1e9, collectives=[],
+    )  # fmt: skip
+
+    def found(task, topology):
+        if task.config.model.remat == "convs":
+            return fits
+        peak = {"peak": 2**35, "capacity": 2**34}
+        return {"devices": 32, "compile_seconds": 1.0, "out_of_memory": peak}
+
+    monkeypatch.setattr(measure, "for_topology", found)
+    c = tiny.config("moco", data__source="tfds:imagenet2012", batch_size=3072, model__bn_groups=96)
+    rows = plan(main.METHODS["moco"], c, ["v5e:4x8"])
+    assert [(r["remat"], r["fits"]) for r in rows] == [("none", False), ("convs", True)]
+    advice = rows[0]["advice"]
+    assert advice.startswith("does not fit, but does with model.remat=convs: try batch_size=1344")
+    assert 1344 % 96 == 1344 % 32 == 0 and "model.remat=convs or blocks" in advice
+    err = capsys.readouterr().err
+    assert advice in err and "8.00 GiB = 0.00 arguments + 8.00 temporaries" in err
+
+
+def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, capsys):
+    real = row_for("v5e:4x8", monkeypatch)
+    capsys.readouterr()
+    good = measure.for_topology
+
+    def found(task, topology):
+        if topology == "v6e:4x8":
+            raise UserError("the TPU compiler died on v6e:4x8")
+        return good(task, topology)
+
+    monkeypatch.setattr(measure, "for_topology", found)
+    c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
+    with pytest.raises(UserError, match=r"died on v6e:4x8$"):
+        plan(main.METHODS["simclr"], c, ["v6e:4x8", "v5e:4x8"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == real[0] and "v5e:4x8" in printed.err
+
+
 def test_the_table_lines_up():
     row = {
         "topology": "v4:2x2x1", "chips": 4, "batch": 64, "batch_per_device": 16, "remat": "none",
