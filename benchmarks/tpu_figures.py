@@ -24,39 +24,47 @@ def theory(make_method: Callable, config: ConfigDict, devices: int) -> dict[str,
     built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, 1000))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
-    parameters = sum(x.size for x in jax.tree.leaves((state.params, state.probe.params)))
-    parts = {"gradients": 4.0 * parameters}
+    folded = _folded(state) if config.model.fold_norm else {}
+    # the gradient of a kernel has the type of its convolution, but for those with a norm inside
+    half = 2 if config.model.dtype == "bfloat16" else 4
+    parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        plain = x.ndim > 1 and tuple(k.key for k in path) not in folded
+        parts["gradients"] += x.size * (half if plain else 4)
+    channels = sum(x.size for x in jax.tree.leaves(state.batch_stats)) // 2
     if config.method == "simclr":
-        parts["batch statistics"] = 4.0 * _statistics(state)
+        # Sums over the devices: forward two a channel; where the norm is folded the moments of the
+        # input (c^2 + c). Backward two a channel, but those are the gradients of scale and shift.
+        parts["batch statistics"] = 4.0 * 2 * channels
+        for kernel in folded.values():
+            c, d = kernel.shape[2:]
+            parts["batch statistics"] += 4.0 * (c * (c + 1) - 2 * d)
         parts["embeddings"] = 4.0 * 2 * batch * dim  # gathered once; the backward pass needs no sum
-        parts["log-sum-exps"] = 4.0 * 2 * batch * 2  # and their cotangents, gathered backwards
+        # an id each; backwards the log-sum-exps and their cotangents
+        parts["ids, log-sum-exps"] = 4.0 * 2 * batch * 3
     else:
         size = config.data.image_size
+        parts["batch statistics"] = 4.0 * 2 * channels * 2  # only the running ones, of two encoders
         parts["shuffled images (uint8)"] = batch / devices * size * size * 3
         # queries gathered, their gradients reduced, keys dealt back
         parts["embeddings"] = 4.0 * dim * (2 * batch + batch / devices)
         # forward: thresholds, maxima, sums and ranks; backward: cotangents
-        parts["log-sum-exps"] = 4.0 * batch * 5
+        parts["ids, log-sum-exps"] = 4.0 * batch * 5
     return parts
 
 
-def _statistics(state: Any) -> int:
-    """Numbers that global batch norms sum over devices.
-
-    Forward: two a channel; where the norm is folded, the moments of the input (c^2 + c). Backward:
-    two a channel again, but those are the gradients of scale and shift.
-    """
-    count = 0
-    for path, mean in jax.tree_util.tree_leaves_with_path(state.batch_stats):
-        names = [k.key for k in path]
-        if names[-1] != "mean":
-            continue
-        block = state.params["backbone"].get(names[-3], {}) if len(names) > 2 else {}
-        kernel = block.get(names[-2].replace("bn", "conv"), {}).get("kernel")
-        folded = kernel is not None and kernel.shape[:2] == (1, 1)
-        folded = folded and kernel.shape[3] > kernel.shape[2]
-        count += kernel.shape[2] * (kernel.shape[2] + 1) if folded else 2 * mean.size
-    return count
+def _folded(state: Any) -> dict[tuple[str, ...], Any]:
+    """The kernels that hold a batch norm: 1x1 convolutions that widen."""
+    backbone = state.params["backbone"]
+    return {
+        ("backbone", block, conv, "kernel"): x["kernel"]
+        for block, convs in backbone.items()
+        for conv, x in convs.items()
+        if isinstance(x, dict)
+        and getattr(x.get("kernel"), "ndim", 0) == 4
+        and x["kernel"].shape[:2] == (1, 1)
+        and x["kernel"].shape[3] > x["kernel"].shape[2]
+    }
 
 
 def changes(found: Sequence[tuple[str, Rows]]) -> str:

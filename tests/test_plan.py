@@ -15,6 +15,16 @@ from common.plan.plan import data_of, plan
 from common.sharding import AXIS, make_mesh
 
 HLO = """
+%async_collective_fusion.7 (p: u8[100]) -> u8[100] {
+  %copy.1 = u8[100]{0} collective-permute(%p), channel_id=1
+  %g = f32[32]{0} all-gather(%p), channel_id=4, replica_groups={}
+}
+
+%async_collective_fusion.8 (p: u8[100]) -> u8[100] {
+  %copy.2 = f32[32]{0} all-gather(%p), channel_id=4, replica_groups={}
+}
+
+ENTRY %main.1 (p: u8[100]) -> u8[100] {
   %all-reduce.3 = (f32[64]{0}, bf16[10,3]{1,0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
   %ag = f32[64,128]{1,0:T(8,128)} all-gather(f32[8,128]{1,0} %x), replica_groups={{0,1},{2,3}}
   ROOT %rs.1 = f32[8,128]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}
@@ -22,9 +32,10 @@ HLO = """
   %d = f32[64]{0} all-gather-done(%s)
   %p = (u8[100]{0}, u8[100]{0}, u32[], u32[]) collective-permute-start(%q), channel_id=1
   %t = u8[16,4]{1,0} all-to-all(u8[16,4]{1,0} %r), replica_groups={}
-  %copy = u8[100]{0} collective-permute(%q), channel_id=1
-  %other = u8[7]{0} collective-permute(%q), channel_id=2
+  %other = u8[7]{0} collective-permute(%q), channel_id=1
+  %same = u8[7]{0} collective-permute(%other), channel_id=1
   %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
+}
 """
 
 
@@ -38,11 +49,13 @@ def test_collectives_of_a_text():
         ("collective-permute", 100, 8),
         ("all-to-all", 64, 8),
         ("collective-permute", 7, 8),
+        ("collective-permute", 7, 8),
+        ("all-gather", 32 * 4, 8),  # in two fusions, and one
     ]
     assert got[0].traffic == 2 * 7 / 8 * 316 and got[1].traffic == 64 * 128 * 4 / 2
     assert got[4].traffic == 100
     totals = collectives.totals(got)
-    assert totals["all-gather"] == {"count": 2, "bytes": 64 * 128 * 4 + 256}
+    assert totals["all-gather"] == {"count": 3, "bytes": 64 * 128 * 4 + 256 + 128}
     assert next(iter(totals)) == "all-gather"
 
 
