@@ -72,7 +72,7 @@ def changes(found: Sequence[tuple[str, Rows]]) -> str:
     base = next((rows[0] for name, rows in found if name == "baseline" and rows), None)
     lines = [
         "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | "
-        "temporaries GiB | of the baseline | peak GiB | TFLOP | compile s |",
+        "temporaries GiB | of the baseline | peak GiB | TFLOP | compile CPU s |",
         "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for name, rows in sorted(found, key=lambda item: item[0] != "baseline"):
