@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import jax
 from etils import epath
 
+from common import files
 from common.errors import UserError
 
 
@@ -27,26 +31,35 @@ class Profile:
         if not match or (span and not 1 <= int(match[1]) <= int(match[2])):
             raise UserError(f'profile="{span}": write FIRST:LAST, two steps, e.g. "100:105"')
         self._first, self._last = int(match[1]), int(match[2])
-        self._directory = os.fspath(workdir / "tensorboard")
-        self._running = False
+        self._target = workdir / "tensorboard"
+        self._directory = ""  # where the profiler writes; set while it runs
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step; starts the trace where it is due."""
         if step == self._first and jax.process_index() == 0:
+            # the profiler writes files of its own, to disks only
+            remote = files.is_remote(self._target)
+            self._directory = tempfile.mkdtemp() if remote else os.fspath(self._target)
             jax.profiler.start_trace(self._directory)
-            self._running = True
-        if not self._running:
+        if not self._directory:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, state: Any) -> None:
         """Ends the trace after its last step, when `state` is there."""
-        if self._running and step >= self._last:
+        if self._directory and step >= self._last:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
         """Ends the trace, also of a run that stops inside it."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+        if not self._directory:
+            return
+        local, self._directory = pathlib.Path(self._directory), ""
+        jax.profiler.stop_trace()
+        if files.is_remote(self._target):
+            for path in (p for p in local.rglob("*") if p.is_file()):
+                target = self._target / path.relative_to(local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+            shutil.rmtree(local)

@@ -15,6 +15,16 @@ from common.plan.plan import data_of, plan
 from common.sharding import AXIS, make_mesh
 
 HLO = """
+%async_collective_fusion.7 (p: u8[100]) -> u8[100] {
+  %copy.1 = u8[100]{0} collective-permute(%p), channel_id=1
+  %g = f32[32]{0} all-gather(%p), channel_id=4, replica_groups={}
+}
+
+%async_collective_fusion.8 (p: u8[100]) -> u8[100] {
+  %copy.2 = f32[32]{0} all-gather(%p), channel_id=4, replica_groups={}
+}
+
+ENTRY %main.1 (p: u8[100]) -> u8[100] {
   %all-reduce.3 = (f32[64]{0}, bf16[10,3]{1,0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
   %ag = f32[64,128]{1,0:T(8,128)} all-gather(f32[8,128]{1,0} %x), replica_groups={{0,1},{2,3}}
   ROOT %rs.1 = f32[8,128]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}
@@ -22,9 +32,10 @@ HLO = """
   %d = f32[64]{0} all-gather-done(%s)
   %p = (u8[100]{0}, u8[100]{0}, u32[], u32[]) collective-permute-start(%q), channel_id=1
   %t = u8[16,4]{1,0} all-to-all(u8[16,4]{1,0} %r), replica_groups={}
-  %copy = u8[100]{0} collective-permute(%q), channel_id=1
-  %other = u8[7]{0} collective-permute(%q), channel_id=2
+  %other = u8[7]{0} collective-permute(%q), channel_id=1
+  %same = u8[7]{0} collective-permute(%other), channel_id=1
   %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
+}
 """
 
 
@@ -38,11 +49,13 @@ def test_collectives_of_a_text():
         ("collective-permute", 100, 8),
         ("all-to-all", 64, 8),
         ("collective-permute", 7, 8),
+        ("collective-permute", 7, 8),
+        ("all-gather", 32 * 4, 8),  # in two fusions, and one
     ]
     assert got[0].traffic == 2 * 7 / 8 * 316 and got[1].traffic == 64 * 128 * 4 / 2
     assert got[4].traffic == 100
     totals = collectives.totals(got)
-    assert totals["all-gather"] == {"count": 2, "bytes": 64 * 128 * 4 + 256}
+    assert totals["all-gather"] == {"count": 3, "bytes": 64 * 128 * 4 + 256 + 128}
     assert next(iter(totals)) == "all-gather"
 
 
@@ -121,6 +134,48 @@ def test_what_does_not_fit_is_tried_with_remat(monkeypatch, capsys):
     assert rows[0]["peak_gib"] == 32 and "does not fit" in rows[0]["advice"]
 
 
+def test_what_fits_is_said(monkeypatch, capsys):
+    """The plain step is too large; with the second policy it fits: that row is there too."""
+    fits = dict(
+        devices=32, compile_seconds=1.0, arguments=0, temporaries=2**33, outputs=0, aliased=0,
+        peak=2**33, flops=1e12, bytes_accessed=1e9, collectives=[],
+    )  # fmt: skip
+
+    def found(task, topology):
+        if task.config.model.remat == "convs":
+            return fits
+        peak = {"peak": 2**35, "capacity": 2**34}
+        return {"devices": 32, "compile_seconds": 1.0, "out_of_memory": peak}
+
+    monkeypatch.setattr(measure, "for_topology", found)
+    c = tiny.config("moco", data__source="tfds:imagenet2012", batch_size=3072, model__bn_groups=96)
+    rows = plan(main.METHODS["moco"], c, ["v5e:4x8"])
+    assert [(r["remat"], r["fits"]) for r in rows] == [("none", False), ("convs", True)]
+    advice = rows[0]["advice"]
+    assert advice.startswith("does not fit, but does with model.remat=convs: try batch_size=1344")
+    assert 1344 % 96 == 1344 % 32 == 0 and "model.remat=convs or blocks" in advice
+    err = capsys.readouterr().err
+    assert advice in err and "8.00 GiB = 0.00 arguments + 8.00 temporaries" in err
+
+
+def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, capsys):
+    real = row_for("v5e:4x8", monkeypatch)
+    capsys.readouterr()
+    good = measure.for_topology
+
+    def found(task, topology):
+        if topology == "v6e:4x8":
+            raise UserError("the TPU compiler died on v6e:4x8")
+        return good(task, topology)
+
+    monkeypatch.setattr(measure, "for_topology", found)
+    c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
+    with pytest.raises(UserError, match=r"died on v6e:4x8$"):
+        plan(main.METHODS["simclr"], c, ["v6e:4x8", "v5e:4x8"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == real[0] and "v5e:4x8" in printed.err
+
+
 def test_the_table_lines_up():
     row = {
         "topology": "v4:2x2x1", "chips": 4, "batch": 64, "batch_per_device": 16, "remat": "none",
@@ -165,7 +220,7 @@ def test_mistakes(monkeypatch):
         plan(main.METHODS["simclr"], c)
 
 
-def die(task, topology, sender, log):
+def die(compile_for, topology, sender, log):
     """Stands for a compiler that overflows its stack."""
     import os
     import pathlib

@@ -1,5 +1,6 @@
 """Which collectives a compiled program holds, read from its text."""
 
+import bisect
 import dataclasses
 import math
 import re
@@ -21,6 +22,8 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# The head of a computation that a fusion calls: `%name (parameters) -> result {`.
+_FUSION = re.compile(r"^%[\w.-]*(?:fusion|fused_computation)[\w.-]* \(", re.MULTILINE)
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
 
 
@@ -47,30 +50,41 @@ class Collective:
 
 
 def read(text: str, devices: int) -> list[Collective]:
-    """Finds the collectives of an HLO text, in its order.
+    """Finds the collectives of an HLO text; one in the body of a loop counts once.
+
+    The TPU compiler hides some behind the arithmetic: such a one is written into each of the
+    fusions that it goes on during. There it counts once, by its channel and shape. (The channel
+    alone does not tell: all gathers of a `shard_map` may share one.)
 
     Args:
-        text: `compiled.as_text()`. A collective in the body of a loop counts once, and so does one
-            that the TPU compiler has written into several fusions: they share a channel.
+        text: `compiled.as_text()`.
         devices: of the program, the group where an instruction names none.
     """
-    found, channels = [], set()
+    fusions = [m.start() for m in _FUSION.finditer(text)]
+    ends = [text.find("\n}", start) for start in fusions]
+    found, seen, hidden = [], set(), []
     for match in _INSTRUCTION.finditer(text):
-        shape, kind, start = match.groups()
         line = text[match.start() : text.find("\n", match.end())]
         channel = _CHANNEL.search(line)
-        if channel and (kind, channel[1]) in channels:
-            continue
-        channels.add((kind, channel[1]) if channel else None)
-        arrays = _ARRAY.findall(shape)
-        if start and kind != "all-reduce":  # (operands, results, and scalars of its own)
-            arrays = [array for array in arrays if array[1]]
-            arrays = arrays[len(arrays) // 2 :]
-        sizes = [_bytes(*array) for array in arrays]
-        group = _group(line, devices)
-        size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
-        found.append(Collective(kind, size, group))
-    return found
+        one = _collective(*match.groups(), line, devices)
+        key = (one, channel and channel[1])
+        i = bisect.bisect_right(fusions, match.start()) - 1
+        if i >= 0 and match.start() < ends[i]:
+            hidden.append(key)
+        else:
+            seen.add(key)
+            found.append(one)
+    return found + [one for one, channel in dict.fromkeys(hidden) if (one, channel) not in seen]
+
+
+def _collective(shape: str, kind: str, start: str | None, line: str, devices: int) -> Collective:
+    arrays = _ARRAY.findall(shape)
+    if start and kind != "all-reduce":  # (operands, results, and scalars of its own)
+        arrays = [array for array in arrays if array[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(_bytes(*array) for array in arrays)
+    group = _group(line, devices)
+    return Collective(kind, size * (group if kind == "reduce-scatter" else 1), group)
 
 
 def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:

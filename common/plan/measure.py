@@ -7,6 +7,7 @@ a fault in the compiler ends the process.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -52,15 +53,16 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
     """Compiles for a mesh; returns what the compiler says, all of it for one device.
 
     Returns:
-        `devices`; `compile_seconds`; `arguments`, `temporaries`, `outputs`, `aliased` and `peak`
-        in bytes; `flops` and `bytes_accessed`; `collectives`, a list of (kind, bytes, group);
+        `devices`; `compile_seconds` of all processor cores (a busy machine takes longer);
+        `arguments`, `temporaries`, `outputs`, `aliased` and `peak` in bytes; `flops` and
+        `bytes_accessed`; `collectives`, a list of (kind, bytes, group);
         or, when the program does not fit, `out_of_memory`: `{"peak": ..., "capacity": ...}`.
     """
     local_rows(mesh, task.config.batch_size)  # refuses a batch that cannot be split
     setup = make_setup(task.config, mesh, *task.steps, task.num_classes)
     method = task.make_method(setup)
     abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         compiled = compile_step(
             method, task.config, mesh, abstract, state_shardings(mesh, abstract)
@@ -71,13 +73,17 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
             raise
         used, capacity = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
         found = {"out_of_memory": {"peak": used, "capacity": capacity}}
-        return {"devices": mesh.size, "compile_seconds": time.perf_counter() - begin} | found
-    seconds = time.perf_counter() - begin
-    memory, work = compiled.memory_analysis(), cost(compiled, setup.microbatches)
+        return {"devices": mesh.size, "compile_seconds": time.process_time() - begin} | found
+    seconds = time.process_time() - begin
+    return describe(compiled, mesh.size, setup.microbatches) | {"compile_seconds": seconds}
+
+
+def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1) -> dict[str, Any]:
+    """What the compiler says of a program, as `for_mesh` returns it, but for the seconds."""
+    memory, work = compiled.memory_analysis(), cost(compiled, microbatches)
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
-        "devices": mesh.size,
-        "compile_seconds": seconds,
+        "devices": devices,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -86,13 +92,22 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
         "flops": work.get("flops"),
         "bytes_accessed": work.get("bytes accessed"),
         "collectives": [
-            dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), mesh.size)
+            dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), devices)
         ],
     }
 
 
 def for_topology(task: Task, topology: str) -> dict[str, Any]:
-    """`for_mesh` of a described TPU slice, e.g. "v5e:4x8".
+    """`for_mesh` of a described TPU slice, e.g. "v5e:4x8"; raises as `on_topology`."""
+    return on_topology(functools.partial(for_mesh, task), topology)
+
+
+def on_topology(compile_for: Callable[[Mesh], dict[str, Any]], topology: str) -> dict[str, Any]:
+    """Calls `compile_for` in another process, with a mesh of devices that are only described.
+
+    Args:
+        compile_for: can be pickled, and so can what it returns.
+        topology: e.g. "v5e:4x8".
 
     Raises:
         UserError: without libtpu, for a topology it does not know, for a mistake in the config,
@@ -106,8 +121,11 @@ def for_topology(task: Task, topology: str) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r+", suffix=".log", errors="replace") as log:
-        with _environment(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1"):
-            child = context.Process(target=_child, args=(task, topology, sender, log.name))
+        # no device is touched: no metadata to ask for, and no lock to hold against other plans
+        with _environment(
+            JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+        ):
+            child = context.Process(target=_child, args=(compile_for, topology, sender, log.name))
             child.start()
         sender.close()
         try:
@@ -128,7 +146,7 @@ def for_topology(task: Task, topology: str) -> dict[str, Any]:
     return value
 
 
-def _child(task: Task, topology: str, sender: Any, log: str) -> None:
+def _child(compile_for: Callable, topology: str, sender: Any, log: str) -> None:
     """Sends ("result" | "error", value), unless it dies."""
     # libtpu speaks to the file descriptors, of a machine it does not find itself on
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -148,7 +166,7 @@ def _child(task: Task, topology: str, sender: Any, log: str) -> None:
                 f"libtpu knows no topology {topology!r} ({reason}): write e.g. v5e:4x8, v4:4x4x4 "
                 "or v3:8x8"
             ) from error
-        sender.send(("result", for_mesh(task, make_mesh(described.devices))))
+        sender.send(("result", compile_for(make_mesh(described.devices))))
     except UserError as error:
         sender.send(("error", str(error)))
     except Exception as error:

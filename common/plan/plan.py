@@ -1,6 +1,8 @@
 """`--mode=plan`: what a config costs on some devices, before anybody rents them."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -57,23 +59,49 @@ def plan(
         raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
     per_epoch = n // config.batch_size
     total = steps_of(config.duration, per_epoch, name="duration")
-    rows = []
+    steps = max(1, total), per_epoch
+    rows, errors = [], []
     for topology in topologies or (LOCAL,):
-        tried = [config.model.remat]
-        if tried == ["none"]:
-            tried += [policy for policy in REMAT if policy != "none"]
-        for remat in tried:
-            changed = config.copy_and_resolve_references()
-            with changed.unlocked():
-                changed.model.remat = remat
-            task = measure.Task(make_method, changed, (max(1, total), per_epoch), classes)
-            _say(f"compiling for {topology}, remat={remat} (minutes on a laptop) ...")
-            found = _compiled(task, topology)
-            rows.append(_row(task, topology, found))
-            print(json.dumps(rows[-1]), flush=True)
-            if rows[-1]["fits"] is not False:
-                break
-    _say("\n" + table.render(rows))
+        try:
+            found = _plan_one(make_method, config, topology, steps, classes)
+        except UserError as error:  # the other slices are of use all the same
+            errors.append(str(error))
+            continue
+        rows += found
+        for row in found:
+            print(json.dumps(row), flush=True)
+    if rows:
+        _say("\n" + table.render(rows))
+    if errors:
+        raise UserError("; ".join(dict.fromkeys(errors)))
+    return rows
+
+
+def _plan_one(
+    make_method: Callable[[Setup], Method],
+    config: ConfigDict,
+    topology: str,
+    steps: tuple[int, int],
+    classes: int,
+) -> list[dict[str, Any]]:
+    """The row of a topology, and where the step does not fit those of stronger `model.remat`."""
+    rows = []
+    for remat in REMAT[REMAT.index(config.model.remat) :]:
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.model.remat = remat
+        task = measure.Task(make_method, changed, steps, classes)
+        _say(f"compiling for {topology}, remat={remat} (minutes on a laptop) ...")
+        if topology == LOCAL:
+            found = measure.for_mesh(task, make_mesh())
+        else:
+            found = measure.for_topology(task, topology)
+        rows.append(row_of(task, topology, found))
+        if rows[-1]["fits"] is not False:
+            break
+    for row in rows[:-1] if rows[-1]["fits"] else ():
+        rest = row["advice"].removeprefix("does not fit")
+        row["advice"] = f"does not fit, but does with model.remat={remat}{rest}"
     return rows
 
 
@@ -91,16 +119,11 @@ def data_of(config: ConfigDict) -> tuple[int, int]:
     return source.num_examples, source.num_classes
 
 
-def _compiled(task: measure.Task, topology: str) -> dict[str, Any]:
-    if topology != LOCAL:
-        return measure.for_topology(task, topology)
-    return measure.for_mesh(task, make_mesh())
-
-
-def _row(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, in units for people."""
+def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table, in units for people, of what `measure` found."""
     config, devices = task.config, found["devices"]
     device = _device(topology)
+    hbm_gib = device.hbm_gib if device else _local_hbm_gib(topology)
     row: dict[str, Any] = {
         "topology": topology,
         "device": device.name if device else _kind(topology),
@@ -113,18 +136,19 @@ def _row(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str, 
         "remat": config.model.remat,
         "steps": task.steps[0],
         "compile_seconds": round(found["compile_seconds"], 1),
-        "hbm_gib": device.hbm_gib if device else None,
+        "hbm_gib": hbm_gib,
+        "versions": _versions(topology),
     }
     if "out_of_memory" in found:
         peak, capacity = found["out_of_memory"]["peak"], found["out_of_memory"]["capacity"]
-        advice = _advice(row, peak / capacity)
+        advice = "does not fit: " + _advice(config, row, peak / capacity)
         return row | {"fits": False, "peak_gib": _gib(peak), "advice": advice}
     names = ("arguments", "temporaries", "outputs", "aliased", "peak")
     row |= {f"{name}_gib": _gib(found[name]) for name in names}
-    full = found["peak"] / (device.hbm_gib * chips.GIB) if device else None
+    full = found["peak"] / (hbm_gib * chips.GIB) if hbm_gib else None
     row["fits"] = None if full is None else full <= 1
     if row["fits"] is False:
-        row["advice"] = _advice(row, full)
+        row["advice"] = "does not fit: " + _advice(config, row, full)
     moved = [collectives.Collective(*c) for c in found["collectives"]]
     row |= {
         "tflop": _rounded(found["flops"], 1e12),
@@ -156,17 +180,39 @@ def _device(topology: str) -> chips.Device | None:
         chips.of_topology(topology))  # fmt: skip
 
 
-def _advice(row: dict[str, Any], full: float) -> str:
+def _local_hbm_gib(topology: str) -> float | None:
+    """What the runtime says of an accelerator of this machine that is not in `chips`."""
+    stats = jax.local_devices()[0].memory_stats() if topology == LOCAL else None
+    return _gib(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+
+
+def _versions(topology: str) -> dict[str, str]:
+    """Of what decides the figures; a TPU slice is compiled by libtpu."""
+    names = ["jax", "jaxlib"] + ([] if topology == LOCAL else ["libtpu"])
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _advice(config: ConfigDict, row: dict[str, Any], full: float) -> str:
     """What would fit, `full` being peak by capacity: memory goes with the images of a device."""
-    share = 0.9 / full
-    batch = max(1, int(row["batch_per_device"] * share)) * row["devices"]
+    share, devices = 0.9 / full, row["devices"]
+    options = []
+    a_device = int(row["batch_per_device"] * share)
+    while a_device and a_device * devices % config.model.bn_groups:
+        a_device -= 1
+    if a_device:
+        options.append(f"batch_size={a_device * devices}")
     chips_needed = 2 * row["chips"]
     while chips_needed * share < row["chips"]:
         chips_needed *= 2
-    return (
-        f"does not fit: try batch_size={batch}, {chips_needed} chips, or a stronger model.remat "
-        f"({', '.join(REMAT)}), or config.microbatch"
-    )
+    options.append(f"{chips_needed} chips")
+    options.append("a smaller microbatch" if config.microbatch else "microbatch")
+    if stronger := REMAT[REMAT.index(row["remat"]) + 1 :]:
+        options.append(f"model.remat={' or '.join(stronger)}")
+    return f"try {', or '.join(options)}"
 
 
 def _gib(size: float) -> float:

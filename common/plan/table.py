@@ -32,14 +32,21 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     ]
     lines.append("")
     for r in rows:
+        name = f"{r['topology']}, remat={r['remat']}"
+        if "temporaries_gib" in r:
+            lines.append(
+                f"{name}: peak {r['peak_gib']:.2f} GiB = {r['arguments_gib']:.2f} arguments + "
+                f"{r['temporaries_gib']:.2f} temporaries + {r['outputs_gib']:.2f} outputs - "
+                f"{r['aliased_gib']:.2f} outputs in the place of arguments"
+            )
         if r["fits"] is False:
-            lines.append(f"{r['topology']}, remat={r['remat']}: {r['advice']}")
+            lines.append(f"{name}: {r['advice']}")
             continue
         moved = ", ".join(
             f"{c['count']} {kind} of {c['bytes'] / 1e6:,.2f} MB"
             for kind, c in r["collectives"].items()
         )
-        lines.append(f"{r['topology']}, remat={r['remat']}: collectives: {moved or 'none'}")
+        lines.append(f"{name}: collectives: {moved or 'none'}")
     if rates := {r["device"]: r["rates"] for r in rows if "rates" in r}:
         lines += [
             "",

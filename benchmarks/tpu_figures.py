@@ -1,0 +1,154 @@
+"""What `benchmarks.tpu_plans` renders: two tables and a plot."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from common import pictures
+from common.method import make_setup
+from common.sharding import make_mesh
+
+BEGIN, END = "<!-- benchmarks.tpu_plans begin -->", "<!-- benchmarks.tpu_plans end -->"
+Rows = list[dict[str, Any]]
+
+
+def theory(make_method: Callable, config: ConfigDict, devices: int) -> dict[str, float]:
+    """Bytes that a device contributes to or receives from collectives in one step, by purpose.
+
+    Counted as `common.plan.collectives.Collective.bytes`: of an all-reduce the array, of a gather
+    what comes out, of a reduce-scatter what goes in.
+    """
+    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, 1000))
+    state = jax.eval_shape(built.init, jax.random.key(0))
+    batch, dim = config.batch_size, config.head.dim
+    folded = _folded(state) if config.model.fold_norm else {}
+    # the gradient of a kernel has the type of its convolution, but for those with a norm inside
+    half = 2 if config.model.dtype == "bfloat16" else 4
+    parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        plain = x.ndim > 1 and tuple(k.key for k in path) not in folded
+        parts["gradients"] += x.size * (half if plain else 4)
+    channels = sum(x.size for x in jax.tree.leaves(state.batch_stats)) // 2
+    if config.method == "simclr":
+        # Sums over the devices: forward two a channel; where the norm is folded the moments of the
+        # input (c^2 + c). Backward two a channel, but those are the gradients of scale and shift.
+        parts["batch statistics"] = 4.0 * 2 * channels
+        for kernel in folded.values():
+            c, d = kernel.shape[2:]
+            parts["batch statistics"] += 4.0 * (c * (c + 1) - 2 * d)
+        parts["embeddings"] = 4.0 * 2 * batch * dim  # gathered once; the backward pass needs no sum
+        # an id each; backwards the log-sum-exps and their cotangents
+        parts["ids, log-sum-exps"] = 4.0 * 2 * batch * 3
+    else:
+        size = config.data.image_size
+        parts["batch statistics"] = 4.0 * 2 * channels * 2  # only the running ones, of two encoders
+        parts["shuffled images (uint8)"] = batch / devices * size * size * 3
+        # queries gathered, their gradients reduced, keys dealt back
+        parts["embeddings"] = 4.0 * dim * (2 * batch + batch / devices)
+        # forward: thresholds, maxima, sums and ranks; backward: cotangents
+        parts["ids, log-sum-exps"] = 4.0 * batch * 5
+    return parts
+
+
+def _folded(state: Any) -> dict[tuple[str, ...], Any]:
+    """The kernels that hold a batch norm: 1x1 convolutions that widen."""
+    backbone = state.params["backbone"]
+    return {
+        ("backbone", block, conv, "kernel"): x["kernel"]
+        for block, convs in backbone.items()
+        for conv, x in convs.items()
+        if isinstance(x, dict)
+        and getattr(x.get("kernel"), "ndim", 0) == 4
+        and x["kernel"].shape[:2] == (1, 1)
+        and x["kernel"].shape[3] > x["kernel"].shape[2]
+    }
+
+
+def changes(found: Sequence[tuple[str, Rows]]) -> str:
+    """What each change bought, against the baseline, in Markdown."""
+    base = next((rows[0] for name, rows in found if name == "baseline" and rows), None)
+    lines = [
+        "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | "
+        "temporaries GiB | of the baseline | peak GiB | TFLOP | compile CPU s |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, rows in sorted(found, key=lambda item: item[0] != "baseline"):
+        if not rows:
+            continue
+        if not (row := rows[0]).get("fits"):
+            lines.append(f"| {name} | does not fit | | | | {row.get('peak_gib', '')} | | |")
+            continue
+        ratios = ["", ""]
+        if base:
+            ratios = [f"{row[n] / base[n]:.2f}" for n in ("gb_accessed", "temporaries_gib")]
+        lines.append(
+            f"| {name} | {row['gb_accessed']:.1f} | {ratios[0]} | {row['temporaries_gib']:.2f} | "
+            f"{ratios[1]} | {row['peak_gib']:.2f} | {row['tflop']:.2f} | "
+            f"{row['compile_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def table(found: Sequence[tuple[str, Rows]]) -> str:
+    """The plans of the configs, in Markdown."""
+    lines = [
+        "| config | batch | slice | chips | remat | peak GiB of | TFLOP | GB | arithmetic ms | "
+        "memory ms | ICI ms | images/s | hours |",
+        "| --- | --: | --- | --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for _, rows in found:
+        for r in rows:
+            if "error" in r:
+                method, topology, batch, _ = r["job"]
+                lines.append(f"| `{method}_tpu.py` | {batch} | {topology} | {r['error']} |")
+                continue
+            line = (f"| `{r['method']}_tpu.py` | {r['batch']} | {r['topology']} | {r['chips']} | "
+                    f"{r['remat']} | {r['peak_gib']:.1f} of {r['hbm_gib']}")  # fmt: skip
+            if r["fits"]:
+                line += (f" | {r['tflop']:.2f} | {r['gb_accessed']:.1f} | "
+                         f"{r['arithmetic_ms']:.1f} | {r['memory_ms']:.1f} | {r['ici_ms']:.2f} | "
+                         f"{r['images_per_second']:,} | {r['hours']:.2f} |")  # fmt: skip
+            else:
+                line += ", **does not fit** | | | | | | | |"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def write(page: pathlib.Path, *parts: str) -> None:
+    """Puts the parts between the markers of a page, a blank line between them."""
+    head, begin, rest = page.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}")
+    page.write_text("\n".join([head + BEGIN, "", *(p + "\n" for p in parts), END + tail]))
+
+
+def draw(rows: Rows, theories: dict[str, Callable], path: pathlib.Path) -> None:
+    """Measured collective bytes beside the theoretical ones, against the number of chips.
+
+    Args:
+        rows: of plans that grow; those of a method by their chips.
+        theories: a method's `theory` of a batch and a number of devices.
+        path: PNG to write.
+    """
+    figure = pictures._figure(9.0, 3.6, top=0.1)
+    for axes, method in zip(figure.subplots(1, 2), theories, strict=True):
+        found = sorted((r for r in rows if r["method"] == method), key=lambda r: r["chips"])
+        bottom, places = [0.0] * len(found), range(len(found))
+        parts = [theories[method](r["batch"], r["devices"]) for r in found]
+        for name in parts[0] if parts else ():
+            heights = [p[name] / 1e6 for p in parts]
+            axes.bar(places, heights, bottom=bottom, width=0.6, label=f"theory: {name}")
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        total = [sum(c["bytes"] for c in r["collectives"].values()) / 1e6 for r in found]
+        axes.plot(places, total, "k_", markersize=26, markeredgewidth=2, label="compiled step")
+        axes.set_xticks(list(places), [f"{r['chips']}\n{r['batch']}" for r in found])
+        axes.set(title=method, xlabel="chips, global batch", ylabel="MB a chip and step")
+        axes.legend(fontsize=7, frameon=False, loc="lower center")
+        for r, t, b in zip(found, total, bottom, strict=True):
+            print(f"{method} {r['chips']} chips: {t:.2f} MB compiled, {b:.2f} MB theory")
+    figure.tight_layout()
+    pictures._save(figure, path)
