@@ -27,12 +27,11 @@ from simclr_jax.method import SimCLR
 METHODS = {"simclr": SimCLR, "moco": MoCo}
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
     """Starts the devices, does what --mode says."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options are --config.NAME=VALUE")
     logging.getLogger().setLevel(logging.WARNING)
-    f = flags.FLAGS
     command_line.check(f, modes.MODES)
     if f.distributed or f.coordinator:
         distributed.start(f.coordinator)

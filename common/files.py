@@ -19,12 +19,12 @@ def is_remote(path: str | epath.PathLike) -> bool:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file that is, at any moment, whole: the old one or the new one."""
-    write_bytes(path, text.encode())
+    _whole(path, lambda target: target.write_text(text))
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """`write_text` of bytes."""
-    write_binary(path, lambda file: file.write(data))
+    _whole(path, lambda target: target.write_bytes(data))
 
 
 def write_binary(path: epath.Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -34,7 +34,18 @@ def write_binary(path: epath.Path, write: Callable[[IO[bytes]], object]) -> None
         write(buffer)
         path.write_bytes(buffer.getvalue())
         return
+
+    def through_file(target: epath.Path) -> None:
+        with target.open("wb") as file:
+            write(file)
+
+    _whole(path, through_file)
+
+
+def _whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
+    if is_remote(path):
+        write(path)
+        return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
+    write(temporary)
     temporary.replace(path)

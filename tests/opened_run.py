@@ -18,10 +18,9 @@ def write(workdir: Any, method: str = "simclr", **changes: Any) -> Any:
     """Makes `workdir` that of a run of `tiny.config`, at step `STEP`; returns the workdir."""
     defaults = {"data__source": "fake", "data__fake_examples": 60, "data__fake_classes": 3}
     c = tiny.config(method, **(defaults | changes))
-    claim(workdir, c)
     with jax.enable_x64(False):
         state = tiny.place_state(tiny.build(c, 1), seed=3)
-    with Checkpoints(workdir, keep=None) as checkpoints:
+    with claim(workdir, c), Checkpoints(workdir, keep=None) as checkpoints:
         checkpoints.save(STEP, state, {})
         checkpoints.wait()
     return workdir

@@ -70,6 +70,7 @@ def test_overrides_arrive_with_their_types():
         (["--config.optimizer.learning_rate=fast"], ["--config.optimizer.learning_rate=fast"]),
         (["--bogus=3"], ["bogus"]),
         (["--eval.knn.kk=3"], ["--eval has no field 'kk'", "settings.py"]),
+        (["--eval.knn.temprature=1"], ["--eval has no field", "did you mean 'temperature'"]),
         (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
         (["--mode=knn"], ["takes the config from the workdir"]),
         (["--mode=kn"], ["--mode=kn", "knn"]),

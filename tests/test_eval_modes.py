@@ -10,9 +10,7 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
-from absl import flags
 
-from common import command_line
 from common.data import sources
 from common.errors import UserError
 from common.evaluate import (
@@ -23,7 +21,6 @@ from common.evaluate import (
     linear_mode,
     logistic,
     modes,
-    settings,
     transfer_mode,
 )
 from common.evaluate.linear import Candidate
@@ -314,17 +311,3 @@ def test_data_sets_of_transfer():
         parse("embedded@train")
     with pytest.raises(UserError, match="a comma too many"):
         parse("embedded,")
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--eval.knn.temprature=1", "--eval has no field 'temprature': did you mean 'temperature'"),
-        ("--eval.knn.zzz=1", "--eval has no field 'zzz'"),
-    ],
-)
-def test_an_unknown_setting_is_one_line(argument, words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["main.py", argument])
-    with pytest.raises(SystemExit, match="error: ") as stopped:
-        command_line.define_settings("eval", settings.default_config(), "", flags.FlagValues())
-    assert words in str(stopped.value) and "\n" not in str(stopped.value)

@@ -9,11 +9,9 @@ import pathlib
 import re
 import sys
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402
 from common import command_line  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.evaluate import modes, settings  # noqa: E402
+from common.evaluate import modes  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- mistakes begin -->", "<!-- mistakes end -->"
@@ -79,25 +77,13 @@ def prepare(directory: pathlib.Path) -> None:
 
 def said(arguments: tuple[str, ...], directory: pathlib.Path) -> str:
     """What `main.py` prints for these arguments, after "error: ", with DIR for the directory."""
+    given = ["main.py", *(a.replace("DIR", str(directory)) for a in arguments)]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    config_flags.DEFINE_config_dict("eval", settings.default_config(), flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    names = ["train", "plan", "prepare", "replay", *modes.MODES]
-    flags.DEFINE_enum("mode", "train", names, "", flag_values=values)
-    before = {n: getattr(main, n) for n in ("_CONFIG", "_WORKDIR", "_MODE", "_EVAL", "_CACHE")}
     try:
-        given = [a.replace("DIR", str(directory)) for a in arguments]
-        rest = command_line.parse(["main.py", *given], values)
-        for name in before:
-            value = "" if name == "_CACHE" else values[name.strip("_").lower()].value
-            setattr(main, name, SimpleNamespace(value=value))
-        main.main(rest)
+        command_line.define(modes.MODES, values, given)
+        main.main(command_line.parse([*given, "--compile_cache="], values), values)
     except UserError as error:
         return str(error).replace(str(directory), "DIR")
-    finally:
-        for name, value in before.items():
-            setattr(main, name, value)
     raise AssertionError(f"{arguments} went through")
 
 
