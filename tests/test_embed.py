@@ -294,6 +294,8 @@ def test_chart_puts_values_where_the_axes_say():
     assert [p[1] for p in c.dots] == [y["10"], y["20"], y["15"]]
     assert c.level == y["30"] and y["30"] < y["10"]
     assert inline.chart("t", [1], [1.0], "step") is None
+    level = inline.chart("t", [0, 1], [2.5, 2.5], "step")
+    assert len({text for _, text in level.y_ticks}) == len(level.y_ticks) >= 3
     many = inline.chart("t", np.arange(10_000), np.arange(10_000.0), "step")
     assert len(many.points.split()) == 400 and many.dots == ()
 

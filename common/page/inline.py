@@ -103,6 +103,8 @@ def chart(
     low, high = y.min(), y.max()
     if level is not None:
         low, high = min(low, level), max(high, level)
+    if high - low < 1e-6 * max(1, abs(high)):  # a level curve: the ticks must differ
+        low, high = low - 0.5, high + 0.5
     ticks = MaxNLocator(5, steps=_STEPS, min_n_ticks=3).tick_values(low, high)
     low, high = ticks[0], ticks[-1]
     x_ticks = [
