@@ -63,8 +63,20 @@ def labelled(tmp_path_factory):
         write_images(root / "data" / "test" / name, [f"{n}{HOSTILE}.png" for n in "cab"], seed=i)
     make_run(root / "run", data__source=f"folder:{root}/data", data__dir=str(root))
     s = eval_settings(embed__format="npz,parquet", batch_size=8)
-    record = modes.run("embed", str(root / "run"), s, tiny.METHODS)
-    return root / "run", record, pretrained.load(root / "run", s, tiny.METHODS)
+    opened = pretrained.load(root / "run", s, tiny.METHODS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "load", lambda *_: opened)  # one compilation for all tests
+        record = modes.run("embed", str(root / "run"), s, tiny.METHODS)
+    return root / "run", record, opened
+
+
+def reopened(opened, workdir, s) -> Pretrained:
+    """The same encoder with other settings, as `pretrained.load` would open it."""
+    c = opened.config.copy_and_resolve_references()
+    with c.unlocked():
+        c.data.source = s.source or c.data.source
+        c.data.test_split = s.test_split or c.data.test_split
+    return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
 
 
 def test_npz_holds_the_features_in_order(labelled):
@@ -183,11 +195,12 @@ def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
     assert evil in page.text
 
 
-def test_unlabelled_folder_of_odd_names(tmp_path):
+def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     write_images(tmp_path / "photos", ["b.png", b"\xff.png", "a.png"])
     make_run(tmp_path / "run")
     s = eval_settings(source=f"folder:{tmp_path}/photos", embed__format="parquet", batch_size=8)
-    record = modes.run("embed", str(tmp_path / "run"), s, tiny.METHODS)
+    record, sentence = embed_mode.run(reopened(labelled[2], tmp_path / "run", s))
+    assert "3 images of photos (train) by the untrained encoder" in sentence
     assert (record["embedded_split"], record["labelled"]) == ("train", 0)
     with np.load(tmp_path / "run" / "features-photos-train-untrained.npz") as found:
         assert found["labels"].tolist() == [-1, -1, -1]
@@ -211,12 +224,7 @@ def test_unlabelled_folder_of_odd_names(tmp_path):
     ],
 )
 def test_mistakes(labelled, changes, message):
-    opened = labelled[2]
-    s = eval_settings(**changes)
-    c = opened.config.copy_and_resolve_references()
-    with c.unlocked():
-        c.data.test_split = s.test_split or c.data.test_split
-    wrong = Pretrained(c, s, opened.workdir, opened.mesh, opened.method, opened.state, 0)
+    wrong = reopened(labelled[2], labelled[0], eval_settings(**changes))
     with pytest.raises(UserError, match=message):
         embed_mode.run(wrong)
 
@@ -286,6 +294,8 @@ def test_chart_puts_values_where_the_axes_say():
     assert [p[1] for p in c.dots] == [y["10"], y["20"], y["15"]]
     assert c.level == y["30"] and y["30"] < y["10"]
     assert inline.chart("t", [1], [1.0], "step") is None
+    level = inline.chart("t", [0, 1], [2.5, 2.5], "step")
+    assert len({text for _, text in level.y_ticks}) == len(level.y_ticks) >= 3
     many = inline.chart("t", np.arange(10_000), np.arange(10_000.0), "step")
     assert len(many.points.split()) == 400 and many.dots == ()
 

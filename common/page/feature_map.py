@@ -29,6 +29,7 @@ def place(features: np.ndarray, seed: int) -> np.ndarray:
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     rows = features.astype(np.float32).reshape(len(features), -1)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -42,7 +43,9 @@ def place(features: np.ndarray, seed: int) -> np.ndarray:
         places = np.pad(rows, ((0, 0), (0, 2)))[:, :2]
     else:
         perplexity = min(_PERPLEXITY, (n - 1) / 3)
-        places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+        with threadpool_limits(1):  # sums in one order: the same map on any number of cores
+            places = tsne.fit_transform(rows)
     middle = (places.max(0) + places.min(0)) / 2
     return 0.5 + (places - middle) / max(np.ptp(places, axis=0).max(), 1e-12)
 

@@ -11,6 +11,7 @@ _EXACT = 48  # pixels; images up to here keep every pixel (PNG)
 _SHOWN = 112  # side of an image in a grid, at most
 _THUMBNAIL = 48  # in the atlas
 _BLOCK = 16  # JPEG's: cells of whole blocks do not bleed into each other
+_STEPS = (1, 2, 5, 10)  # between the ticks of an axis, times a power of ten
 _POINTS = 400  # of a curve; more cannot be seen
 
 
@@ -102,9 +103,13 @@ def chart(
     low, high = y.min(), y.max()
     if level is not None:
         low, high = min(low, level), max(high, level)
-    ticks = MaxNLocator(5, min_n_ticks=3).tick_values(low, high)
+    if high - low < 1e-6 * max(1, abs(high)):  # a level curve: the ticks must differ
+        low, high = low - 0.5, high + 0.5
+    ticks = MaxNLocator(5, steps=_STEPS, min_n_ticks=3).tick_values(low, high)
     low, high = ticks[0], ticks[-1]
-    x_ticks = [t for t in MaxNLocator(6).tick_values(x[0], x[-1]) if x[0] <= t <= x[-1]]
+    x_ticks = [
+        t for t in MaxNLocator(6, steps=_STEPS).tick_values(x[0], x[-1]) if x[0] <= t <= x[-1]
+    ]
 
     def across(v):
         width = Chart.WIDTH - Chart.LEFT - Chart.RIGHT
