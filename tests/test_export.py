@@ -271,7 +271,7 @@ def test_classifier_is_that_of_the_linear_evaluation_of_this_checkpoint(run):
     record = export(run, export__format="npz", features="untrained")
     assert record["fc"].startswith("zeros")  # it was of the trained encoder
     linear_eval(run, bias=None)
-    with pytest.raises(UserError, match="linear_eval.npz lacks bias: run --mode=linear_eval"):
+    with pytest.raises(UserError, match=r"linear_eval.npz lacks bias: run --mode=linear_eval"):
         export(run)
     (run / "linear_eval.npz").unlink()
 
@@ -300,7 +300,7 @@ def test_mistakes_are_one_line(run, changes, text):
 
 def test_a_directory_that_cannot_be_written_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*file/x: .*--eval.export.dir"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/x: .*--eval.export.dir"):
         export(run, export__dir=str(tmp_path / "file" / "x"))
 
 
