@@ -9,9 +9,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_compiled_programs_are_kept_and_asked_steps_traced(tmp_path):
-    done = call(DEMO, f"--workdir={tmp_path / 'run'}", f"--compile_cache={tmp_path / 'cache'}",
-                "--config.profile=2:3",
-                env=environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})  # fmt: skip
+    env = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    options = f"--compile_cache={tmp_path / 'cache'}", "--config.profile=2:3"
+    done = call(DEMO, f"--workdir={tmp_path / 'run'}", *options, env=env)
     assert done.returncode == 0, done.stderr
     assert [p for p in (tmp_path / "cache").iterdir() if "train_step" in p.name]
     assert list((tmp_path / "run" / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
