@@ -15,13 +15,15 @@ BEGIN, END = "<!-- benchmarks.tpu_plans begin -->", "<!-- benchmarks.tpu_plans e
 Rows = list[dict[str, Any]]
 
 
-def theory(make_method: Callable, config: ConfigDict, devices: int) -> dict[str, float]:
+def theory(
+    make_method: Callable, config: ConfigDict, devices: int, num_classes: int = 1000
+) -> dict[str, float]:
     """Bytes that a device contributes to or receives from collectives in one step, by purpose.
 
     Counted as `common.plan.collectives.Collective.bytes`: of an all-reduce the array, of a gather
     what comes out, of a reduce-scatter what goes in.
     """
-    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, 1000))
+    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, num_classes))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
     folded = _folded(state) if config.model.fold_norm else {}
