@@ -3,7 +3,6 @@
 `python tests/test_mistakes.py` writes the table anew.
 """
 
-import io
 import json
 import pathlib
 import re
@@ -83,19 +82,25 @@ def said(arguments: tuple[str, ...], directory: pathlib.Path) -> str:
     config_flags.DEFINE_config_file("config", None, flag_values=values)
     config_flags.DEFINE_config_dict("eval", settings.default_config(), flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
-    names = ["train", "plan", "prepare", "replay", *modes.MODES]
-    flags.DEFINE_enum("mode", "train", names, "", flag_values=values)
-    before = {n: getattr(main, n) for n in ("_CONFIG", "_WORKDIR", "_MODE", "_EVAL", "_CACHE")}
+    known = ["train", "plan", "prepare", "replay", *modes.MODES]
+    flags.DEFINE_enum("mode", "train", known, "", flag_values=values)
+    # the rest as it is by default, and no cache
+    fixed = {"_CACHE": "", "_DISTRIBUTED": False, "_COORDINATOR": "", "_TOPOLOGY": []}
+    names = ("_CONFIG", "_WORKDIR", "_MODE", "_EVAL", *fixed)
+    before = {name: getattr(main, name) for name in names}
+    argv = sys.argv
     try:
         given = [a.replace("DIR", str(directory)) for a in arguments]
-        rest = command_line.parse(["main.py", *given], values)
-        for name in before:
-            value = "" if name == "_CACHE" else values[name.strip("_").lower()].value
+        sys.argv = ["main.py", *given]  # there config_flags looks for --config.NAME
+        rest = command_line.parse(sys.argv, values)
+        for name in names:
+            value = fixed[name] if name in fixed else values[name.strip("_").lower()].value
             setattr(main, name, SimpleNamespace(value=value))
         main.main(rest)
     except UserError as error:
         return str(error).replace(str(directory), "DIR")
     finally:
+        sys.argv = argv
         for name, value in before.items():
             setattr(main, name, value)
     raise AssertionError(f"{arguments} went through")
@@ -150,5 +155,4 @@ if __name__ == "__main__":
     import os
 
     os.chdir(ROOT)
-    sys.stderr = io.StringIO()
     write()
