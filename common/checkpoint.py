@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,12 +14,9 @@ from etils import epath
 
 from common import digests, files
 from common.errors import UserError
+from common.retention import Keep
 
 ASIDE = "damaged_checkpoints"
-
-
-class Damage(ValueError):
-    """A checkpoint can be read and is not what was written; the text is a reason in words."""
 
 
 class Checkpoints:
@@ -51,9 +48,8 @@ class Checkpoints:
         if "://" not in workdir:  # orbax refuses relative paths, after the first epoch of work
             workdir = os.path.abspath(workdir)
         self._workdir = epath.Path(workdir)
-        self._keep = _Keep(self, keep, every, best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._keep,
+            preservation_policy=Keep(self.score, keep, every, best),
             cleanup_tmp_directories=not read_only,
             create=not read_only,  # (orbax's own read_only warns of what it then ignores)
         )
@@ -154,8 +150,8 @@ class Checkpoints:
             ),
         )
         try:
-            _compare(step, digests.of_state(out.state), out.progress)
-        except Damage as damage:
+            digests.compare(step, digests.of_state(out.state), out.progress)
+        except digests.Damage as damage:
             raise self._damaged(step, str(damage)) from None
         return out.state, out.progress.get("progress", out.progress)
 
@@ -170,7 +166,7 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(placed, restore_args=how, partial_restore=True)
         try:
             state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-            _compare(step, digests.of_state(state), self._record(step))
+            digests.compare(step, digests.of_state(state), self._record(step))
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(step, _first_line(error)) from error
         return state
@@ -189,7 +185,8 @@ class Checkpoints:
             ({name: array}, progress); `digests.names` says how arrays are called.
 
         Raises:
-            Exception: whatever is wrong with its files; `Damage` if an array is not what was saved.
+            Exception: whatever is wrong with its files.
+            digests.Damage: an array is not what was saved.
         """
         path = self._manager.directory / str(step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
@@ -199,7 +196,7 @@ class Checkpoints:
         arrays = dict(zip(digests.names(state), jax.tree.leaves(state), strict=True))
         record = self._record(step)
         found = {name: digests.of_array(array) for name, array in arrays.items()}
-        _compare(step, found, record)
+        digests.compare(step, found, record)
         return arrays, record.get("progress", record)
 
     def restore_newest(self, target: Any, shardings: Any) -> tuple[int, Any, dict[str, Any]] | None:
@@ -299,44 +296,6 @@ class Checkpoints:
             self._manager.close()
 
 
-class _Keep:
-    """Which checkpoints stay, as orbax asks it (`PreservationPolicy`)."""
-
-    def __init__(self, checkpoints: Checkpoints, last: int | None, every: int, best: int) -> None:
-        self._checkpoints, self._last, self._every, self._best = checkpoints, last, every, best
-        self._scores: dict[int, float | None] = {}
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = sorted(c.step for c in checkpoints)
-        stay = set(steps if self._last is None else steps[-self._last :])
-        if self._every:
-            first = {}
-            for step in steps:
-                first.setdefault(step // self._every, step)
-            stay |= {step for number, step in first.items() if number}
-        if self._best:
-            for step in steps[:-1]:  # the last is being written: it stays anyhow
-                if self._scores.get(step) is None:
-                    self._scores[step] = self._checkpoints.score(step)
-            scored = [s for s in steps[:-1] if self._scores[s] is not None]
-            # of equals the older: it stays what it was
-            stay |= set(sorted(scored, key=lambda s: (-self._scores[s], s))[: self._best])
-        return [c.step in stay for c in checkpoints]
-
-
-def _compare(step: int, found: dict[str, int], record: dict[str, Any]) -> None:
-    """Raises `Damage` if digests are not those that were saved, or what was noted has changed."""
-    if "digests" not in record:
-        logging.warning("the checkpoint of step %d was saved without digests: not checked", step)
-        return
-    if digests.of_json(record["progress"]) != record["sha256"]:
-        raise Damage("what is noted beside the state has changed")
-    bad = [name for name, x in found.items() if record["digests"].get(name) != x]
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise Damage(f"{bad[0]}{more} is not what was saved")
-
-
 def _any_process(here: bool) -> bool:
     """Whether it is so on any process; all of them ask."""
     if jax.process_count() == 1:
@@ -357,6 +316,6 @@ def _place(target: Any, shardings: Any) -> Any:
 def _first_line(error: BaseException) -> str:
     """What an error says, short."""
     text = str(error).strip().splitlines()
-    if isinstance(error, Damage):
+    if isinstance(error, digests.Damage):
         return text[0]
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

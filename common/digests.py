@@ -8,6 +8,7 @@ what it holds. One changed element always changes it, other damage all but once 
 
 import hashlib
 import json
+import logging
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ import numpy as np
 from jax import lax
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+class Damage(ValueError):
+    """A checkpoint can be read and is not what was written; the text is a reason in words."""
 
 
 def names(tree: Any) -> list[str]:
@@ -49,6 +54,28 @@ def of_json(value: Any) -> str:
     """SHA-256 of a JSON value."""
     text = json.dumps(value, sort_keys=True, allow_nan=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compare(step: int, found: dict[str, int], record: dict[str, Any]) -> None:
+    """Compares the digests of a checkpoint with those saved in it.
+
+    Args:
+        step: of the checkpoint.
+        found: {name: digest} of all its arrays, or of some.
+        record: what was saved beside the state.
+
+    Raises:
+        Damage: naming an array.
+    """
+    if "digests" not in record:
+        logging.warning("the checkpoint of step %d was saved without digests: not checked", step)
+        return
+    if of_json(record["progress"]) != record["sha256"]:
+        raise Damage("what is noted beside the state has changed")
+    bad = [name for name, x in found.items() if record["digests"].get(name) != x]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise Damage(f"{bad[0]}{more} is not what was saved")
 
 
 @jax.jit

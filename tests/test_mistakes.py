@@ -3,7 +3,6 @@
 `python tests/test_mistakes.py` writes the table anew.
 """
 
-import io
 import json
 import pathlib
 import re
@@ -42,7 +41,7 @@ MISTAKES = [
     (("--mode=knn", NEW), ["holds no run"]),
     (("--mode=knn", DEMO, NEW), ["leave --config out"]),
     (("--mode=replay", NEW), ["nothing to replay"]),
-    ((DEMO, NEW, "--config.method=simsiam"), ["'simsiam' is unknown", "moco"]),
+    ((DEMO, NEW, "--config.method=simsiam"), ['"simsiam" is unknown', "moco"]),
     ((DEMO, NEW, "--config.data.source=imagenet"), ["tfds:NAME"]),
     ((DEMO, NEW, "--config.data.source=folder:DIR/nowhere"), ["no folder"]),
     ((DEMO, NEW, "--config.data.source=folder:DIR/thesis"), ["no image in"]),
@@ -136,5 +135,4 @@ if __name__ == "__main__":
     import os
 
     os.chdir(ROOT)
-    sys.stderr = io.StringIO()
     write()

