@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import files, optim, pictures
+from common import dispatch, files, optim, pictures
 from common.data import pipeline, presets, sources
 from common.data.sources import Source
 from common.errors import UserError
@@ -20,6 +20,11 @@ from common.evaluate.online import Evaluator
 from common.method import Setup
 
 PAIRS = 16  # augmented pairs in the picture
+_MADE = {
+    "host": "on the host",
+    "both": "crop and flip on the host, the rest on the device",
+    "device": "on the device, which holds the data set",
+}
 
 
 def say(text: str) -> None:
@@ -73,6 +78,7 @@ def start_up(
         f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {presets.resolve_views(config)[0].size} px",
+        "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
         f"{optim.peak_learning_rate(config):.4g}",
@@ -100,9 +106,10 @@ def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
         small.batch_size = n
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
-    batch = next(pipeline.train_batches(source, small, rows=np.arange(n)))
-    originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
-    pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")
+    batches = pipeline.train_batches(source, small, rows=np.arange(n))
+    ids, views = dispatch.first_views(small, source, batches)
+    originals = source.fetch(ids) if source.kind == "pixels" else None
+    pictures.augmented_pairs(views, originals, workdir / "augmented_pairs.png")
 
 
 def finished(workdir: epath.Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,7 +18,8 @@ from common import config as configs
 from common import report
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
-from common.data import pipeline, sources
+from common.data import pipeline, resident, sources
+from common.dispatch import spans
 from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.method import Method, Setup, make_setup, root_keys
@@ -28,7 +30,8 @@ from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.workdir import claim
 
-IN_FLIGHT = 2  # steps the host may run ahead of the device: each holds a batch in device memory
+# Programs the host may have handed to the device: each holds a batch in its memory.
+IN_FLIGHT = 2
 
 
 def train(
@@ -85,7 +88,8 @@ def train(
         start = checkpoints.latest_step or 0
         if start == total and (summary := report.finished(workdir)):
             return summary
-        step_fn = compile_step(method, config, mesh, abstract, shardings)
+        data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
+        step_fn = compile_step(method, config, mesh, abstract, shardings, data)
         if start:
             state, progress = checkpoints.restore(start, abstract, shardings)
             same_data(progress, train_source)
@@ -139,21 +143,26 @@ def train(
                         writer.write_now(start, scores)
                         results |= scores
 
-            for step in range(start + 1, total + 1):
+            def due(step: int) -> bool:
+                evaluated_or_saved = any(n and step % n == 0 for n in every.values())
+                return evaluated_or_saved or writer.due(step) or profile.edge(step)
+
+            dispatches = spans(start, total, config.steps_per_dispatch, due)
+            for number, (first, step) in enumerate(dispatches):
                 with writer.waiting():
-                    batch = next(batches)
-                batch = to_global(mesh, {k: batch[k] for k in ("images", "labels")})
-                with profile.step(step):
+                    batch = batches.take(step - first + 1)
+                batch = to_global(mesh, batch) | data
+                with profile.step(first), jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, root_key)
                 profile.after(step, state)
-                in_flight.append((step, metrics["loss"]))
-                settled = step - (1 if writer.due(step - 1) else IN_FLIGHT)
-                while in_flight[0][0] <= settled:  # in order, so that the first bad one is named
+                in_flight.append((first, metrics.pop("losses", metrics["loss"])))
+                allowed = 1 if writer.due(first - 1) else IN_FLIGHT
+                while len(in_flight) > allowed:  # in order, so that the first bad one is named
                     check_finite(*in_flight.popleft())
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
-                last, told = step == total, preemption.after(step)
+                last, told = step == total, preemption.after(number)
                 save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
@@ -199,10 +208,10 @@ def same_data(progress: dict[str, Any], source: sources.Source) -> None:
 
 
 def check_finite(step: int, loss: jax.Array) -> None:
-    """Waits for the loss of `step`, and stops the run if it is no number."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NonFiniteLossError(diverged(step, f"loss is {value}"))
+    """Waits for the loss of `step`, or an array from there on, and stops the run at a bad one."""
+    for i, value in enumerate(np.ravel(loss)):
+        if not math.isfinite(value):
+            raise NonFiniteLossError(diverged(step + i, f"loss is {value}"))
 
 
 def diverged(step: int, what: str) -> str:

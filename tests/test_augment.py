@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from common.data import augment_host as ah
-from common.data import draws, feed, presets
+from common.data import draws, presets
 from common.data import pixel_ops as ops
 from common.errors import UserError
 
@@ -310,7 +310,7 @@ def quiet(size=32, **fields):
 
 def run(images, a, ids=None, epoch=0, seed=0):
     ids = np.arange(len(images)) if ids is None else ids
-    parameters, _ = feed.draw_pair((a, a), seed, epoch, ids, images.shape[1:3])
+    parameters, _ = draws.draw_pair((a, a), seed, epoch, ids, images.shape[1:3])
     return ah.augment_pixels(tf.constant(images), tf.constant(parameters), (a, a)).numpy()
 
 
@@ -342,7 +342,7 @@ def test_operations_come_in_the_documented_order(preset, grey_first):
     """Crop, rotate, jitter and grey (or the other way round), clip, blur, solarise, round."""
     on = dict(rotate=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0)
     images, a = noise(8, 48, 40), recipe(preset, grey_first=grey_first, **on)
-    parameters, _ = feed.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
+    parameters, _ = draws.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
     p = tf.constant(parameters[:, 0])
     x = ops.crop_resize(planes(images), p[:, draws.BOX], p[:, draws.FLIP], a)
     if preset == "moco_v2":  # as PIL, which holds bytes
@@ -556,7 +556,7 @@ def test_each_image_has_its_own_draws():
 def test_views_may_differ():
     images = noise(8)
     first, second = recipe("cifar"), quiet()
-    parameters, _ = feed.draw_pair((first, second), 0, 0, np.arange(8), (32, 32))
+    parameters, _ = draws.draw_pair((first, second), 0, 0, np.arange(8), (32, 32))
     views = ah.augment_pixels(tf.constant(images), tf.constant(parameters), (first, second)).numpy()
     np.testing.assert_array_equal(views[:, 1], images)
     np.testing.assert_array_equal(views[:, 0], run(images, first)[:, 0])
@@ -588,7 +588,7 @@ def test_png_equals_pixels(a):
     images = noise(12, 80, 104)
     ids = np.arange(12) + 100
     batch = run(images, a, ids=ids, seed=5)
-    parameters, crops = feed.draw_pair((a, a), 5, 0, ids, None)
+    parameters, crops = draws.draw_pair((a, a), 5, 0, ids, None)
     single = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
     for i, image in enumerate(images):
         views = single(tf.constant(encode(image, "PNG")), parameters[i], crops[i]).numpy()
@@ -599,7 +599,7 @@ def test_png_equals_pixels(a):
 def test_jpeg_window_equals_whole(preset):
     """Decoding only what both crops cover gives what decoding everything gives."""
     images, a = noise(12, 90, 120), recipe(preset, 32)
-    parameters, crops = feed.draw_pair((a, a), 5, 0, np.arange(12), None)
+    parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(12), None)
     part = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
     full = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a), whole=True))
     for i, image in enumerate(images):
@@ -631,7 +631,7 @@ def test_centre(height, width, size):
 
 def test_graph_and_eager_agree():
     images, a = noise(5), recipe("simclr", solarise=0.2, rotate=0.5)
-    parameters, _ = feed.draw_pair((a, a), 0, 0, np.arange(5), (32, 32))
+    parameters, _ = draws.draw_pair((a, a), 0, 0, np.arange(5), (32, 32))
     op = tf.function(lambda x, p: ah.augment_pixels(x, p, (a, a)))
     graph = op(tf.constant(images), tf.constant(parameters)).numpy().astype(int)
     assert np.abs(graph - run(images, a)).max() <= 1
