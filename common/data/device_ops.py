@@ -146,10 +146,12 @@ def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
     value = images.max(axis=1)
     chroma = value - images.min(axis=1)
     inverse = 1 / jnp.maximum(chroma, 1e-12)
+    # Not `value == red`: the compiler may compute the two apart, and round them differently. Where
+    # two channels are nearly equal, either formula gives nearly the same hue.
     hue = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) * inverse,
-        jnp.where(value == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
+        jnp.where(green >= blue, (blue - red) * inverse + 2, (red - green) * inverse + 4),
     )  # in sixths of the circle, -1 to 5
     hue = hue + 6 * shift[:, None, None]
     # Smith 1978 in closed form: channel n is v - c * clip(min(k, 4 - k), 0, 1), k = n + hue mod 6.
