@@ -41,7 +41,7 @@ def test_the_device_makes_the_views_of_the_host(preset):
     # Sums in another order: a level at a rounding edge; more where solarise or hue turns over.
     differing = np.abs(found - want)
     assert (differing > 0).mean() < 1e-3 and (differing > 1).mean() < 1e-4
-    assert want.std() > 30
+    assert want.std() > 10
 
 
 def test_devices_and_pieces_change_nothing(monkeypatch):
