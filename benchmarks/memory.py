@@ -45,18 +45,18 @@ def run(steps: int, since: int, workdir: str) -> dict:
     c.moco.queue_length = 256
     c.evaluate.every, c.evaluate.knn_examples, c.evaluate.pictures = "10 %", 64, False
     c.checkpoint.every = "5 %"
-    seen, settle = {}, loop.Watch.settle
+    seen, took = {}, loop.Watch.took
 
-    def watched(self, through, state):
-        settle(self, through, state)
-        if through in (since, steps - 1):
-            seen[through] = look()
+    def watched(self, first, metrics, ids):
+        took(self, first, metrics, ids)
+        if first in (since, steps - 1):
+            seen[first] = look()
 
-    loop.Watch.settle = watched
+    loop.Watch.took = watched
     try:
         loop.train(METHODS["moco"], c, workdir)
     finally:
-        loop.Watch.settle = settle
+        loop.Watch.took = took
     first, last = seen[since], seen[steps - 1]
     return {
         "steps": steps,

@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.data import presets
+from common import dispatch
 from common.method import Method
-from common.sharding import batch_sharding, replicated
+from common.sharding import replicated
 
 # XLA options of the train step on TPU; docs/tpu.md says what each bought, and what others did not.
 TPU_OPTIONS = {
@@ -28,9 +27,14 @@ def compiler_options(platform: str, config: ConfigDict) -> dict[str, str] | None
 
 
 def compile_step(
-    method: Method, config: ConfigDict, mesh: Mesh, abstract: Any, shardings: Any
+    method: Method,
+    config: ConfigDict,
+    mesh: Mesh,
+    abstract: Any,
+    shardings: Any,
+    data: dict | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles the train step once.
+    """Compiles the train step once, with what of the augmentation runs on the device before it.
 
     The compiled object refuses every other shape or sharding, so that a run cannot recompile
     unseen; its analysis gives the FLOPs of the start-up summary, and all of `--mode=plan`.
@@ -41,20 +45,21 @@ def compile_step(
         mesh: the device mesh; its devices may be described only (`jax.experimental.topologies`).
         abstract: the state's `jax.eval_shape`.
         shardings: the state's, from `state_shardings`.
+        data: with `data.augment_on="device"`, what `resident.load` gave, or its shapes.
+
+    Returns:
+        `(state, batch, key) -> (state, metrics)`. The batch is what `dispatch.batch_shapes` says;
+        with `steps_per_dispatch` > 1 the metrics are the last step's, and "each" holds
+        `divergence.WATCHED` of all steps.
     """
 
     def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
-    b, size = config.batch_size, presets.resolve_views(config)[0].size
-    rows = batch_sharding(mesh)
-    batch = {
-        "images": jax.ShapeDtypeStruct((b, 2, size, size, 3), np.uint8, sharding=rows),
-        "labels": jax.ShapeDtypeStruct((b,), np.int32, sharding=rows),
-    }
+    batch = dispatch.batch_shapes(config, mesh, data)
     key = place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     step = jax.jit(
-        method.train_step,
+        dispatch.program(method.train_step, config, mesh),
         donate_argnames=("state",),
         out_shardings=(shardings, replicated(mesh)),
     )

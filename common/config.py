@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "model.remat",
     "microbatch",
     "tpu_compiler_options",
+    "steps_per_dispatch",
 )
 
 _AT_LEAST = {
@@ -33,6 +34,7 @@ _AT_LEAST = {
     "batch_size": 1,
     "microbatch": 0,
     "log_every": 1,
+    "steps_per_dispatch": 1,
     "data.image_size": 1,
     "data.shuffle_buffer": 1,
     "model.bn_groups": 1,
@@ -72,6 +74,9 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     # A loss or weight that is no number: "stop", or "skip" that step's update and count.
     c.on_nonfinite = "stop"
     c.max_skipped = 10  # in a row; then the run stops after all
+    # Steps that one call of the compiled program takes, at most: it ends where a line, scores or a
+    # checkpoint is due. More than 1 needs data.augment_on="device"; leave it at 1 on a CPU.
+    c.steps_per_dispatch = 1
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
     c[method] = method_config
@@ -141,6 +146,16 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"model.bn_groups={groups} does not divide batch_size={b}: choose a divisor of it, "
             f"e.g. {', '.join(map(str, near))}"
+        )
+    if config.data.augment_on not in ("host", "both", "device"):
+        raise UserError(
+            f"data.augment_on={config.data.augment_on!r}: choose host, both (colour and blur on "
+            "the device) or device (all of it, with the data set in device memory)"
+        )
+    if config.steps_per_dispatch > 1 and config.data.augment_on != "device":
+        raise UserError(
+            f"steps_per_dispatch={config.steps_per_dispatch} needs the data on the device: set "
+            "data.augment_on=device, or 1 step"
         )
     if config.model.dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"model.dtype={config.model.dtype!r}: choose float32 or bfloat16")

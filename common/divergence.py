@@ -26,6 +26,8 @@ from common.method import Method
 from common.metrics import NonFiniteLossError
 
 FOLDER = "nonfinite"
+# Of every step of a dispatch, not only of the last.
+WATCHED = ("loss", "skipped", "feature_std", "contrastive_top1")
 _WINDOW = 500  # steps that an accuracy at chance must last before it is called so
 # of `feature_std`, which is 1 for features spread over the sphere and 0 for equal ones
 _COLLAPSED = 0.01
@@ -81,31 +83,37 @@ class Watch:
         """What belongs into the log beside the metrics of a step."""
         return {"skipped_steps": self.skipped} if self._config.on_nonfinite == "skip" else {}
 
-    def took(self, step: int, metrics: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> None:
-        """Notes a step that was dispatched; `batch` is this process's, on the host."""
-        names = ("loss", "skipped", "feature_std", "contrastive_top1")
-        scalars = {name: metrics[name] for name in names if name in metrics}
-        self._in_flight.append((step, scalars, {k: batch[k] for k in ("ids", "labels")}))
-
-    def settle(self, through: int, state: Any) -> None:
-        """Waits for the steps up to `through`, and checks each.
+    def took(self, first: int, metrics: dict[str, Any], ids: np.ndarray) -> None:
+        """Notes a dispatch.
 
         Args:
-            through: a step.
+            first: its first step.
+            metrics: its scalars; "each", which holds `WATCHED` of every step, is taken out.
+            ids: `[steps, b]`, the examples of each step in this process.
+        """
+        alone = {name: metrics[name] for name in WATCHED if name in metrics}
+        self._in_flight.append((first, metrics.pop("each", alone), ids))
+
+    def settle(self, left: int, state: Any) -> None:
+        """Waits for all dispatches but the last `left`, and checks every step of them, in order.
+
+        Args:
+            left: how many may still run.
             state: the newest, to name what is wrong with it.
 
         Raises:
             NonFiniteLossError: for the first bad step that is not to be skipped.
         """
-        while self._in_flight and self._in_flight[0][0] <= through:
-            step, scalars, batch = self._in_flight.popleft()
-            self.check(step, jax.device_get(scalars), batch, state)
+        while len(self._in_flight) > left:
+            first, arrays, ids = self._in_flight.popleft()
+            arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(arrays).items()}
+            for i in range(len(ids)):
+                scalars = {name: float(x[i]) for name, x in arrays.items()}
+                self.check(first + i, scalars, ids[i], state)
 
-    def check(
-        self, step: int, scalars: Mapping[str, Any], batch: Mapping[str, Any], state: Any
-    ) -> None:
+    def check(self, step: int, scalars: Mapping[str, float], ids: np.ndarray, state: Any) -> None:
         """Judges one step."""
-        loss = float(scalars["loss"])
+        loss = scalars["loss"]
         if scalars.get("skipped"):
             self.skipped += 1
             self._in_a_row += 1
@@ -114,28 +122,26 @@ class Watch:
             )
             if self._in_a_row >= self._config.max_skipped:
                 what = f"{self._in_a_row} steps in a row were skipped, and loss is {loss}"
-                raise self.stopped(step, what, batch, state)
+                raise self.stopped(step, what, ids, state)
             return
         self._in_a_row = 0
         if not math.isfinite(loss):
-            raise self.stopped(step, f"loss is {loss}", batch, state)
+            raise self.stopped(step, f"loss is {loss}", ids, state)
         self._warn_of_collapse(step, scalars)
 
-    def check_state(self, step: int, state: Any, batch: Mapping[str, Any]) -> None:
+    def check_state(self, step: int, state: Any, ids: np.ndarray) -> None:
         """Refuses a state that is to be saved; a loss is that of what was before the step."""
         if not all_finite(state):
-            raise self.stopped(step, "the state is not finite", batch, state)
+            raise self.stopped(step, "the state is not finite", ids, state)
 
-    def stopped(
-        self, step: int, what: str, batch: Mapping[str, Any], state: Any
-    ) -> NonFiniteLossError:
+    def stopped(self, step: int, what: str, ids: np.ndarray, state: Any) -> NonFiniteLossError:
         """The error of a run that stops itself, with its reproduction on disk."""
         bad = not_finite(state)
         folder = self._workdir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}.process_{jax.process_index()}.npz"
         with path.open("wb") as file:
-            np.savez(file, **batch)
+            np.savez(file, ids=ids)
         record = {
             "step": step,
             "what": what,

@@ -46,8 +46,12 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._told = True
 
-    def after(self, step: int) -> bool:
-        """Whether all processes are to save and leave now. Every process asks after every step."""
+    def after(self, number: int) -> bool:
+        """Whether all processes are to save and leave now.
+
+        Every process asks after every dispatch, and counts them: the point that they agree on is
+        one of the next numbers, and a count that skipped it would miss it.
+        """
         if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(number)
         return self._told

@@ -34,6 +34,10 @@ class Profile:
         self._target = workdir / "tensorboard"
         self._directory = ""  # where the profiler writes; set while it runs
 
+    def edge(self, step: int) -> bool:
+        """Whether a dispatch must end after this step, so that the trace holds just its steps."""
+        return step in (self._first - 1, self._last)
+
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step; starts the trace where it is due."""
         if step == self._first and jax.process_index() == 0:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from common import dispatch
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
-from common.data import pipeline, sources
+from common.data import pipeline, resident, sources
 from common.divergence import FOLDER, not_finite
 from common.errors import UserError
 from common.evaluate.pretrained import read_config
@@ -56,7 +57,13 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
     key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
-    step_fn = compile_step(method, config, mesh, abstract, shardings)
+    data = resident.load(source, mesh) if config.data.augment_on == "device" else {}
+    step_fn = compile_step(method, config, mesh, abstract, shardings, data)
+
+    def take() -> tuple[np.ndarray, Any]:
+        ids, batch = batches.take(1)
+        return ids[0], to_global(mesh, batch) | data
+
     progress = {"position": 0, "readers": None}
     if begin:
         with Checkpoints(workdir, None, read_only=True) as checkpoints:
@@ -76,15 +83,16 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     )
     say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
     for _ in range(begin, step - 1):
-        state, _ = step_fn(state, _placed(mesh, next(batches)), key)
-    host = next(batches)
-    batch = _placed(mesh, host)
+        state, _ = step_fn(state, take()[1], key)
+    ids, batch = take()
     before = not_finite(state)
-    where = _first_nan(method, state, batch, key) if jax.process_count() == 1 else ""
+    program = dispatch.program(method.train_step, config, mesh)
+    where = _first_nan(program, state, batch, key) if jax.process_count() == 1 else ""
     state, metrics = step_fn(state, batch, key)
     name = f"step_{step}.process_{jax.process_index()}.npz"
     with (folder / name).open("rb") as file, np.load(file, allow_pickle=False) as noted:
-        same = np.array_equal(noted["ids"], host["ids"])
+        same = np.array_equal(noted["ids"], ids)
+    metrics.pop("each", None)
     scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
     found = {
         "step": step,
@@ -106,15 +114,11 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     return found
 
 
-def _placed(mesh: Any, batch: dict[str, np.ndarray]) -> Any:
-    return to_global(mesh, {k: batch[k] for k in ("images", "labels")})
-
-
-def _first_nan(method: Method, state: Any, batch: Any, key: jax.Array) -> str:
+def _first_nan(program: dispatch.Step, state: Any, batch: Any, key: jax.Array) -> str:
     """Takes the step with JAX's NaN checks on; where it stopped, "" if it did not."""
     with jax.debug_nans(True):  # (infinities are meant: they mask)
         try:
-            jax.block_until_ready(jax.jit(method.train_step)(state, batch, key))
+            jax.block_until_ready(jax.jit(program)(state, batch, key))
         except FloatingPointError as error:
             ours = [
                 f

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import files, optim, pictures
+from common import dispatch, files, optim, pictures
 from common.compiling import cost
 from common.data import pipeline, presets, sources
 from common.data.sources import Source
@@ -21,6 +21,11 @@ from common.evaluate.online import Evaluator
 from common.method import Setup
 
 PAIRS = 16  # augmented pairs in the picture
+_MADE = {
+    "host": "on the host",
+    "both": "crop and flip on the host, the rest on the device",
+    "device": "on the device, which holds the data set",
+}
 
 
 def say(text: str) -> None:
@@ -74,6 +79,7 @@ def start_up(
         f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {presets.resolve_views(config)[0].size} px",
+        "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
         f"{optim.peak_learning_rate(config):.4g}",
@@ -96,18 +102,19 @@ def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
     """Draws the views of a few images, to see by eye what the augmentation does."""
     if jax.process_count() > 1:
         return
-    batch = some_pairs(config, source, min(PAIRS, config.batch_size))
-    originals = source.fetch(batch["ids"]) if source.kind == "pixels" else None
-    pictures.augmented_pairs(batch["images"], originals, workdir / "augmented_pairs.png")
+    ids, views = some_pairs(config, source, min(PAIRS, config.batch_size))
+    originals = source.fetch(ids) if source.kind == "pixels" else None
+    pictures.augmented_pairs(views, originals, workdir / "augmented_pairs.png")
 
 
-def some_pairs(config: ConfigDict, source: Source, n: int) -> dict[str, np.ndarray]:
-    """A training batch of `n` pairs of views, as `pipeline.train_batches` gives it."""
+def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
     with config.copy_and_resolve_references().unlocked() as small:
         small.batch_size = n
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
-    return next(pipeline.train_batches(source, small, rows=np.arange(n)))
+    batches = pipeline.train_batches(source, small, rows=np.arange(n))
+    return dispatch.first_views(small, source, batches)
 
 
 def finished(workdir: epath.Path) -> dict[str, Any] | None:

@@ -95,6 +95,13 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def to_global(mesh: Mesh, batch: Any) -> Any:
-    """Turns this process's rows, a tree of NumPy `[b_local, ...]`, into global arrays."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """Turns this process's rows, a tree of NumPy `[b_local, ...]`, into global arrays.
+
+    A scalar, the same in every process, goes to every device.
+    """
+
+    def place(x: np.ndarray) -> jax.Array:
+        sharding = batch_sharding(mesh) if np.ndim(x) else replicated(mesh)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)

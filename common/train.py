@@ -14,7 +14,8 @@ from common import config as configs
 from common import report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
-from common.data import pipeline, sources
+from common.data import pipeline, resident, sources
+from common.dispatch import spans
 from common.divergence import SkipNonFinite, Watch
 from common.errors import UserError
 from common.evaluate.online import Evaluator
@@ -27,7 +28,8 @@ from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.workdir import claim
 
-IN_FLIGHT = 2  # steps the host may run ahead of the device: each holds a batch in device memory
+# Programs the host may have handed to the device: each holds a batch in its memory.
+IN_FLIGHT = 2
 
 
 def train(
@@ -88,8 +90,9 @@ def train(
     ):
         if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
+        data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
         stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
-        step_fn = compile_step(stepped, config, mesh, abstract, shardings)
+        step_fn = compile_step(stepped, config, mesh, abstract, shardings, data)
         if found := checkpoints.restore_newest(abstract, shardings):
             start, state, progress = found
             same_data(progress, train_source)
@@ -156,28 +159,33 @@ def train(
                         writer.write_now(start, scores)
                         results |= scores
 
-            for step in range(start + 1, total + 1):
+            def due(step: int) -> bool:
+                evaluated_or_saved = any(n and step % n == 0 for n in every.values())
+                return evaluated_or_saved or writer.due(step) or profile.edge(step)
+
+            dispatches = spans(start, total, config.steps_per_dispatch, due)
+            for number, (first, step) in enumerate(dispatches):
                 with writer.waiting():
-                    host_batch = next(batches)
-                batch = to_global(mesh, {k: host_batch[k] for k in ("images", "labels")})
-                with profile.step(step):
+                    ids, batch = batches.take(step - first + 1)
+                batch = to_global(mesh, batch) | data
+                with profile.step(first), jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, root_key)
                 profile.after(step, state)
-                watch.took(step, metrics, host_batch)
-                watch.settle(step - (1 if writer.due(step - 1) else IN_FLIGHT), state)
+                watch.took(first, metrics, ids)
+                watch.settle(1 if writer.due(first - 1) else IN_FLIGHT, state)
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
                     checkpoints.check()  # a full disk shows now, not at the next one
-                last, told = step == total, preemption.after(step)
+                last, told = step == total, preemption.after(number)
                 save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
                     continue
-                watch.settle(step, state)  # never save what came out of a bad step
+                watch.settle(0, state)  # never save what came out of a bad step
                 with writer.pause(wait_for=state):
                     if save:
-                        watch.check_state(step, state, host_batch)
+                        watch.check_state(step, state, ids[-1])
                     # Scores first: a kill in between must not lose the line that belongs here.
                     # A run that was told to stop has no time for them: the next start makes them.
                     if evaluate and not told and (scores := evaluator(state)):

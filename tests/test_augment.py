@@ -2,16 +2,17 @@
 
 import colorsys
 import dataclasses
+import functools
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
+from common.data import augment_device, centre, device_ops, draws, pixel_ops, presets
 from common.data import augment_host as ah
-from common.data import draws, feed, presets
-from common.data import pixel_ops as ops
 from common.errors import UserError
 
 tf = ah.tf
@@ -33,7 +34,39 @@ def noise(n=6, height=32, width=32, seed=0):
 
 def planes(images):
     """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in [0, 1]."""
-    return tf.constant(np.moveaxis(images, 3, 1).astype(np.float32) / 255)
+    return np.moveaxis(images, 3, 1).astype(np.float32) / 255
+
+
+class Ops:
+    """The image operations of the host or of the device, on NumPy arrays."""
+
+    def __init__(self, on):
+        self.on = on
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            arrays = [x for x in arguments if isinstance(x, np.ndarray)]
+            rest = tuple(None if isinstance(x, np.ndarray) else x for x in arguments)
+            return np.asarray(compiled(self.on, name, rest)(*arrays))
+
+        return call
+
+
+@functools.cache
+def compiled(on, name, arguments):
+    """An operation of the arrays that stand in for the Nones among its arguments."""
+    function = getattr({"host": pixel_ops, "device": device_ops}[on], name)
+
+    def call(*arrays):
+        left = iter(arrays)
+        return function(*(next(left) if x is None else x for x in arguments))
+
+    return jax.jit(call) if on == "device" else lambda *x: call(*map(tf.constant, x))
+
+
+@pytest.fixture(params=["host", "device"])
+def ops(request):
+    return Ops(request.param)
 
 
 def pixels(x):
@@ -141,20 +174,17 @@ BOXES = [
 ]  # fmt: skip
 
 
-def crop_resize(images, a, flips=None):
+def crop_resize(ops, images, a, flips=None):
     flips = np.zeros(len(images)) if flips is None else flips
-    return pixels(
-        ops.crop_resize(
-            planes(images), tf.constant(BOXES, tf.float32), tf.constant(flips, tf.float32), a
-        )
-    )
+    boxes, flips = np.array(BOXES, np.float32), np.array(flips, np.float32)
+    return pixels(ops.crop_resize(planes(images), boxes, flips, a))
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("antialias", [False, True])
-def test_crop_resize_equals_tensorflow(kind, antialias):
+def test_crop_resize_equals_tensorflow(ops, kind, antialias):
     images = noise(6, 32, 40)
-    found = crop_resize(images, recipe(size=24, interpolation=kind, antialias=antialias))
+    found = crop_resize(ops, images, recipe(size=24, interpolation=kind, antialias=antialias))
     for image, (y, x, h, w), ours in zip(images, BOXES, found, strict=True):
         crop = image[y : y + h, x : x + w].astype(np.float32)
         expected = tf.image.resize(crop, [24, 24], method=kind, antialias=antialias).numpy()
@@ -163,9 +193,9 @@ def test_crop_resize_equals_tensorflow(kind, antialias):
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
-def test_crop_resize_equals_pil(kind):
+def test_crop_resize_equals_pil(ops, kind):
     images = noise(6, 32, 40)
-    found = crop_resize(images, recipe(size=24, interpolation=kind, antialias=True))
+    found = crop_resize(ops, images, recipe(size=24, interpolation=kind, antialias=True))
     method = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[kind]
     for image, (y, x, h, w), ours in zip(images, BOXES, found, strict=True):
         crop = Image.fromarray(image[y : y + h, x : x + w])
@@ -173,10 +203,10 @@ def test_crop_resize_equals_pil(kind):
         assert np.abs(np.clip(ours, 0, 255) - expected).max() < 1.1  # PIL rounds twice
 
 
-def test_flip_is_left_right():
+def test_flip_is_left_right(ops):
     a, images = recipe(size=24), noise(6, 32, 40)
-    plain = crop_resize(images, a)
-    flipped = crop_resize(images, a, [1, 0, 1, 0, 1, 1])
+    plain = crop_resize(ops, images, a)
+    flipped = crop_resize(ops, images, a, [1, 0, 1, 0, 1, 1])
     np.testing.assert_allclose(flipped[[1, 3]], plain[[1, 3]], atol=1e-3)
     np.testing.assert_allclose(flipped[[0, 2, 4, 5]], plain[[0, 2, 4, 5]][:, :, ::-1], atol=1e-3)
 
@@ -190,7 +220,7 @@ def per_image(op, x):
     return np.stack([op(image, f) for image, f in zip(x, FACTORS, strict=True)])
 
 
-def test_tensorflow_style_colour():
+def test_tensorflow_style_colour(ops):
     images = noise()
     x, nhwc = planes(images), images.astype(np.float32) / 255
     cases = {
@@ -199,18 +229,18 @@ def test_tensorflow_style_colour():
     }
     for ours, theirs in cases.items():
         expected = per_image(lambda i, f, op=theirs: np.clip(op(i, f), 0, 1), nhwc) * 255
-        np.testing.assert_allclose(pixels(ours(x, tf.constant(FACTORS), "tf")), expected, atol=0.01)
+        np.testing.assert_allclose(pixels(ours(x, FACTORS, "tf")), expected, atol=0.01)
     bright = np.clip(nhwc * FACTORS[:, None, None, None], 0, 1) * 255
-    found = ops.adjust_brightness(x, tf.constant(FACTORS), "multiply")
+    found = ops.adjust_brightness(x, FACTORS, "multiply")
     np.testing.assert_allclose(pixels(found), bright, atol=0.01)
     shifted = np.clip(nhwc + FACTORS[:, None, None, None] - 0.8, 0, 1) * 255
-    found = ops.adjust_brightness(x, tf.constant(FACTORS - 0.8), "add")
+    found = ops.adjust_brightness(x, FACTORS - 0.8, "add")
     np.testing.assert_allclose(pixels(found), shifted, atol=0.01)
     grey = tf.image.rgb_to_grayscale(nhwc).numpy() * 255
     np.testing.assert_allclose(pixels(ops.greyscale(x, "tf")), grey, atol=0.02)
 
 
-def test_pil_style_colour():
+def test_pil_style_colour(ops):
     images = noise()
     x = planes(images)
     cases = {
@@ -222,18 +252,18 @@ def test_pil_style_colour():
         expected = per_image(
             lambda i, f, op=theirs: np.asarray(op(Image.fromarray(i)).enhance(float(f))), images
         )
-        found = pixels(ours(x, tf.constant(FACTORS), style))
+        found = pixels(ours(x, FACTORS, style))
         assert np.abs(found - expected).max() < 2.01  # PIL works on whole numbers
         assert np.abs(found - expected).mean() < 0.7
     grey = np.stack([np.asarray(Image.fromarray(i).convert("L")) for i in images])
     assert np.abs(pixels(ops.greyscale(x, "pil"))[..., 0] - grey).max() < 1.01
 
 
-def test_hue():
+def test_hue(ops):
     images = noise(6, 6, 6)
     images[0, 0] = [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0], [0, 255, 0], [0, 0, 255]]
     shifts = np.array([-0.5, -0.2, 0.0, 0.1, 0.37, 0.5], np.float32)
-    found = pixels(ops.adjust_hue(planes(images), tf.constant(shifts)))
+    found = pixels(ops.adjust_hue(planes(images), shifts))
     for image, shift, ours in zip(images, shifts, found, strict=True):
         for pixel, value in zip(image.reshape(-1, 3) / 255, ours.reshape(-1, 3), strict=True):
             h, s, v = colorsys.rgb_to_hsv(*pixel)
@@ -242,7 +272,7 @@ def test_hue():
 
 
 @pytest.mark.parametrize("style", ["tf", "pil"])
-def test_jitter_follows_each_images_own_order(style):
+def test_jitter_follows_each_images_own_order(ops, style):
     a = recipe(color_style=style)
     images = noise(5)
     orders = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [4, 4, 4, 4], [1, 3, 0, 2], [2, 0, 3, 1]])
@@ -250,7 +280,7 @@ def test_jitter_follows_each_images_own_order(style):
     factors = rng.uniform(0.3, 1.7, (5, 4)).astype(np.float32)
     factors[:, 3] = rng.uniform(-0.2, 0.2, 5)
     x = planes(images)
-    found = ops.jitter(x, tf.constant(orders), tf.constant(factors), a).numpy()
+    found = ops.jitter(x, orders, factors, a)
     steps = (
         lambda v, f: ops.adjust_brightness(v, f, "multiply"),
         lambda v, f: ops.adjust_contrast(v, f, style),
@@ -261,40 +291,33 @@ def test_jitter_follows_each_images_own_order(style):
     for i in range(5):
         value = x[i : i + 1]
         for op in orders[i]:
-            value = steps[op](value, tf.constant(factors[i : i + 1, min(op, 3)]))
-            assert 0 <= value.numpy().min() and value.numpy().max() <= 1
-        np.testing.assert_allclose(found[i], value[0].numpy(), atol=1e-6)
-    assert (
-        np.abs(
-            found[0]
-            - ops.jitter(x, tf.constant(orders[[1, 1, 2, 3, 4]]), tf.constant(factors), a).numpy()[
-                0
-            ]
-        ).max()
-        > 0.02
-    )
+            value = steps[op](value, factors[i : i + 1, min(op, 3)])
+            assert 0 <= value.min() and value.max() <= 1
+        np.testing.assert_allclose(found[i], value[0], atol=1e-6)
+    other = ops.jitter(x, orders[[1, 1, 2, 3, 4]], factors, a)
+    assert np.abs(found[0] - other[0]).max() > 0.02
 
 
 # ---------------------------------------------------------------- blur, solarise, rotate, grey
 
 
-def test_blur_as_simclr():
+def test_blur_as_simclr(ops):
     """Kernel of size // 10 taps made odd, zeros outside: three taps at 32 pixels."""
     images, sigma = noise(4), np.array([0.1, 0.7, 0.0, 2.0], np.float32)
-    found = pixels(ops.blur(planes(images), tf.constant(sigma), recipe()))
+    found = pixels(ops.blur(planes(images), sigma, recipe()))
     for image, s, ours in zip(images, sigma, found, strict=True):
         taps = np.exp(-(np.arange(-1, 2) ** 2) / (2 * max(s, 1e-3) ** 2))
         expected = image.astype(np.float64)
         for axis in (0, 1):
             expected = ndimage.convolve1d(expected, taps / taps.sum(), axis, mode="constant")
         np.testing.assert_allclose(ours, expected, atol=0.01)
-    one_tap = ops.blur(planes(images), tf.constant(sigma), recipe(size=19))
+    one_tap = ops.blur(planes(images), sigma, recipe(size=19))
     np.testing.assert_array_equal(one_tap, planes(images))
 
 
-def test_blur_as_pil():
+def test_blur_as_pil(ops):
     images, sigma = noise(4), np.array([0.3, 0.7, 1.5, 2.0], np.float32)
-    found = pixels(ops.blur(planes(images), tf.constant(sigma), recipe("moco_v2")))
+    found = pixels(ops.blur(planes(images), sigma, recipe("moco_v2")))
     for image, s, ours in zip(images, sigma, found, strict=True):
         expected = ndimage.gaussian_filter(
             image.astype(np.float64), (s, s, 0), mode="nearest", truncate=8
@@ -308,66 +331,69 @@ def quiet(size=32, **fields):
     return recipe(size=size, **(off | fields))
 
 
-def run(images, a, ids=None, epoch=0, seed=0):
+def run(images, a, ids=None, epoch=0, seed=0, on="host"):
     ids = np.arange(len(images)) if ids is None else ids
-    parameters, _ = feed.draw_pair((a, a), seed, epoch, ids, images.shape[1:3])
+    parameters, _ = draws.draw_pair((a, a), seed, epoch, ids, images.shape[1:3])
+    if on == "device":
+        made = jax.jit(lambda x, p: augment_device.augment_pixels(x, p, (a, a)))
+        return np.asarray(augment_device.to_bytes(made(images, parameters)))
     return ah.augment_pixels(tf.constant(images), tf.constant(parameters), (a, a)).numpy()
 
 
-def test_nothing_on_is_the_identity():
+def test_nothing_on_is_the_identity(ops):
     images = noise()
-    np.testing.assert_array_equal(run(images, quiet())[:, 0], images)
-    np.testing.assert_array_equal(run(images, quiet(color_style="pil"))[:, 1], images)
+    np.testing.assert_array_equal(run(images, quiet(), on=ops.on)[:, 0], images)
+    np.testing.assert_array_equal(run(images, quiet(color_style="pil"), on=ops.on)[:, 1], images)
 
 
-def test_solarise_and_grey():
+def test_solarise_and_grey(ops):
     images = noise()
-    found = run(images, quiet(solarise=1.0, solarise_threshold=128 / 255))
+    found = run(images, quiet(solarise=1.0, solarise_threshold=128 / 255), on=ops.on)
     for image, ours in zip(images, found[:, 0], strict=True):
         expected = np.asarray(ImageOps.solarize(Image.fromarray(image), 128))
         np.testing.assert_array_equal(ours, expected)
-    found = run(images, quiet(grey=1.0, color_style="pil"))
+    found = run(images, quiet(grey=1.0, color_style="pil"), on=ops.on)
     for image, ours in zip(images, found[:, 0], strict=True):
         expected = np.asarray(Image.fromarray(image).convert("L").convert("RGB"), np.int64)
         assert np.abs(ours - expected).max() <= 1
     # Grey first, then jitter: a grey image stays grey whatever the jitter does.
-    both = run(images, quiet(grey=1.0, grey_first=True, jitter=1.0))
+    both = run(images, quiet(grey=1.0, grey_first=True, jitter=1.0), on=ops.on)
     assert (both.max(-1) - both.min(-1)).max() <= 1
     assert np.abs(both[:, 0].astype(int) - both[:, 1]).max() > 20
 
 
 @pytest.mark.parametrize("grey_first", [False, True])
 @pytest.mark.parametrize("preset", ["simclr", "moco_v2"])
-def test_operations_come_in_the_documented_order(preset, grey_first):
+def test_operations_come_in_the_documented_order(ops, preset, grey_first):
     """Crop, rotate, jitter and grey (or the other way round), clip, blur, solarise, round."""
     on = dict(rotate=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0)
     images, a = noise(8, 48, 40), recipe(preset, grey_first=grey_first, **on)
-    parameters, _ = feed.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
-    p = tf.constant(parameters[:, 0])
+    parameters, _ = draws.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
+    p = parameters[:, 0]
     x = ops.crop_resize(planes(images), p[:, draws.BOX], p[:, draws.FLIP], a)
     if preset == "moco_v2":  # as PIL, which holds bytes
-        x = tf.clip_by_value(x, 0, 1)
+        x = np.clip(x, 0, 1)
     x = ops.rotate(x, p[:, draws.ANGLE])
     steps = [
         lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], a),
-        lambda x: tf.broadcast_to(ops.greyscale(x, a.color_style), x.shape),
+        lambda x: np.broadcast_to(ops.greyscale(x, a.color_style), x.shape),
     ]
     for step in reversed(steps) if grey_first else steps:
         x = step(x)
-    x = ops.blur(tf.clip_by_value(x, 0, 1), p[:, draws.SIGMA], a)
+    x = ops.blur(np.clip(x, 0, 1), p[:, draws.SIGMA], a)
     x = np.where(x >= 0.5, 1 - x, x)
     want = np.clip(pixels(x), 0, 255)
-    found = run(images, a, seed=3)[:, 0]
+    found = run(images, a, seed=3, on=ops.on)[:, 0]
     assert np.mean(np.abs(found - want) > 1) < 1e-3  # a value at the threshold may turn
     assert want.std() > 10
 
 
-def test_rotate():
+def test_rotate(ops):
     images = noise()
-    quarter = tf.constant(np.full(6, np.pi / 2, np.float32))
+    quarter = np.full(6, np.pi / 2, np.float32)
     expected = np.rot90(images, axes=(1, 2))
     np.testing.assert_allclose(pixels(ops.rotate(planes(images), quarter)), expected, atol=0.05)
-    angle = tf.constant(np.full(6, np.deg2rad(20), np.float32))
+    angle = np.full(6, np.deg2rad(20), np.float32)
     found = pixels(ops.rotate(planes(images), angle))
     for image, ours in zip(images, found, strict=True):
         theirs = np.asarray(Image.fromarray(image).rotate(20, Image.BILINEAR), np.float64)
@@ -556,7 +582,7 @@ def test_each_image_has_its_own_draws():
 def test_views_may_differ():
     images = noise(8)
     first, second = recipe("cifar"), quiet()
-    parameters, _ = feed.draw_pair((first, second), 0, 0, np.arange(8), (32, 32))
+    parameters, _ = draws.draw_pair((first, second), 0, 0, np.arange(8), (32, 32))
     views = ah.augment_pixels(tf.constant(images), tf.constant(parameters), (first, second)).numpy()
     np.testing.assert_array_equal(views[:, 1], images)
     np.testing.assert_array_equal(views[:, 0], run(images, first)[:, 0])
@@ -588,7 +614,7 @@ def test_png_equals_pixels(a):
     images = noise(12, 80, 104)
     ids = np.arange(12) + 100
     batch = run(images, a, ids=ids, seed=5)
-    parameters, crops = feed.draw_pair((a, a), 5, 0, ids, None)
+    parameters, crops = draws.draw_pair((a, a), 5, 0, ids, None)
     single = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
     for i, image in enumerate(images):
         views = single(tf.constant(encode(image, "PNG")), parameters[i], crops[i]).numpy()
@@ -599,7 +625,7 @@ def test_png_equals_pixels(a):
 def test_jpeg_window_equals_whole(preset):
     """Decoding only what both crops cover gives what decoding everything gives."""
     images, a = noise(12, 90, 120), recipe(preset, 32)
-    parameters, crops = feed.draw_pair((a, a), 5, 0, np.arange(12), None)
+    parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(12), None)
     part = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
     full = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a), whole=True))
     for i, image in enumerate(images):
@@ -617,10 +643,14 @@ def test_simclr_crop_of_encoded_images():
 
 
 @pytest.mark.parametrize("height, width, size", [(90, 120, 72), (40, 30, 30), (30, 30, 60)])
-def test_centre(height, width, size):
+@pytest.mark.parametrize("ops", ["host", "numpy"])
+def test_centre(height, width, size, ops):
     image = noise(1, height, width)[0]
     shorter = round(size / 0.875) if size > 64 else size
-    found = ah.centre(tf.constant(image), shorter, size).numpy()
+    if ops == "host":
+        found = ah.centre(tf.constant(image), shorter, size).numpy()
+    else:
+        found = centre.centre(image[None], size)[0]
     scale = shorter / min(height, width)
     tall, wide = round(height * scale), round(width * scale)
     resized = np.asarray(Image.fromarray(image).resize((wide, tall), Image.BILINEAR))
@@ -631,7 +661,7 @@ def test_centre(height, width, size):
 
 def test_graph_and_eager_agree():
     images, a = noise(5), recipe("simclr", solarise=0.2, rotate=0.5)
-    parameters, _ = feed.draw_pair((a, a), 0, 0, np.arange(5), (32, 32))
+    parameters, _ = draws.draw_pair((a, a), 0, 0, np.arange(5), (32, 32))
     op = tf.function(lambda x, p: ah.augment_pixels(x, p, (a, a)))
     graph = op(tf.constant(images), tf.constant(parameters)).numpy().astype(int)
     assert np.abs(graph - run(images, a)).max() <= 1

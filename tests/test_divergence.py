@@ -59,7 +59,7 @@ def watch(workdir, mode="stop", total=1000, limit=3, skipped=0):
     return divergence.Watch(c, epath.Path(workdir), Toy(), total, skipped)
 
 
-BATCH = {"ids": np.array([3, 1]), "labels": np.array([0, -1])}
+IDS = np.array([3, 1])
 
 
 def test_the_first_bad_step_is_named_and_its_reproduction_kept(tmp_path):
@@ -67,25 +67,39 @@ def test_the_first_bad_step_is_named_and_its_reproduction_kept(tmp_path):
     w.saved = 2
     state = {"params": {"a": jnp.ones(2), "b": jnp.array([1.0, np.nan])}, "z": jnp.array(np.inf)}
     for step, loss in ((3, 1.0), (4, np.nan), (5, np.nan)):
-        w.took(step, {"loss": jnp.float32(loss), "other": None}, BATCH | {"images": "large"})
-    w.settle(3, state)
+        w.took(step, {"loss": jnp.float32(loss), "other": None}, IDS[None])
+    w.settle(2, state)
     with pytest.raises(NonFiniteLossError, match=r"^loss is nan at step 4: .*params/b of 2; `main"):
-        w.settle(5, state)
+        w.settle(0, state)
     record = json.loads((tmp_path / "nonfinite" / "step_4.json").read_text())
     assert (record["checkpoint"], record["seed"], record["bad_arrays"]) == (2, 5, ["params/b", "z"])
     with np.load(tmp_path / "nonfinite" / "step_4.process_0.npz", allow_pickle=False) as file:
-        assert sorted(file) == ["ids", "labels"]
-        np.testing.assert_array_equal(file["ids"], BATCH["ids"])
+        assert sorted(file) == ["ids"]
+        np.testing.assert_array_equal(file["ids"], IDS)
+
+
+def test_a_bad_loss_inside_a_dispatch_names_its_step(tmp_path):
+    """Of a dispatch that took 2 of at most 3 steps, the rest is not looked at."""
+    w, ids = watch(tmp_path), np.array([[3, 1], [0, 2]])
+    each = {"loss": jnp.array([1.0, 2.0, np.nan])}
+    w.took(5, metrics := {"loss": each["loss"][1], "each": each}, ids)
+    assert "each" not in metrics
+    w.settle(0, {})
+    w.took(7, {"each": {"loss": jnp.array([1.0, np.inf, np.nan])}}, ids)
+    with pytest.raises(NonFiniteLossError, match=r"^loss is inf at step 8: "):
+        w.settle(0, {})
+    with np.load(tmp_path / "nonfinite" / "step_8.process_0.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["ids"], [0, 2])
 
 
 def test_skipped_steps_are_counted_and_only_so_many_in_a_row_borne(tmp_path, caplog):
     w = watch(tmp_path, "skip", skipped=4)
     assert w.counts() == {"skipped_steps": 4} and watch(tmp_path).counts() == {}
     for step, bad in enumerate([1, 1, 0, 1, 1], start=1):
-        w.check(step, {"loss": np.nan if bad else 1.0, "skipped": float(bad)}, BATCH, {})
+        w.check(step, {"loss": np.nan if bad else 1.0, "skipped": float(bad)}, IDS, {})
     assert w.skipped == 8 and "step 5: loss is nan, the update is dropped (8 so far)" in caplog.text
     with pytest.raises(NonFiniteLossError, match=r"^3 steps in a row were skipped, .* at step 6: "):
-        w.check(6, {"loss": np.nan, "skipped": 1.0}, BATCH, {})
+        w.check(6, {"loss": np.nan, "skipped": 1.0}, IDS, {})
 
 
 def test_collapse_is_said_in_words_and_once(tmp_path, caplog):
@@ -95,7 +109,7 @@ def test_collapse_is_said_in_words_and_once(tmp_path, caplog):
         assert w._window == 100
         for step in range(1, steps + 1):
             scalars = {"loss": 1.0, "feature_std": spread, "contrastive_top1": accuracy}
-            w.check(step, scalars, BATCH, {})
+            w.check(step, scalars, IDS, {})
         return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
     assert go(300, 0.5, 0.9) == []

@@ -88,6 +88,29 @@ def told(workdir, index):
     raise AssertionError("not told")
 
 
+def resident_losses():
+    """Two dispatches, of 1 and of 3 steps that only look at their views."""
+    import jax
+    import numpy as np
+    from test_resident import checksum, setting
+
+    from common import dispatch
+    from common.data import pipeline, resident
+    from common.sharding import local_rows, make_mesh, replicated, to_global
+
+    c, source = setting()
+    mesh = make_mesh()
+    data, whole = resident.load(source, mesh), replicated(mesh)
+    batches = pipeline.train_batches(source, c, rows=local_rows(mesh, c.batch_size))
+    step = jax.jit(dispatch.program(checksum, c, mesh), out_shardings=whole)
+    state, key = jax.jit(lambda: (0 * jax.numpy.ones(()), jax.random.key(0)), out_shardings=whole)()
+    losses = []
+    for count in (1, 3):
+        state, metrics = step(state, to_global(mesh, batches.take(count)[1]) | data, key)
+        losses.append(np.asarray(metrics["each"]["loss"]))
+    return np.stack(losses)
+
+
 def worker(port, index, directory):
     """One of two processes: a few steps of each method, then runs that are interrupted."""
     import jax
@@ -116,6 +139,7 @@ def worker(port, index, directory):
             if hasattr(run.state, "queue"):
                 for i, shard in enumerate(run.state.queue.keys.addressable_shards):
                     arrays[f"share {variant} {i} {shard.index[1].start}"] = np.asarray(shard.data)
+    arrays["resident"] = resident_losses()
     np.savez(directory / f"{index}.npz", **arrays)
 
     interrupted(loop_config(), directory / "run")
@@ -199,6 +223,17 @@ def test_two_processes_take_the_same_steps_as_one(outcome, variant):
     if variant != "simclr":
         step = run.states[-1].queue.keys.shape[1] // 8
         assert sorted(seen) == [step * i for i in range(8)]  # every share is held once
+
+
+@pytest.mark.multiprocess
+def test_each_process_takes_its_rows_of_the_data_on_its_devices(outcome):
+    import numpy as np
+
+    want = resident_losses()
+    assert np.count_nonzero(want) == 4
+    for i in range(2):
+        with np.load(outcome / f"{i}.npz") as found:
+            np.testing.assert_allclose(found["resident"], want, rtol=1e-5)
 
 
 @pytest.mark.multiprocess

@@ -124,6 +124,36 @@ def view_parameters(
     return out
 
 
+def draw_pair(
+    augmentations: tuple[Augmentation, Augmentation],
+    seed: int,
+    epoch: int,
+    ids: np.ndarray,
+    shape: tuple[int, int] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """All draws of both views.
+
+    Args:
+      augmentations: of view 1 and view 2.
+      seed, epoch, ids: as in `uniforms`.
+      shape: (h, w) when all images share it.
+
+    Returns:
+      parameters float32 [b, 2, PARAMETERS], with boxes if the shape is known; crop draws float32
+      [b, 2, CROP_DRAWS], or [b, 0] if it is.
+    """
+    parameters = []
+    for view, augmentation in enumerate(augmentations):
+        drawn = view_parameters(augmentation, seed, epoch, ids, view)
+        if shape is not None:
+            drawn[:, BOX] = crop_boxes(augmentation, *shape, seed, epoch, ids, view)
+        parameters.append(drawn)
+    crops = np.zeros((len(ids), 0), np.float32)
+    if shape is None:
+        crops = np.stack([crop_draws(seed, epoch, ids, view) for view in (0, 1)], axis=1)
+    return np.stack(parameters, axis=1), crops
+
+
 def crop_draws(seed: int, epoch: int, ids: np.ndarray, view: int) -> np.ndarray:
     """Uniform numbers [n, CROP_DRAWS] for crops whose image size is not known yet."""
     place = uniforms(seed, epoch, ids, view, _TOP, 2)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from common.data import augment_host, corrupt, decode, draws
-from common.data.pipeline import resize_to
+from common.data import augment_host, corrupt, decode, draws, presets
+from common.data.centre import resize_to
 from common.data.presets import Augmentation
 from common.data.sources import Source
 from common.data.tensorflow_host import plain, tf, traced
@@ -26,6 +26,7 @@ def train_feed(
     seed: int,
     augmentations: tuple[Augmentation, Augmentation],
     step: int,
+    colour: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of two views without end.
 
@@ -35,9 +36,12 @@ def train_feed(
       seed: of the run.
       augmentations: of view 1 and view 2.
       step: the first one.
+      colour: all of the augmentation; False leaves what follows crop, resize and flip to the
+        device, which then needs to know what was drawn.
 
     Yields:
-      {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}.
+      {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
+      "parameters" float32 [b, 2, draws.PARAMETERS] without `colour`.
 
     Raises:
       UserError: a corrupt image, unless the source replaces them.
@@ -46,21 +50,21 @@ def train_feed(
     def load(step: int):
         epoch, ids = plan(step)
         payload, labels = source.read(source.stand_ins(ids))
-        parameters, crops = draw_pair(augmentations, seed, epoch, ids, source.image_shape)
+        parameters, crops = draws.draw_pair(augmentations, seed, epoch, ids, source.image_shape)
         return ids, labels, payload, parameters, crops
 
     @plain
     def whole(ids, labels, images, parameters, crops):
         parameters = tf.ensure_shape(parameters, [b, 2, draws.PARAMETERS])
         images = tf.ensure_shape(images, [b, *source.image_shape, 3])
-        return {"images": augment(images, parameters), "labels": labels, "ids": ids}
+        return batch(augment(images, parameters), labels, ids, parameters)
 
     @plain
     def single(index, label, payload, parameters, crops):
         views = augment(corrupt.file_bytes(source, payload), parameters, crops)
-        return {"images": views, "labels": label, "ids": index}
+        return batch(views, label, index, parameters)
 
-    augment = augmenter(source, augmentations)
+    augment, batch = augmenter(source, augmentations, colour), named(colour)
     b = len(plan(step)[1])
     start = tf.Variable(step, dtype=tf.int64)
     data = _loaded(start, _NEVER, load, source, (tf.float32, tf.float32))
@@ -73,43 +77,13 @@ def train_feed(
     return _guarded(source, data.prefetch(_READ_AHEAD), lambda step: plan(step)[1], start, _NEVER)
 
 
-def draw_pair(
-    augmentations: tuple[Augmentation, Augmentation],
-    seed: int,
-    epoch: int,
-    ids: np.ndarray,
-    shape: tuple[int, int] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """All draws of both views.
-
-    Args:
-      augmentations: of view 1 and view 2.
-      seed, epoch, ids: as in `draws.uniforms`.
-      shape: (h, w) when all images share it.
-
-    Returns:
-      parameters float32 [b, 2, PARAMETERS], with boxes if the shape is known; crop draws float32
-      [b, 2, CROP_DRAWS], or [b, 0] if it is.
-    """
-    parameters = []
-    for view, augmentation in enumerate(augmentations):
-        drawn = draws.view_parameters(augmentation, seed, epoch, ids, view)
-        if shape is not None:
-            drawn[:, draws.BOX] = draws.crop_boxes(augmentation, *shape, seed, epoch, ids, view)
-        parameters.append(drawn)
-    crops = np.zeros((len(ids), 0), np.float32)
-    if shape is None:
-        crops = np.stack([draws.crop_draws(seed, epoch, ids, view) for view in (0, 1)], axis=1)
-    return np.stack(parameters, axis=1), crops
-
-
 def eval_feed(
     source: Source, plan: list[np.ndarray], image_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """One pass over `plan`, decoded and resized.
 
     Args:
-      source: of kind "pixels", "encoded" or "path".
+      source: of kind "encoded" or "path".
       plan: ids [b] of each batch.
       image_size: side of the result.
 
@@ -128,13 +102,9 @@ def eval_feed(
 
     @plain
     def single(index, label, payload):
-        if source.kind == "pixels":
-            payload = tf.ensure_shape(payload, [*source.image_shape, 3])
-        else:
-            payload = corrupt.file_bytes(source, payload)
-        return {"images": shown(payload), "labels": label}
+        return {"images": shown(corrupt.file_bytes(source, payload)), "labels": label}
 
-    shown = evaluator(image_size, encoded=source.kind != "pixels")
+    shown = evaluator(image_size)
     start = tf.Variable(0, dtype=tf.int64)
     data = _loaded(start, len(plan), load, source, ()).unbatch()
     data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -143,13 +113,23 @@ def eval_feed(
     return ((batch["images"], batch["labels"]) for batch in batches)
 
 
-def augmenter(source: Source, augmentations: tuple[Augmentation, Augmentation]) -> Callable:
-    """`augment_pixels` or `augment_encoded` for a source.
+def named(colour: bool) -> Callable[..., dict]:
+    """Function that gives (views, labels, ids, parameters) the names they have in a batch."""
+    names = ("images", "labels", "ids") if colour else ("images", "labels", "ids", "parameters")
+    return lambda *values: dict(zip(names, values, strict=False))
+
+
+def augmenter(
+    source: Source, augmentations: tuple[Augmentation, Augmentation], colour: bool = True
+) -> Callable:
+    """`augment_pixels` or `augment_encoded` for a source; without `colour`, their first part.
 
     Where corrupt images are replaced, all of each image is decoded: whether it is good must not
     depend on the crop, or a resumed run could choose otherwise.
     """
     whole = source.on_corrupt == "replace"
+    if not colour:
+        augmentations = tuple(map(presets.crop_only, augmentations))
     return _augmenter(augmentations, source.kind == "pixels", whole)
 
 
@@ -163,12 +143,11 @@ def _augmenter(augmentations: tuple, pixels: bool, whole: bool) -> Callable:
 
 
 @functools.cache
-def evaluator(image_size: int, encoded: bool) -> Callable:
-    """Function of one image, or of its file's bytes, to uint8 [image_size, image_size, 3]."""
+def evaluator(image_size: int) -> Callable:
+    """Function of the bytes of an image's file to uint8 [image_size, image_size, 3]."""
 
-    def shown(image):
-        image = decode.decode(image) if encoded else image
-        return augment_host.centre(image, resize_to(image_size), image_size)
+    def shown(data):
+        return augment_host.centre(decode.decode(data), resize_to(image_size), image_size)
 
     return traced(shown)
 

@@ -13,17 +13,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from common.data import presets
+from common.data import draws, presets
+from common.data.centre import centre
 from common.data.draws import order
 from common.data.sources import Source
 from common.errors import UserError
 
-__all__ = ["eval_batches", "order", "steps_per_epoch", "train_batches"]
-
-# From this size on, evaluation cuts the centre out of a larger image, as ImageNet is evaluated;
-# smaller sets are used whole.
-_CENTRE_CROP_ABOVE = 64
-_CENTRE_CROP = 0.875
+__all__ = ["eval_batches", "images_of", "order", "steps_per_epoch", "train_batches"]
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -50,7 +46,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     saved_readers: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> "Batches":
     """Batches without end, over epochs.
 
     Args:
@@ -64,7 +60,8 @@ def train_batches(
 
     Returns:
       Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
-      unlabelled), "ids": int64 [b_local]}, with the attributes of `Batches`.
+      unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
+      draws.PARAMETERS] with `data.augment_on="both"`. With "device" there are `ResidentBatches`.
 
     Raises:
       UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
@@ -98,12 +95,17 @@ def train_batches(
         epoch, step = divmod(int(step), steps)
         return epoch, epoch_order(epoch)[step * config.batch_size + rows]
 
+    if config.data.augment_on == "device":
+        from common.data import resident  # which builds on this module
+
+        return resident.ResidentBatches(source, config, augmentations, plan, steps, start_step)
+    colour = config.data.augment_on == "host"
     if source.kind == "views":
-        batches = _fake_batches(source, plan, start_step, augmentations[0].size)
+        batches = _fake_batches(source, plan, config.seed, augmentations, start_step, colour)
     else:
         from common.data import feed
 
-        batches = feed.train_feed(source, plan, config.seed, augmentations, start_step)
+        batches = feed.train_feed(source, plan, config.seed, augmentations, start_step, colour)
     return Batches(batches, source, steps, start_step, readers)
 
 
@@ -132,16 +134,27 @@ class Batches:
         self.position += 1
         return batch
 
+    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The ids `[steps, b_local]` and what the program of the next step takes; `steps` is 1."""
+        batch = next(self)
+        return batch.pop("ids")[None], batch
+
     @property
     def corrupt_count(self) -> int:
         return self._source.corrupt_count
 
 
-def _fake_batches(source: Source, plan, step: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+def _fake_batches(
+    source: Source, plan, seed: int, augmentations: tuple, step: int, colour: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    size = augmentations[0].size
     while True:
-        _, ids = plan(step)
+        epoch, ids = plan(step)
         views = np.stack([source.views(ids + view, size) for view in (0, 1)], axis=1)
-        yield {"images": views, "labels": source.read(ids)[1], "ids": ids}
+        batch = {"images": views, "labels": source.read(ids)[1], "ids": ids}
+        if not colour:
+            batch["parameters"] = draws.draw_pair(augmentations, seed, epoch, ids, (size, size))[0]
+        yield batch
         step += 1
 
 
@@ -191,14 +204,26 @@ def eval_batches(
     places = [start + rows for start in range(0, n, batch_size)]
     # past the end the last example is read again, and hidden
     plan = [_spaced(np.minimum(place, n - 1), n, source.num_examples) for place in places]
-    if source.image_shape == (image_size, image_size) and source.kind in ("pixels", "views"):
-        read = (source.read(ids) for ids in plan)
-    else:
-        from common.data import feed
-
-        read = feed.eval_feed(source, plan, image_size)
+    read = _read_centres(source, plan, image_size)
     masks = [place < n for place in places]
     return _masked(plan, masks, read)
+
+
+def images_of(source: Source, ids: np.ndarray, image_size: int) -> np.ndarray:
+    """The un-augmented images uint8 [n, h, w, 3] of some examples, as evaluation sees them."""
+    return next(iter(_read_centres(source, [np.asarray(ids)], image_size)))[0]
+
+
+def _read_centres(
+    source: Source, plan: list[np.ndarray], image_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) of each batch of ids; TensorFlow only where files are to be decoded."""
+    if source.kind in ("pixels", "views"):
+        pairs = (source.read(ids) for ids in plan)
+        return ((centre(images, image_size), labels) for images, labels in pairs)
+    from common.data import feed
+
+    return feed.eval_feed(source, plan, image_size)
 
 
 def _spaced(places: np.ndarray, count: int, n: int) -> np.ndarray:
@@ -217,8 +242,3 @@ def _masked(
             "mask": mask,
             "ids": np.where(mask, ids, -1),
         }
-
-
-def resize_to(image_size: int) -> int:
-    """Length of the shorter side before the centre is cut out."""
-    return round(image_size / _CENTRE_CROP) if image_size > _CENTRE_CROP_ABOVE else image_size

@@ -81,6 +81,12 @@ class Augmentation:
         _check(self)
 
 
+def crop_only(augmentation: Augmentation) -> Augmentation:
+    """The part of a recipe that ends with the flip."""
+    off = dict.fromkeys(("rotate", "jitter", "grey", "blur", "solarise"), 0.0)
+    return dataclasses.replace(augmentation, **off)
+
+
 _PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarise", "rotate")
 _CHOICES = {
     "crop": ("tf", "torch"),

@@ -40,6 +40,10 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
     config.shuffle_buffer = 16384  # encoded images, for streamed sets only
     config.on_corrupt = "error"  # or "replace": by the next good image, with a counted warning
+    # Where the views are made: "host" (TensorFlow), "both" (the host decodes, crops and flips, the
+    # rest runs inside the train step) or "device" (all inside the step, with the data set in device
+    # memory: small sets of images of one shape)
+    config.augment_on = "host"
     config.fake_examples = 4096
     config.fake_classes = 10
     return config

@@ -86,7 +86,8 @@ def train_batches(
     b = len(rows)
     if b * count != config.batch_size:
         raise _uneven(index, count, b, config.batch_size)
-    batches = _train(source, config.seed, augmentations, steps, b, start, index, count)
+    colour = config.data.augment_on == "host"
+    batches = _train(source, config.seed, augmentations, steps, b, start, index, count, colour)
     return Batches(batches, source, steps, start, count)
 
 
@@ -97,13 +98,13 @@ def _uneven(index: int, count: int, b: int, batch_size: int) -> UserError:
     )
 
 
-def _train(source, seed, augmentations, steps, b, start, index, count) -> Iterator[dict]:
-    augment = feed.augmenter(source, augmentations)
+def _train(source, seed, augmentations, steps, b, start, index, count, colour) -> Iterator[dict]:
+    augment, named = feed.augmenter(source, augmentations, colour), feed.named(colour)
     epoch, done = divmod(start, steps)
     while True:
 
         def draw(ids, epoch=epoch):
-            return feed.draw_pair(augmentations, seed, epoch, ids, None)
+            return draws.draw_pair(augmentations, seed, epoch, ids, None)
 
         def finish(data, draw=draw):
             @plain
@@ -115,8 +116,7 @@ def _train(source, seed, augmentations, steps, b, start, index, count) -> Iterat
 
             @plain
             def single(index, label, image, parameters, crops):
-                views = augment(image, parameters, crops)
-                return {"images": views, "labels": label, "ids": index}
+                return named(augment(image, parameters, crops), label, index, parameters)
 
             data = data.map(drawn).unbatch()
             data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -147,7 +147,7 @@ def eval_batches(
     start, end = part_of(source.num_examples, index, count)
     largest = -(-source.num_examples // count)
 
-    shown = feed.evaluator(image_size, encoded=True)
+    shown = feed.evaluator(image_size)
 
     @plain
     def single(index, label, image):

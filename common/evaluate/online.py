@@ -95,8 +95,8 @@ class Evaluator:
             bank[0], queries[0][chosen], k, center=self.config.evaluate.knn_center
         )
         size = self.config.data.image_size
-        shown = images_of(self.test, queries[2][chosen], size)
-        found = images_of(self.bank, bank[2][np.asarray(indices).reshape(-1)], size)
+        shown = pipeline.images_of(self.test, queries[2][chosen], size)
+        found = pipeline.images_of(self.bank, bank[2][np.asarray(indices).reshape(-1)], size)
         if jax.process_index() == 0:
             pictures.nearest_neighbours(
                 shown,
@@ -148,12 +148,3 @@ class Evaluator:
 def _labelled(*sets: tuple) -> bool:
     """Whether each of the `(features, labels, ids)` has a label."""
     return all((labels >= 0).any() for _, labels, _ in sets)
-
-
-def images_of(source: Source, ids: np.ndarray, image_size: int) -> np.ndarray:
-    """The un-augmented images `[n, h, w, 3]` of some examples, as evaluation sees them."""
-    if source.image_shape == (image_size, image_size) and source.kind in ("pixels", "views"):
-        return source.fetch(ids)
-    from common.data import feed  # imports TensorFlow
-
-    return next(iter(feed.eval_feed(source, [ids], image_size)))[0]

@@ -14,10 +14,10 @@ from etils import epath
 
 from common import config as configs
 from common import files, jsonl, pictures, report
+from common.data.pipeline import images_of
 from common.data.sources import Source
 from common.evaluate import knn, modes
 from common.evaluate.feature_files import Embedded, printable, shortened
-from common.evaluate.online import images_of
 from common.evaluate.pretrained import Pretrained
 from common.page import feature_map, inline
 
@@ -156,14 +156,14 @@ def _pairs(
     opened: Pretrained, source: Source, names: list[str], places: dict[int, int]
 ) -> list[dict]:
     """Images and the two views that this run's augmentation makes of each."""
-    batch = report.some_pairs(opened.config, source, min(_PAIRS, source.num_examples))
-    originals = images_of(source, batch["ids"], opened.config.data.image_size)
+    ids, views = report.some_pairs(opened.config, source, min(_PAIRS, source.num_examples))
+    originals = images_of(source, ids, opened.config.data.image_size)
     return [
         {
-            "uris": [inline.data_uri(image) for image in (original, *views)],
+            "uris": [inline.data_uri(image) for image in (original, *pair)],
             "name": names[places[int(i)]] if int(i) in places else str(i),
         }
-        for i, original, views in zip(batch["ids"], originals, batch["images"], strict=True)
+        for i, original, pair in zip(ids, originals, views, strict=True)
     ]
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common.compiling import compile_step, cost
+from common.data import resident
 from common.errors import UserError
 from common.method import Method, Setup, make_setup
 from common.plan import collectives
@@ -65,7 +66,7 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
     begin = time.process_time()
     try:
         compiled = compile_step(
-            method, task.config, mesh, abstract, state_shardings(mesh, abstract)
+            method, task.config, mesh, abstract, state_shardings(mesh, abstract), _data(task)
         )
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
@@ -95,6 +96,14 @@ def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1)
             dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), devices)
         ],
     }
+
+
+def _data(task: Task) -> dict[str, Any] | None:
+    """Shapes of a data set that would live on the device, its images as large as evaluation's."""
+    if task.config.data.augment_on != "device":
+        return None
+    size = task.config.data.image_size
+    return resident.shapes_of(task.steps[1] * task.config.batch_size, (size, size))
 
 
 def for_topology(task: Task, topology: str) -> dict[str, Any]:

@@ -1,0 +1,256 @@
+"""Pairs (one photograph, two views) a second: this input pipeline beside PIL and torchvision.
+
+    python -m benchmarks.input_pipeline [--images=64] [--rounds=5] [--size=224] [--preset=simclr]
+
+JPEGs of 500 x 375 are made from gradients and noise. Every contestant makes two views of each of
+them, in turn and several times; what counts are medians of one run and their ratios.
+
+    host      all operations in TensorFlow on the host (`data.augment_on="host"`)
+    both      what is left for the host when colour and blur run on the device ("both")
+    device    those, in JAX on this machine's first device
+    resident  "device": all operations in JAX, on images of 32 pixels that are in its memory
+    PIL       SimCLR's transform in PIL with two processes, written here
+    torch     torchvision's transforms in two processes, where it is installed
+
+The last two return nothing from their processes, and are not charged for it. With --train, the demo
+(embedded images, its small network) is trained for some steps with each `data.augment_on` as well.
+"""
+
+import argparse
+import functools
+import io
+import multiprocessing
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+WIDTH, HEIGHT, WORKERS = 500, 375, 2
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs that compress about as photographs do: smooth colours, edges and some noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+    files = []
+    for _ in range(count):
+        waves = [
+            np.sin(x * a + y * b + c) for a, b, c in rng.uniform(-0.05, 0.05, (3, 3)) * [1, 1, 60]
+        ]
+        blocks = rng.normal(0, 20, (HEIGHT // 25, WIDTH // 25, 3)).repeat(25, 0).repeat(25, 1)
+        image = 128 + 60 * np.stack(waves, axis=-1) + blocks + rng.normal(0, 8, blocks.shape)
+        out = io.BytesIO()
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        files.append(out.getvalue())
+    return files
+
+
+# ---------------------------------------------------------------- the others, in processes
+
+
+def pil_view(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """One view as Chen et al. 2020, appendix A has it, at strength 1."""
+    area = WIDTH * HEIGHT
+    for _ in range(10):
+        target, ratio = (
+            area * rng.uniform(0.08, 1),
+            np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))),
+        )
+        w, h = round(np.sqrt(target * ratio)), round(np.sqrt(target / ratio))
+        if w <= WIDTH and h <= HEIGHT:
+            break
+    else:
+        w, h = WIDTH, HEIGHT
+    left, top = rng.integers(0, WIDTH - w + 1), rng.integers(0, HEIGHT - h + 1)
+    box = (left, top, left + w, top + h)
+    view = image.resize((size, size), Image.BICUBIC, box=box)
+    if rng.random() < 0.5:
+        view = view.transpose(Image.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.8:
+        view = pil_jitter(view, rng)
+    if rng.random() < 0.2:
+        view = view.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2)))
+    return view
+
+
+def pil_jitter(view: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation 0.8, hue 0.2, in random order."""
+    for kind in rng.permutation(4):
+        if kind == 3:
+            hue, saturation, value = view.convert("HSV").split()
+            turned = np.asarray(hue) + np.uint8(int(rng.uniform(-0.2, 0.2) * 255) % 256)
+            view = Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+        else:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
+            view = enhance(view).enhance(rng.uniform(0.2, 1.8))
+    return view
+
+
+def pil_pair(data: bytes, size: int) -> int:
+    """Two views; only a number goes back."""
+    image, rng = Image.open(io.BytesIO(data)).convert("RGB"), np.random.default_rng()
+    return sum(int(np.asarray(pil_view(image, size, rng))[0, 0, 0]) for _ in range(2))
+
+
+@functools.cache
+def torch_transform(size: int) -> Callable:
+    """The same in torchvision."""
+    import torch
+    from torchvision import transforms as t
+
+    torch.set_num_threads(1)
+    jitter = t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8)
+    blur = t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2))], p=0.5)
+    crop = t.RandomResizedCrop(size, interpolation=t.InterpolationMode.BICUBIC)
+    flip, grey = t.RandomHorizontalFlip(), t.RandomGrayscale(0.2)
+    return t.Compose([crop, flip, jitter, grey, blur, t.ToTensor()])
+
+
+def torch_pair(data: bytes, size: int) -> float:
+    """Two views; only a number goes back."""
+    image, transform = Image.open(io.BytesIO(data)).convert("RGB"), torch_transform(size)
+    return sum(float(transform(image)[0, 0, 0]) for _ in range(2))
+
+
+# ---------------------------------------------------------------- ours
+
+
+def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Callable[[], int]:
+    """Takes an epoch of views from the input pipeline; returns how many pairs."""
+    from common.data import pipeline, sources
+
+    config = settings(size, preset, where, f"folder:{directory}", n)
+    source = sources.open_source(config.data, "train")
+    batches = pipeline.train_batches(source, config, rows=np.arange(config.batch_size))
+
+    def epoch() -> int:
+        for _ in range(batches.steps_per_epoch):
+            next(batches)
+        return batches.steps_per_epoch * config.batch_size
+
+    return epoch
+
+
+def settings(size: int, preset: str, where: str, source: str, n: int):
+    """The part of a config that the pipeline reads."""
+    from ml_collections import ConfigDict
+
+    from common.data import presets, sources
+
+    config = ConfigDict({"seed": 0, "batch_size": min(32, n), "steps_per_dispatch": 1})
+    config.data = sources.default_config(source, size)
+    config.data.augment_on = where
+    config.augment = presets.default_config(preset)
+    config.augment_view2 = presets.default_config(None)
+    return config
+
+
+def device(size: int, preset: str, where: str, n: int) -> Callable[[], int]:
+    """Runs the device's part of the augmentation on random pixels."""
+    import jax
+
+    from common.data import augment_device, draws, presets
+    from common.sharding import make_mesh, to_global
+
+    pair = presets.resolve_views(settings(size, preset, where, "fake", n))
+    rng, mesh = np.random.default_rng(0), make_mesh(jax.devices()[:1])
+    shape = (n, 2, size, size, 3) if where == "both" else (n, size, size, 3)
+    function = augment_device.augment_colour
+    function = function if where == "both" else augment_device.augment_pixels
+    batch = to_global(mesh, {
+        "images": rng.integers(0, 256, shape, np.uint8),
+        "parameters": draws.draw_pair(pair, 0, 0, np.arange(n), (size, size))[0],
+    })  # fmt: skip
+    views = functools.partial(augment_device.views, function, augmentations=pair, mesh=mesh)
+    program = jax.jit(views)
+
+    def once() -> int:
+        jax.block_until_ready(program(batch["images"], batch["parameters"]))
+        return n
+
+    return once
+
+
+def trained(where: str, steps: int) -> float:
+    """Pairs a second of the demo's training, end to end."""
+    from common.train import train
+    from configs import simclr_demo
+    from simclr_jax.method import SimCLR
+
+    config = simclr_demo.get_config()
+    config.duration, config.log_every, config.optimizer.warmup = f"{steps} steps", 5, "0 steps"
+    config.data.test_split, config.data.augment_on = "", where
+    config.checkpoint.every, config.evaluate.pictures = "0 steps", False
+    with tempfile.TemporaryDirectory() as workdir:
+        return train(SimCLR, config, workdir)["images_per_second"]
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Pairs a second, once."""
+    begin = time.perf_counter()
+    return work() / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--preset", default="simclr")
+    parser.add_argument("--train", type=int, default=0, help="steps, for each place")
+    options = parser.parse_args()
+    n, size, preset = options.images, options.size, options.preset
+    files = photographs(n)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory, context.Pool(WORKERS) as pool:
+        (pathlib.Path(directory) / "train").mkdir()
+        for i, data in enumerate(files):
+            pathlib.Path(directory, "train", f"{i}.jpg").write_bytes(data)
+
+        def others(pair: Callable) -> int:
+            work = functools.partial(pair, size=size)
+            return len(list(pool.imap_unordered(work, files, chunksize=4)))
+
+        contestants = {
+            "host": pipeline(directory, n, size, preset, "host"),
+            "both": pipeline(directory, n, size, preset, "both"),
+            "device": device(size, preset, "both", min(32, n)),
+            "resident": device(32, "cifar", "device", 512),
+            "PIL": functools.partial(others, pil_pair),
+            "torch": functools.partial(others, torch_pair),
+        }
+        try:
+            import torchvision  # noqa: F401
+        except ImportError:
+            del contestants["torch"]
+        for work in contestants.values():  # compiles, imports, fills caches
+            work()
+        rates = {name: [] for name in contestants}
+        for _ in range(options.rounds):
+            for name, work in contestants.items():
+                rates[name].append(rate(work))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    mean = sum(map(len, files)) / n / 1000
+    print(f"{n} JPEGs of {WIDTH} x {HEIGHT} ({mean:.0f} kB), two views of {size} px, {preset}, "
+          f"{os.cpu_count()} cores, medians of {options.rounds}")  # fmt: skip
+    base = "torch" if "torch" in medians else "PIL"
+    print(f"{'':10}{'pairs/s':>10}{'x ' + base:>10}{'x host':>10}")
+    for name, value in medians.items():
+        print(
+            f"{name:10}{value:10,.0f}{value / medians[base]:10.2f}{value / medians['host']:10.2f}"
+        )
+    if options.train:
+        for where in ("host", "both", "device"):
+            print(f"the demo, end to end, {where}: {trained(where, options.train):,.0f} pairs/s")
+
+
+if __name__ == "__main__":
+    main()
