@@ -116,8 +116,8 @@ def test_a_dispatch_takes_its_steps(devices):
 @pytest.mark.parametrize("method", ["simclr", pytest.param("moco", marks=pytest.mark.slow)])
 def test_a_killed_run_continues_bit_by_bit(method, tmp_path, monkeypatch):
     """Steps 1, 2-4, 5-7 in one go; from step 4 on 5, 6-7. The last bits do not tell."""
-    c = small(method, data__augment_on="device", steps_per_dispatch=3, log_every=7,
-              checkpoint__every="4 steps", evaluate__every="7 steps")  # fmt: skip
+    c = small(method, data__fake_classes=2, data__augment_on="device", steps_per_dispatch=3,
+              log_every=7, checkpoint__every="4 steps", evaluate__every="7 steps")  # fmt: skip
     run(c, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before(patch, 3)
