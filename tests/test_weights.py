@@ -17,12 +17,13 @@ import safetensors.numpy
 import tiny
 from test_export import STEP, export, hurried, variables, workdir  # noqa: F401
 
+from common import train as loop
 from common.checkpoint import Checkpoints
 from common.errors import UserError
 from common.evaluate import pretrained, settings
 from common.export import formats, layout, start, weights
 from common.method import root_keys
-from common.sharding import state_shardings
+from common.sharding import make_mesh, state_shardings
 
 NETWORK = {"stages": (1, 1), "width": 4, "stem": "cifar"}  # of `tiny.config`
 D = 8
@@ -386,3 +387,28 @@ def test_import_needs_weights_and_a_run_needs_a_checkpoint(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         weights.load_weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", [True, False])
+def test_training_starts_from_the_weights(tmp_path, imported):
+    """In an imported workdir as in a new one: learning rate 0 leaves them as they were."""
+    path, run = save(tmp_path / "moco.npz", moco_v2()), tmp_path / "run"
+    c = tiny.config(
+        "moco", init_from=str(path), data__source="fake", data__fake_examples=20, batch_size=8,
+        data__fake_classes=3, duration="3 steps", model__bn_groups=4, moco__queue_length=12,
+        optimizer__learning_rate=0.0, evaluate__pictures=False, checkpoint__every="1 step",
+    )  # fmt: skip
+    if imported:
+        start.import_weights(tiny.METHODS["moco"], c, run)
+    summary = loop.train(tiny.METHODS["moco"], c, run, make_mesh(jax.devices()[:2]))
+    assert summary["steps"] == 3
+    found = weights.load_weights(run)
+    assert found.metadata["step"] == 3
+    for name, want in encoder(1).items():
+        same = np.array_equal(found.arrays[name], want)
+        assert same != ("running" in name), name  # the statistics have seen three batches
+    kernel = moco_v2()["module.encoder_q.fc.2.weight"].T
+    np.testing.assert_array_equal(found.head[0]["dense2"]["kernel"], kernel)
+    path.unlink()  # needed at the start only
+    assert loop.train(tiny.METHODS["moco"], c, run, make_mesh(jax.devices()[:2])) == summary
