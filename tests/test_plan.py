@@ -23,7 +23,7 @@ HLO = """
   %p = (u8[100]{0}, u8[100]{0}, u32[], u32[]) collective-permute-start(%q), channel_id=1
   %t = u8[16,4]{1,0} all-to-all(u8[16,4]{1,0} %r), replica_groups={}
   %copy = u8[100]{0} collective-permute(%q), channel_id=1
-  %other = u8[7]{0} collective-permute(%q), channel_id=2
+  %other = u8[7]{0} collective-permute(%q), channel_id=1
   %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
 """
 

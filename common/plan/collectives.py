@@ -51,7 +51,8 @@ def read(text: str, devices: int) -> list[Collective]:
 
     Args:
         text: `compiled.as_text()`. A collective in the body of a loop counts once, and so does one
-            that the TPU compiler has written into several fusions: they share a channel.
+            that the TPU compiler has written into several fusions: they share a channel and a size.
+            (On CPUs all collectives of `shard_map` share channel 1.)
         devices: of the program, the group where an instruction names none.
     """
     found, channels = [], set()
@@ -59,9 +60,6 @@ def read(text: str, devices: int) -> list[Collective]:
         shape, kind, start = match.groups()
         line = text[match.start() : text.find("\n", match.end())]
         channel = _CHANNEL.search(line)
-        if channel and (kind, channel[1]) in channels:
-            continue
-        channels.add((kind, channel[1]) if channel else None)
         arrays = _ARRAY.findall(shape)
         if start and kind != "all-reduce":  # (operands, results, and scalars of its own)
             arrays = [array for array in arrays if array[1]]
@@ -69,6 +67,9 @@ def read(text: str, devices: int) -> list[Collective]:
         sizes = [_bytes(*array) for array in arrays]
         group = _group(line, devices)
         size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+        if channel and (kind, channel[1], size) in channels:
+            continue
+        channels.add((kind, channel[1], size) if channel else None)
         found.append(Collective(kind, size, group))
     return found
 
