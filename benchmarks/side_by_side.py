@@ -38,7 +38,8 @@ def seconds(programs: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[st
 def milliseconds(times: Sequence[float]) -> str:
     """Median and range."""
     low, middle, high = (1e3 * f(times) for f in (min, statistics.median, max))
-    return f"{middle:.0f} ({low:.0f}-{high:.0f})"
+    digits = 0 if middle >= 100 else 2
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:

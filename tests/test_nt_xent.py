@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from common import contrast
 from common.errors import UserError
 from common.sharding import batch_sharding, make_mesh
 from simclr_jax.loss import nt_xent, nt_xent_with_metrics
@@ -195,12 +196,13 @@ def test_temperature_has_a_gradient():
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-def test_memory_of_the_gradient_is_a_tile_and_not_the_logits():
-    """2N = 32,768, d = 128 on one device: full logits would be 4 GB. Compiled, not run."""
-    z = jax.ShapeDtypeStruct((16_384, 2, 128), jnp.float32)
+def test_memory_of_the_gradient_is_the_embeddings_and_a_tile():
+    """2N = 131,072, d = 128 on one device: full logits would be 69 GB. Compiled, not run."""
+    z = jax.ShapeDtypeStruct((65_536, 2, 128), jnp.float32)
     run = jax.jit(jax.value_and_grad(lambda z: nt_xent_with_metrics(z, 0.1), has_aux=True))
     memory = run.lower(z).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 200e6, memory.temp_size_in_bytes
+    allowed = 4 * (4 * 131_072 * 128) + 2 * (4 * contrast.BLOCK_SIZE**2)
+    assert memory.temp_size_in_bytes <= allowed, memory.temp_size_in_bytes
 
 
 def test_what_travels_is_the_embeddings_once():
