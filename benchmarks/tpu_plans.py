@@ -37,8 +37,8 @@ BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
 CHANGES: dict[str, dict[str, Any]] = {
     "all (the default on TPU)": {},
     "neither": {"tpu_compiler_options": False, "model.fold_norm": False},
-    "compiler options only": {"model.fold_norm": False},
     "folded norm only": {"tpu_compiler_options": False},
+    "compiler options only": {"model.fold_norm": False},
     "all, remat=convs": {"model.remat": "convs"},
     "all, remat=blocks": {"model.remat": "blocks"},
 }
