@@ -77,7 +77,7 @@ def changes(found: Sequence[tuple[str, Rows]]) -> str:
         "temporaries GiB | of the baseline | peak GiB | TFLOP | compile CPU s |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for name, rows in sorted(found, key=lambda item: item[0] != "baseline"):
+    for name, rows in found:
         if not rows:
             continue
         if not (row := rows[0]).get("fits"):
