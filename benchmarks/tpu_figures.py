@@ -73,23 +73,24 @@ def changes(found: Sequence[tuple[str, Rows]]) -> str:
     """What each change bought, against the baseline, in Markdown."""
     base = next((rows[0] for name, rows in found if name == "baseline" and rows), None)
     lines = [
-        "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | "
+        "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | HBM GB | "
         "temporaries GiB | of the baseline | peak GiB | TFLOP | compile CPU s |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for name, rows in sorted(found, key=lambda item: item[0] != "baseline"):
+    for name, rows in found:
         if not rows:
             continue
         if not (row := rows[0]).get("fits"):
-            lines.append(f"| {name} | does not fit | | | | {row.get('peak_gib', '')} | | |")
+            lines.append(f"| {name} | does not fit | | | | | {row.get('peak_gib', '')} | | |")
             continue
         ratios = ["", ""]
         if base:
             ratios = [f"{row[n] / base[n]:.2f}" for n in ("gb_accessed", "temporaries_gib")]
+        seconds = row["compile_seconds"]  # None: compiled on a machine that was too busy to tell
         lines.append(
-            f"| {name} | {row['gb_accessed']:.1f} | {ratios[0]} | {row['temporaries_gib']:.2f} | "
-            f"{ratios[1]} | {row['peak_gib']:.2f} | {row['tflop']:.2f} | "
-            f"{row['compile_seconds']:.0f} |"
+            f"| {name} | {row['gb_accessed']:.1f} | {ratios[0]} | {row['hbm_gb']:.1f} | "
+            f"{row['temporaries_gib']:.2f} | {ratios[1]} | {row['peak_gib']:.2f} | "
+            f"{row['tflop']:.2f} | {'-' if seconds is None else round(seconds)} |"
         )
     return "\n".join(lines)
 

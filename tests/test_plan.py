@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 import main
 from common.errors import UserError
-from common.plan import chips, collectives, measure, table
+from common.plan import chips, collectives, measure, table, traffic
 from common.plan.plan import data_of, plan
 from common.sharding import AXIS, make_mesh
 
@@ -59,6 +59,29 @@ def test_collectives_of_a_text():
     assert next(iter(totals)) == "all-gather"
 
 
+def test_traffic_of_a_text():
+    """What lies in HBM counts where it is touched, a fetch by what it brings."""
+    text = """
+%fused (p: f32[9]) -> f32[9] {
+  %inside = f32[9]{0:S(1)} add(%p, %p)
+}
+
+ENTRY %main.1 (p: f32[8,100]) -> f32[8,100] {
+  %p = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = ((bf16[8,100]{1,0}), bf16[2,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2]}
+  %sd = bf16[2,100]{1,0:S(1)} slice-done(%s)
+  %f = (f32[100]{0:T(128)S(1)}, f32[8,100]{1,0:T(8,128)}) fusion(%p, %sd), calls=%fused
+  %g = f32[8,100]{1,0:T(8,128)} get-tuple-element(%f), index=1
+  %c = (f32[8,100]{1,0:T(8,128)S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%g)
+  %cd = f32[8,100]{1,0:T(8,128)S(1)} copy-done(%c)
+  ROOT %w = pred[8,100]{1,0} compare(%cd, %cd)
+}
+"""
+    fetched, fusion, copied, compared = 400, 1600 + 3200, 3200, 800
+    assert traffic.hbm_bytes(text) == fetched + fusion + copied + compared
+    assert traffic.hbm_bytes(text.replace("S(1)", "")) is None
+
+
 def test_collectives_of_a_real_program():
     mesh = make_mesh(jax.devices()[:4])
 
@@ -97,7 +120,8 @@ def row_for(topology, monkeypatch, **found):
     base = {
         "devices": 32, "compile_seconds": 1.0, "arguments": 2**30, "temporaries": 2**32,
         "outputs": 2**30, "aliased": 2**30, "peak": 5 * 2**30, "flops": 6.17e12,
-        "bytes_accessed": 83.5e9, "collectives": [("all-reduce", 100_000_000, 32)],
+        "bytes_accessed": 83.5e9, "hbm_bytes": 61e9,
+        "collectives": [("all-reduce", 100_000_000, 32)],
     }  # fmt: skip
     monkeypatch.setattr(measure, "for_topology", lambda task, name: base | found)
     c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
@@ -138,7 +162,8 @@ def test_what_fits_is_said(monkeypatch, capsys):
     """The plain step is too large; with the second policy it fits: that row is there too."""
     fits = dict(
         devices=32, compile_seconds=1.0, arguments=0, temporaries=2**33, outputs=0, aliased=0,
-        peak=2**33, flops=1e12, bytes_accessed=1e9, collectives=[],
+        peak=2**33, flops=1e12, bytes_accessed=1e9, hbm_bytes=None,
+        collectives=[],
     )  # fmt: skip
 
     def found(task, topology):

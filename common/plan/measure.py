@@ -26,7 +26,7 @@ from common.compiling import compile_step, cost
 from common.data import resident
 from common.errors import UserError
 from common.method import Method, Setup, make_setup
-from common.plan import collectives
+from common.plan import collectives, traffic
 from common.sharding import local_rows, make_mesh, state_shardings
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
@@ -56,7 +56,8 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
     Returns:
         `devices`; `compile_seconds` of all processor cores (a busy machine takes longer);
         `arguments`, `temporaries`, `outputs`, `aliased` and `peak` in bytes; `flops` and
-        `bytes_accessed`; `collectives`, a list of (kind, bytes, group);
+        `bytes_accessed` as XLA counts, `hbm_bytes` as `traffic` does; `collectives`, a list of
+        (kind, bytes, group);
         or, when the program does not fit, `out_of_memory`: `{"peak": ..., "capacity": ...}`.
     """
     local_rows(mesh, task.config.batch_size)  # refuses a batch that cannot be split
@@ -83,6 +84,7 @@ def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1)
     """What the compiler says of a program, as `for_mesh` returns it, but for the seconds."""
     memory, work = compiled.memory_analysis(), cost(compiled, microbatches)
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    text = compiled.as_text()
     return {
         "devices": devices,
         "arguments": memory.argument_size_in_bytes,
@@ -92,9 +94,8 @@ def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1)
         "peak": live + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
         "flops": work.get("flops"),
         "bytes_accessed": work.get("bytes accessed"),
-        "collectives": [
-            dataclasses.astuple(c) for c in collectives.read(compiled.as_text(), devices)
-        ],
+        "hbm_bytes": traffic.hbm_bytes(text),
+        "collectives": [dataclasses.astuple(c) for c in collectives.read(text, devices)],
     }
 
 

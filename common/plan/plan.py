@@ -153,6 +153,7 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
     row |= {
         "tflop": _rounded(found["flops"], 1e12),
         "gb_accessed": _rounded(found["bytes_accessed"], 1e9),
+        "hbm_gb": _rounded(found["hbm_bytes"], 1e9),
         "collectives": collectives.totals(moved),
     }
     if device:

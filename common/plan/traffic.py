@@ -1,0 +1,53 @@
+"""How many bytes a compiled TPU program moves between a chip and its HBM, counted from its text.
+
+XLA's own "bytes accessed" also counts operands that lie in the chip's fast memory, and of an array
+that is fetched in slices the whole of it for every slice. Here an operand or result counts if it is
+in HBM, a fetch by what it brings.
+"""
+
+import math
+import re
+
+_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_NAME = re.compile(r"%([\w.-]+)")
+_FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "iota", "custom-call"}
+
+
+def hbm_bytes(text: str) -> int | None:
+    """Bytes read from and written to HBM in one step.
+
+    An instruction that works on part of an array counts the whole of it; a loop counts once.
+
+    Args:
+        text: `compiled.as_text()` of a program for TPUs.
+
+    Returns:
+        For one device; None where the text names no memory spaces (CPU, GPU).
+    """
+    entry = text[text.find("\nENTRY ") :]
+    entry = entry[: entry.find("\n}")]
+    if "S(1)" not in entry:
+        return None
+    total, arrays = 0, {}
+    for line in entry.splitlines()[1:]:
+        match = _LINE.match(line.replace("{{", "{").replace("((", "("))
+        if not match:
+            continue
+        name, shape, kind, operands = match.groups()
+        arrays[name] = [_array(*found) for found in _ARRAY.findall(shape)]
+        if kind in _FREE or kind.endswith("-done"):
+            continue
+        if kind in ("slice-start", "copy-start"):  # (from, to, a scalar), or to before from
+            ends = arrays[name][:2]
+            total += min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
+            continue
+        touched = arrays[name] + [a for x in _NAME.findall(operands) for a in arrays.get(x, [])]
+        total += sum(size for size, in_hbm in touched if in_hbm)
+    return total
+
+
+def _array(kind: str, bits: str, dimensions: str, layout: str) -> tuple[int, bool]:
+    """(bytes, whether it is in HBM)."""
+    count = math.prod(int(d) for d in dimensions.split(",") if d)
+    return count * (8 if kind == "pred" else int(bits or 0)) // 8, "S(" not in layout
