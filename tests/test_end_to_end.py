@@ -373,6 +373,8 @@ def test_a_mended_config_may_use_the_workdir_that_never_trained(tmp_path):
     (work / jsonl.FILE).write_text('{"step": 0}\n{"step": 1}\n')  # now it has begun
     bad(tmp_path, ["holds the run of another config", "seed (was 0, now 1)"], seed=1)
     claim(work, small("simclr", log_every=7))
+    with loop.claim(work, small("simclr")):
+        bad(tmp_path, ["work is in use by another run", "--workdir"])
 
 
 def test_a_workdir_that_is_not_ours(tmp_path):
