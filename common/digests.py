@@ -6,6 +6,7 @@ elements of a hash of (place in the whole array, bits). A sum has no order, so e
 what it holds. One changed element always changes it, other damage all but once in 2^32.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+
+from common.sharding import replicated
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -39,7 +43,7 @@ def of_state(state: Any) -> dict[str, int]:
     Returns:
         {name: 32-bit digest}.
     """
-    found = np.asarray(_digests(jax.tree.leaves(state)))
+    found = np.asarray(_compiled(everywhere(state))(jax.tree.leaves(state)))
     return dict(zip(names(state), found.tolist(), strict=True))
 
 
@@ -78,7 +82,17 @@ def compare(step: int, found: dict[str, int], record: dict[str, Any]) -> None:
         raise Damage(f"{bad[0]}{more} is not what was saved")
 
 
-@jax.jit
+def everywhere(tree: Any) -> NamedSharding | None:
+    """The sharding under which each process has the whole of a result about `tree`."""
+    sharding = next((x.sharding for x in jax.tree.leaves(tree)), None)
+    return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else None
+
+
+@functools.cache
+def _compiled(where: NamedSharding | None) -> Any:
+    return jax.jit(_digests, out_shardings=where)
+
+
 def _digests(leaves: list[jax.Array]) -> jax.Array:
     return jnp.array([_digest(x) for x in leaves], jnp.uint32)
 

@@ -212,5 +212,5 @@ def _finite(x: jax.Array) -> jax.Array:
 
 def not_finite(tree: Any) -> list[str]:
     """Names of the arrays that hold a NaN or an infinity, in the order of the tree."""
-    flags = np.asarray(jax.jit(_flags)(tree))
+    flags = np.asarray(jax.jit(_flags, out_shardings=digests.everywhere(tree))(tree))
     return [name for name, good in zip(digests.names(tree), flags, strict=True) if not good]

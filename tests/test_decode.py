@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -57,12 +58,15 @@ NEARLY = {  # two JPEG decoders round differently
     "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
     "progressive": encoded(RGB, "JPEG", quality=95, progressive=True),
 }
-HUGE = (
-    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-    + (60_000).to_bytes(4, "big") * 2
-    + b"\x08\x02"
-    + bytes(9)
-)
+
+
+def chunk(kind, data=b""):
+    """Of a PNG."""
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+SIDES = (60_000).to_bytes(4, "big") * 2
+HUGE = EXACT["png"][:8] + chunk(b"IHDR", SIDES + b"\x08\x02\x00\x00\x00") + chunk(b"IDAT")
 BAD = {
     "empty": (b"", "the file is empty"),
     "text": (b"<html>404</html>", "no image of a kind that is known"),

@@ -221,6 +221,15 @@ def test_data_that_has_grown_is_not_continued(folder, tmp_path, monkeypatch):
     bad(tmp_path, ["21 images", "had 20", "--workdir"], folder=copy)
 
 
+def test_other_files_of_the_same_number_are_not_continued(folder):
+    source = loop.sources.open_source(small("simclr", folder).data, "train")
+    noted = {"num_examples": 20, "listing": source.listing}
+    loop.same_data(noted, source)
+    loop.same_data({"num_examples": 20}, source)  # by code that did not note them
+    with pytest.raises(UserError, match="20 images as before, but files were renamed, or added"):
+        loop.same_data(noted | {"listing": "another"}, source)
+
+
 def test_after_the_first_scores_and_checkpoint_nothing_compiles(tmp_path, monkeypatch):
     """Every function of the loop, of the evaluation and of the checkpoints, not only the step."""
     compiled, step, to_global = [], [0], loop.to_global
@@ -366,6 +375,8 @@ def test_a_mended_config_may_use_the_workdir_that_never_trained(tmp_path):
     (work / jsonl.FILE).write_text('{"step": 0}\n{"step": 1}\n')  # now it has begun
     bad(tmp_path, ["holds the run of another config", "seed (was 0, now 1)"], seed=1)
     claim(work, small("simclr", log_every=7))
+    with loop.claim(work, small("simclr")):
+        bad(tmp_path, ["work is in use by another run", "--workdir"])
 
 
 def test_a_workdir_that_is_not_ours(tmp_path):

@@ -34,7 +34,6 @@ MISTAKES = [
     (("--config=configs/nope.py", NEW), ["no config file configs/nope.py"]),
     (("--config=configs/simclr_demo.py:fast", NEW), ["'fast' is unknown"]),
     ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
-    ((DEMO, NEW, "--mode=evaluate"), ["evaluate", "knn"]),
     ((DEMO, "--workdir=DIR/file"), ["is a file"]),
     ((DEMO, "--workdir=DIR/thesis"), ["holds no run"]),
     ((DEMO, "--workdir=DIR/other", "--config.seed=1"), ["another config", "seed (was 0, now 1)"]),

@@ -94,3 +94,7 @@ def test_mistakes(folder, tmp_path):
     shard.write_bytes(shard.read_bytes()[:300])
     with pytest.raises(UserError, match=r"cannot read .*copy it anew"):
         sources.open_source(config(good).data, "train")
+    index = tmp_path / "good" / "index.json"
+    index.write_text(index.read_text().replace(shard.name, "../../etc/x.npz"))
+    with pytest.raises(UserError, match=r"names the file '../../etc/x.npz': expected names w"):
+        sources.open_source(config(good).data, "train")

@@ -1,6 +1,7 @@
 """A new run from another run's weights: what fits is taken, and what does not is said."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,20 @@ def test_what_cannot_be_resumed_from(other, tmp_path):
     assert "no checkpoint of step 7; there are: 6" in said(f"{workdir}@7")
     assert "is the workdir itself" in said(str(workdir), workdir)
     assert "params/backbone/kernel is [3, 4] there and [3, 8] here" in said(f"{workdir}@6")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_damaged_source_is_one_line(other, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(other[0], copy)
+    path = copy / "checkpoints" / "6" / "progress" / "metadata"
+    path.write_text(path.read_text().replace('"params/head/kernel": ', '"params/head/kernel": 1'))
+    c, state = place(0)
+    said = r"the checkpoint of step 6 in .* is damaged \(params/head/kernel is not what was saved\)"
+    with pytest.raises(UserError, match=said):
+        adopt(c, state, tmp_path, str(copy))
 
 
 def test_a_run_of_older_code_is_continued_with_new_fields_off():

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 
@@ -31,6 +32,9 @@ SHARD_BYTES = 60_000_000
 _VERSION = 1
 _READERS = 8  # files read at a time
 _GIB = 2**30
+# NumPy reads a header with `ast`, which in Python 3.11 can fail in several threads (CPython's issue
+# 106905): what takes time, the reading, is done in parallel, and this is not.
+_PARSING = threading.Lock()
 
 
 def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
@@ -190,7 +194,8 @@ def _load_all(paths: list[epath.Path], n: int) -> tuple[np.ndarray, np.ndarray, 
 def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images [n, h, w, 3] or the bytes of files [n], labels [n], names [n]) of a shard."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        content = io.BytesIO(path.read_bytes())
+        with _PARSING, np.load(content, allow_pickle=False) as arrays:
             labels, names = arrays["labels"], arrays["names"]
             if "images" in arrays:
                 return arrays["images"], labels, names
