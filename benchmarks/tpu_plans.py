@@ -120,7 +120,8 @@ def main() -> None:
         PAGE, tpu_figures.changes(found["changes"]), tpu_figures.table(found["table"])
     )
     growth = [rows[-1] for _, rows in found["growth"] if rows and "error" not in rows[-1]]
-    tpu_figures.draw(growth, {m: functools.partial(theory_of, m) for m in METHODS}, FIGURE)
+    if {row["method"] for row in growth} == set(METHODS):
+        tpu_figures.draw(growth, {m: functools.partial(theory_of, m) for m in METHODS}, FIGURE)
 
 
 def theory_of(method: str, batch: int, devices: int) -> dict[str, float]:
