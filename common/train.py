@@ -93,7 +93,8 @@ def train(
         data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
         stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
         step_fn = compile_step(stepped, config, mesh, abstract, shardings, data)
-        if found := checkpoints.restore_newest(abstract, shardings):
+        # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
+        if checkpoints.latest_step and (found := checkpoints.restore_newest(abstract, shardings)):
             start, state, progress = found
             same_data(progress, train_source)
         else:
