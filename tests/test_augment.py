@@ -362,8 +362,14 @@ def test_solarise_and_grey(ops):
     assert np.abs(both[:, 0].astype(int) - both[:, 1]).max() > 20
 
 
-@pytest.mark.parametrize("grey_first", [False, True])
-@pytest.mark.parametrize("preset", ["simclr", "moco_v2"])
+ORDERS = [("host", p, first) for p in ("simclr", "moco_v2") for first in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("ops", "preset", "grey_first"),
+    [*ORDERS, ("device", "simclr", True), ("device", "moco_v2", False)],
+    indirect=["ops"],
+)
 def test_operations_come_in_the_documented_order(ops, preset, grey_first):
     """Crop, rotate, jitter and grey (or the other way round), clip, blur, solarise, round."""
     on = dict(rotate=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0)
