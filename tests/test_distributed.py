@@ -69,7 +69,7 @@ def test_a_pod_that_is_told_to_stop_saves_and_carries_on(tmp_path):
 
 @pytest.mark.multiprocess
 def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
-    process = pod(tmp_path / "run", "--config.batch_size=18")
+    process = pod(tmp_path / "run", "--config.batch_size=18", "--config.model.bn_groups=1")
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.count("error: ") == 1 and "batch_size=18 cannot be split over 4" in errors
