@@ -49,7 +49,7 @@ def run(steps: int, since: int, workdir: str) -> dict:
 
     def watched(self, through, state):
         settle(self, through, state)
-        if through in (since, steps - 1):
+        if through == steps or (through >= since and not seen):
             seen[through] = look()
 
     loop.Watch.settle = watched
@@ -57,7 +57,7 @@ def run(steps: int, since: int, workdir: str) -> dict:
         loop.train(METHODS["moco"], c, workdir)
     finally:
         loop.Watch.settle = settle
-    first, last = seen[since], seen[steps - 1]
+    first, last = seen[min(seen)], seen[steps]
     return {
         "steps": steps,
         "since": since,
