@@ -49,7 +49,7 @@ def run(steps: int, since: int, workdir: str) -> dict:
 
     def watched(self, first, metrics, ids):
         took(self, first, metrics, ids)
-        if first in (since, steps - 1):
+        if first == steps or (first >= since and not seen):
             seen[first] = look()
 
     loop.Watch.took = watched
@@ -57,7 +57,7 @@ def run(steps: int, since: int, workdir: str) -> dict:
         loop.train(METHODS["moco"], c, workdir)
     finally:
         loop.Watch.took = took
-    first, last = seen[since], seen[steps - 1]
+    first, last = seen[min(seen)], seen[steps]
     return {
         "steps": steps,
         "since": since,

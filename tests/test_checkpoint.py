@@ -258,4 +258,5 @@ def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(two, tmp_path):
         assert "\n" not in str(caught.value)
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.restore_newest(abstract, shardings)[0] == 5
-        assert not list((tmp_path / "checkpoints").glob("7*"))
+        # a failed writer may still be tidying up its unfinished directory: it must not count
+        assert checkpoints.all_steps() == [5]
