@@ -259,4 +259,4 @@ def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(two, tmp_path):
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.restore_newest(abstract, shardings)[0] == 5
         # a failed writer may still be tidying up its unfinished directory: it must not count
-        assert checkpoints.all_steps() == [5]
+        assert checkpoints.all_steps() == [3, 5]
