@@ -102,7 +102,7 @@ def kill_one(method: str, workdir: pathlib.Path, inside: bool, rng: random.Rando
                 moment = time.monotonic() + rng.uniform(0, 0.02)
             elif not inside and newest(workdir) >= first + 2 * saves:
                 moment = time.monotonic() + rng.uniform(0, 2.0 if saves == 0 else 0.2)
-        elif time.monotonic() >= moment:
+        elif time.monotonic() >= moment and saving(workdir) == inside:
             break
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)

@@ -153,9 +153,10 @@ def test_colour_on_the_device_trains(folder, tmp_path):
     assert (tmp_path / "augmented_pairs.png").exists()
     assert [r["step"] for r in lines(tmp_path) if "loss" in r] == [1, 2]
     source = sources.open_source(c.data, "train")
-    batch = pipeline.train_batches(source, c, rows=np.arange(8)).take(1)
+    ids, batch = pipeline.train_batches(source, c, rows=np.arange(8)).take(1)
     c.data.augment_on = "host"
     whole = next(pipeline.train_batches(source, c, rows=np.arange(8)))
+    np.testing.assert_array_equal(ids, whole["ids"][None])
     want, _ = draws.draw_pair(presets.resolve_views(c), c.seed, 0, whole["ids"], None)
     np.testing.assert_array_equal(batch["parameters"], want)
     assert batch.keys() == {"images", "labels", "parameters"}
