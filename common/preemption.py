@@ -5,6 +5,7 @@ JAX's preemption service agrees on one a few steps ahead. It sees the signal its
 handler would hide it, so there none is installed.
 """
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -13,6 +14,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+_asked = itertools.count()
 EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
@@ -46,12 +48,13 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._told = True
 
-    def after(self, number: int) -> bool:
+    def after(self) -> bool:
         """Whether all processes are to save and leave now.
 
-        Every process asks after every dispatch, and counts them: the point that they agree on is
-        one of the next numbers, and a count that skipped it would miss it.
+        Every process asks after every dispatch. JAX agrees on a number of such questions, which are
+        counted over the life of the process: a second run in it must not meet the point of the
+        first again.
         """
         if self._several:
-            return multihost_utils.reached_preemption_sync_point(number)
+            return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._told

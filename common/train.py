@@ -165,7 +165,7 @@ def train(
                 return evaluated_or_saved or writer.due(step) or profile.edge(step)
 
             dispatches = spans(start, total, config.steps_per_dispatch, due)
-            for number, (first, step) in enumerate(dispatches):
+            for first, step in dispatches:
                 with writer.waiting():
                     ids, batch = batches.take(step - first + 1)
                 batch = to_global(mesh, batch) | data
@@ -178,7 +178,7 @@ def train(
                 if writer.due(step):
                     writer.write(step, metrics)
                     checkpoints.check()  # a full disk shows now, not at the next one
-                last, told = step == total, preemption.after(number)
+                last, told = step == total, preemption.after()
                 save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
                 evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
                 if not (save or evaluate):
