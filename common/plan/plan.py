@@ -217,7 +217,7 @@ def _advice(config: ConfigDict, row: dict[str, Any], full: float) -> str:
 
 
 def _gib(size: float) -> float:
-    return round(size / chips.GIB, 2)
+    return round(size / chips.GIB, 4)
 
 
 def _rounded(value: float | None, unit: float) -> float | None:
