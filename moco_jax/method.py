@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from common.contrast import normalize
 from common.errors import UserError
 from common.method import Setup, embedding_metrics
+from common.sharding import batch_sharding
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 
@@ -114,7 +115,9 @@ class MoCo:
         key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
         key_stats, keys = state.key_batch_stats, []
         for _, view in pairs:
-            shuffled = shuffle(images[:, view], groups)
+            # Said here, or the TPU compiler turns the images to float32 and gathers all of them.
+            rows = batch_sharding(setup.mesh)
+            shuffled = jax.lax.with_sharding_constraint(shuffle(images[:, view], groups), rows)
             _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled)
             # unit length already here: these rows enter the queue
             keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups))))
