@@ -45,7 +45,7 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
         return
     method = METHODS[one_of("method", f.config.get("method"), METHODS)]
     if f.mode == "plan":
-        plan(method, f.config, f.topology)
+        plan(method, f.config, f.topology, f.quick)
     elif f.mode == "prepare":
         shards.prepare(f.config, f.workdir)
     elif f.mode == "import":

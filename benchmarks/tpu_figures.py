@@ -98,9 +98,9 @@ def changes(found: Sequence[tuple[str, Rows]]) -> str:
 def table(found: Sequence[tuple[str, Rows]]) -> str:
     """The plans of the configs, in Markdown."""
     lines = [
-        "| config | batch | slice | chips | remat | peak GiB of | TFLOP | GB | arithmetic ms | "
-        "memory ms | ICI ms | images/s | hours |",
-        "| --- | --: | --- | --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| config | batch | slice | chips | effort | remat | peak GiB of | TFLOP | GB | "
+        "arithmetic ms | memory ms | ICI ms | images/s | hours |",
+        "| --- | --: | --- | --: | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for _, rows in found:
         for r in rows:
@@ -108,8 +108,9 @@ def table(found: Sequence[tuple[str, Rows]]) -> str:
                 method, topology, batch, _ = r["job"]
                 lines.append(f"| `{method}_tpu.py` | {batch} | {topology} | {r['error']} |")
                 continue
+            effort = "quick" if r.get("quick") else "full"
             line = (f"| `{r['method']}_tpu.py` | {r['batch']} | {r['topology']} | {r['chips']} | "
-                    f"{r['remat']} | {r['peak_gib']:.1f} of {r['hbm_gib']}")  # fmt: skip
+                    f"{effort} | {r['remat']} | {r['peak_gib']:.1f} of {r['hbm_gib']}")  # fmt: skip
             if r["fits"]:
                 line += (f" | {r['tflop']:.2f} | {r['gb_accessed']:.1f} | "
                          f"{r['arithmetic_ms']:.1f} | {r['memory_ms']:.1f} | {r['ici_ms']:.2f} | "

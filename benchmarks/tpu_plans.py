@@ -2,8 +2,8 @@
 
     python -m benchmarks.tpu_plans
 
-compiles what is not in docs/tpu_plans.jsonl yet, the most wanted first (some hours on two cores
-from nothing; it can be interrupted, and each row is written when it is there), then renders the
+compiles what is not in docs/tpu_plans.jsonl yet, the most wanted first (hours on two cores from
+nothing; it can be interrupted, and each row is written when it is there), then renders the
 tables of docs/tpu.md and docs/figures/tpu_collectives.png. `--render` only renders what there is,
 `--parts=changes,table` compiles some parts only. Needs the TPU compiler: `make test-tpu` installs
 it, or pip install -U "jax[tpu]".
@@ -30,6 +30,7 @@ METHODS = {"simclr": SimCLR, "moco": MoCo}
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 ROWS, PAGE, FIGURE = DOCS / "tpu_plans.jsonl", DOCS / "tpu.md", DOCS / "figures/tpu_collectives.png"
 PARTS = ("changes", "table", "growth")
+QUICK = ("table", "growth")  # parts compiled with little effort: full effort takes five times that
 
 SLICES = ("v5e:4x8", "v5e:16x16", "v4:4x4x4", "v5p:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
@@ -88,7 +89,7 @@ def rows_of(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["job"] == list(job)]
 
 
-def measured(job: Job) -> list[dict[str, Any]]:
+def measured(job: Job, quick: bool) -> list[dict[str, Any]]:
     """Compiles; a compiler that dies is a row too."""
     method, topology, batch, changes = job
     try:
@@ -98,7 +99,7 @@ def measured(job: Job) -> list[dict[str, Any]]:
             )
             task = measure.Task(SimCLR, config("simclr", batch, {}), (100, 10), 0)
             return [plan.row_of(task, topology, found)]
-        return plan.plan(METHODS[method], config(method, batch, changes), [topology])
+        return plan.plan(METHODS[method], config(method, batch, changes), [topology], quick)
     except UserError as error:
         return [{"error": str(error)}]
 
@@ -113,7 +114,7 @@ def main() -> None:
     for part in () if options.render else options.parts.split(","):
         for _, job in jobs(part):
             if not rows_of(job, rows):
-                rows += [{"job": list(job), **row} for row in measured(job)]
+                rows += [{"job": list(job), **row} for row in measured(job, part in QUICK)]
                 ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {part: [(name, rows_of(job, rows)) for name, job in jobs(part)] for part in PARTS}
     tpu_figures.write(

@@ -201,6 +201,23 @@ def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, ca
     assert json.loads(printed.out) == real[0] and "v5e:4x8" in printed.err
 
 
+def test_quick_reaches_the_compiler_and_the_reader(monkeypatch, capsys):
+    seen = []
+
+    def refuse(compile_for, topology, quick):
+        seen.append((topology, quick))
+        raise UserError("seen enough")
+
+    c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="seen enough"):
+        patch.setattr(measure, "on_topology", refuse)
+        plan(main.METHODS["simclr"], c, ["v5e:4x8"], quick=True)
+    assert seen == [("v5e:4x8", True)]
+    (plain,) = row_for("v5e:4x8", monkeypatch)
+    assert plain["quick"] is False and "little effort" not in capsys.readouterr().err
+    assert "little effort" in table.render([plain | {"quick": True}])
+
+
 def test_the_table_lines_up():
     row = {
         "topology": "v4:2x2x1", "chips": 4, "batch": 64, "batch_per_device": 16, "remat": "none",

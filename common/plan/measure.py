@@ -42,12 +42,14 @@ class Task:
         config: of the run.
         steps: of the whole run, and of an epoch.
         num_classes: of the data, 0 without labels.
+        quick: on a described slice the compiler makes as little effort as it can.
     """
 
     make_method: Callable[[Setup], Method]
     config: ConfigDict
     steps: tuple[int, int]
     num_classes: int
+    quick: bool = False
 
 
 def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
@@ -109,15 +111,18 @@ def _data(task: Task) -> dict[str, Any] | None:
 
 def for_topology(task: Task, topology: str) -> dict[str, Any]:
     """`for_mesh` of a described TPU slice, e.g. "v5e:4x8"; raises as `on_topology`."""
-    return on_topology(functools.partial(for_mesh, task), topology)
+    return on_topology(functools.partial(for_mesh, task), topology, task.quick)
 
 
-def on_topology(compile_for: Callable[[Mesh], dict[str, Any]], topology: str) -> dict[str, Any]:
+def on_topology(
+    compile_for: Callable[[Mesh], dict[str, Any]], topology: str, quick: bool = False
+) -> dict[str, Any]:
     """Calls `compile_for` in another process, with a mesh of devices that are only described.
 
     Args:
         compile_for: can be pickled, and so can what it returns.
         topology: e.g. "v5e:4x8".
+        quick: the compiler makes as little effort as it can.
 
     Raises:
         UserError: without libtpu, for a topology it does not know, for a mistake in the config,
@@ -132,8 +137,9 @@ def on_topology(compile_for: Callable[[Mesh], dict[str, Any]], topology: str) ->
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r+", suffix=".log", errors="replace") as log:
         # no device is touched: no metadata to ask for, and no lock to hold against other plans
+        effort = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"} if quick else {}
         with _environment(
-            JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+            JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", **effort
         ):
             child = context.Process(target=_child, args=(compile_for, topology, sender, log.name))
             child.start()

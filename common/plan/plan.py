@@ -33,7 +33,10 @@ LOCAL = "local"
 
 
 def plan(
-    make_method: Callable[[Setup], Method], config: ConfigDict, topologies: Sequence[str] = ()
+    make_method: Callable[[Setup], Method],
+    config: ConfigDict,
+    topologies: Sequence[str] = (),
+    quick: bool = False,
 ) -> list[dict[str, Any]]:
     """Compiles the train step of `config` for each topology, and prints what it costs.
 
@@ -44,6 +47,8 @@ def plan(
         make_method: class of the method.
         config: of the run.
         topologies: TPU slices such as "v5e:4x8"; none means the devices of this machine.
+        quick: for slices, with little effort of the compiler: work, memory and collectives are
+            nearly the same in a fifth of the time; docs/tpu.md has both.
 
     Returns:
         What was printed as JSON: one dictionary a row, sizes in GiB (`_gib`), work in 1e12
@@ -63,7 +68,7 @@ def plan(
     rows, errors = [], []
     for topology in topologies or (LOCAL,):
         try:
-            found = _plan_one(make_method, config, topology, steps, classes)
+            found = _plan_one(make_method, config, topology, steps, classes, quick)
         except UserError as error:  # the other slices are of use all the same
             errors.append(str(error))
             continue
@@ -83,6 +88,7 @@ def _plan_one(
     topology: str,
     steps: tuple[int, int],
     classes: int,
+    quick: bool,
 ) -> list[dict[str, Any]]:
     """The row of a topology, and where the step does not fit those of stronger `model.remat`."""
     rows = []
@@ -90,7 +96,7 @@ def _plan_one(
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             changed.model.remat = remat
-        task = measure.Task(make_method, changed, steps, classes)
+        task = measure.Task(make_method, changed, steps, classes, quick)
         _say(f"compiling for {topology}, remat={remat} (minutes on a laptop) ...")
         if topology == LOCAL:
             found = measure.for_mesh(task, make_mesh())
@@ -135,6 +141,7 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "steps": task.steps[0],
+        "quick": task.quick,
         "compile_seconds": round(found["compile_seconds"], 1),
         "hbm_gib": hbm_gib,
         "versions": _versions(topology),

@@ -47,6 +47,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             for kind, c in r["collectives"].items()
         )
         lines.append(f"{name}: collectives: {moved or 'none'}")
+    if any(r.get("quick") for r in rows):
+        lines += ["", "Compiled with little effort (--quick): a real run's step differs somewhat."]
     if rates := {r["device"]: r["rates"] for r in rows if "rates" in r}:
         lines += [
             "",
