@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from common.errors import UserError
-from common.models import fold
+from common.models import cpu_conv, fold
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
 DEPTHS = {
@@ -143,6 +143,7 @@ def conv(
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
         kernel_init=KERNEL_INIT,
+        conv_general_dilated=cpu_conv.conv_general_dilated,
         name=name,
     )
 
