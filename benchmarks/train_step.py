@@ -1,0 +1,115 @@
+"""Pairs (one image, two views) a second of the train step: ours beside PyTorch's, in turns.
+
+    python -m benchmarks.train_step [--method=simclr] [--widths=16,64] [--batch=128] [--repeats=5]
+
+A ResNet-18 at 32 px on the first device of this machine, images in memory already. PyTorch
+(channels_last; `benchmarks/torch_steps.py`) takes part where it is installed, on a CPU. On a CPU a
+third contestant is our step with the kernel gradients as XLA computes them by itself
+(`common/models/cpu_conv.py` has ours). On a GPU or TPU `--depth=50 --size=224 --dtype=bfloat16`
+are for the networks of the papers, and the share of the peak arithmetic is printed.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import scaling, side_by_side
+from common.models import cpu_conv
+from common.plan import chips
+
+QUEUE = 4096
+
+
+@contextlib.contextmanager
+def plain_gradients():
+    """Kernel gradients as XLA computes them."""
+    pieces, cpu_conv.PIECES = cpu_conv.PIECES, 1
+    try:
+        yield
+    finally:
+        cpu_conv.PIECES = pieces
+
+
+def config(flags: argparse.Namespace, width: int) -> Any:
+    """Ours."""
+    c = scaling.config(
+        flags.method, groups=1, width=width, depth=flags.depth, dtype=flags.dtype,
+        stem="cifar" if flags.size <= 64 else "imagenet",
+    )  # fmt: skip
+    c.batch_size, c.data.image_size = flags.batch, flags.size
+    if flags.method == "moco":
+        c.moco.queue_length = -(-QUEUE // flags.batch) * flags.batch
+    return c
+
+
+def torch_step(flags: argparse.Namespace, width: int, length: int) -> Callable[[], Any]:
+    """PyTorch's, on as many threads as there are cores."""
+    import torch
+
+    from benchmarks import torch_steps
+
+    rng = np.random.default_rng(0)
+    shape = (flags.batch, 2, flags.size, flags.size, 3)
+    images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+    if flags.method == "simclr":
+        return torch_steps.simclr(images, width)
+    return torch_steps.moco(images, width, length)
+
+
+def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
+    """One for each contestant; the last two columns are against the first and of the peak."""
+    c, cpu = config(flags, width), jax.devices()[0].platform == "cpu"
+    ours, flops = step_of(c)
+    programs = {"ours": ours}
+    if cpu:
+        with plain_gradients():
+            programs["ours, XLA's kernel gradients"] = step_of(c)[0]
+        if flags.depth == 18 and flags.size <= 64 and importlib.util.find_spec("torch"):
+            length = c.moco.queue_length if flags.method == "moco" else 0
+            programs["PyTorch, channels_last"] = torch_step(flags, width, length)
+    times = side_by_side.seconds(programs, flags.repeats)
+    device = chips.of_kind(jax.devices()[0].device_kind)
+    found = []
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        # the whole peak is that of bfloat16
+        share = f"{flops / middle / device.tflops / 1e12:.0%}" if device and flops else None
+        found.append(
+            [f"{flags.method}, width {width}: {name}", f"{flags.batch / middle:,.0f}",
+             side_by_side.milliseconds(taken),
+             f"{side_by_side.ratio(taken, times['ours']):.2f}", share]
+        )  # fmt: skip
+    return found
+
+
+def step_of(c: Any) -> tuple[Callable[[], Any], float | None]:
+    """Our program, and its floating-point operations as XLA counts them."""
+    program, compiled = scaling.ready(c)
+    return program, (compiled.cost_analysis() or {}).get("flops")
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=["simclr", "moco"], default="simclr")
+    parser.add_argument("--widths", default="16,64")
+    for name, value in (("batch", 128), ("repeats", 5), ("depth", 18), ("size", 32)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", default="float32")
+    flags = parser.parse_args()
+    found = [row for width in flags.widths.split(",") for row in rows(flags, int(width))]
+    side_by_side.show(
+        f"Train step, ResNet-{flags.depth}, {flags.size} px, batch {flags.batch}, {flags.dtype}",
+        ["step", "pairs/s", "ms", "time, of ours", "of the peak"],
+        found,
+    )
+
+
+if __name__ == "__main__":
+    main()
