@@ -184,6 +184,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, work in contestants.items():
                 rates[name].append(work())
+        contestants.clear()  # ends the processes of the DataLoaders
     medians = {name: statistics.median(values) for name, values in rates.items()}
     mean = sum(map(len, files)) / n / 1000
     print(f"{n} JPEGs of {WIDTH} x {HEIGHT} ({mean:.0f} kB), two views of {size} px, {preset}, "
