@@ -10,7 +10,7 @@ import numpy as np
 
 from common.data import draws, pixel_ops
 from common.data.decode import decode, is_fine_jpeg
-from common.data.presets import Augmentation
+from common.data.presets import Augmentation, crop_only
 from common.data.tensorflow_host import tf
 
 MAX_RATIO = 8  # of the sides of an image that evaluation resizes whole
@@ -53,8 +53,12 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
         invert = parameters[:, draws.SOLARISE, None, None, None] > 0
         invert = tf.logical_and(invert, images >= a.solarise_threshold)
         images = tf.where(invert, 1.0 - images, images)
-    pixels = tf.cast(tf.clip_by_value(images, 0.0, 1.0) * 255.0 + 0.5, tf.uint8)
-    return tf.transpose(pixels, [0, 2, 3, 1])
+    return tf.transpose(to_bytes(images), [0, 2, 3, 1])
+
+
+def to_bytes(images: tf.Tensor) -> tf.Tensor:
+    """float32 about [0, 1] to uint8, clipped and rounded."""
+    return tf.cast(tf.clip_by_value(images, 0.0, 1.0) * 255.0 + 0.5, tf.uint8)
 
 
 def augment_pixels(
@@ -140,8 +144,11 @@ def augment_encoded(
         # reversed here, where TensorFlow has a quick way: between columns of 3 numbers
         view = tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
                        functools.partial(tf.identity, view))  # fmt: skip
-        planes = tf.transpose(view, [2, 0, 1])[None] * (1 / 255)
-        views.append(colour_ops(planes, p[None], a))  # apart: each does only what it needs
+        view = view[None] * (1 / 255)
+        if a == crop_only(a):  # the device does the rest
+            views.append(to_bytes(view))
+        else:  # one view at a time: each does only what it needs
+            views.append(colour_ops(tf.transpose(view, [0, 3, 1, 2]), p[None], a))
     return tf.concat(views, axis=0)
 
 
