@@ -9,15 +9,17 @@ them, in turn and several times; what counts are medians of one run and their ra
     both      what is left for the host when colour and blur run on the device ("both")
     device    those, in JAX on this machine's first device
     resident  "device": all operations in JAX, on images of 32 pixels that are in its memory
-    PIL       SimCLR's transform in PIL with two processes, written here
-    torch     torchvision's transforms in two processes, where it is installed
+    PIL       SimCLR's transform in PIL with two processes, written here; they return a number only
+    torch     torchvision's transforms in a DataLoader with two processes, where it is installed
+    peers     those with Pillow's blur in place of torchvision's, as lightly and solo-learn have it
 
-The last two return nothing from their processes, and are not charged for it. With --train, the demo
-(embedded images, its small network) is trained for some steps with each `data.augment_on` as well.
+With --train, the demo (embedded images, its small network) is trained for some steps with each
+`data.augment_on` as well.
 """
 
 import argparse
 import functools
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -25,13 +27,15 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 
-WIDTH, HEIGHT, WORKERS = 500, 375, 2
-AHEAD = 8  # batches of ours that are not counted: tf.data makes some before they are asked for
+from benchmarks import peer_views
+
+WIDTH, HEIGHT = 500, 375
+AHEAD = 8  # batches that are not counted: tf.data and a DataLoader make some before they are asked
 
 
 def photographs(count: int) -> list[bytes]:
@@ -51,78 +55,6 @@ def photographs(count: int) -> list[bytes]:
     return files
 
 
-# ---------------------------------------------------------------- the others, in processes
-
-
-def pil_view(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """One view as Chen et al. 2020, appendix A has it, at strength 1."""
-    area = WIDTH * HEIGHT
-    for _ in range(10):
-        target, ratio = (
-            area * rng.uniform(0.08, 1),
-            np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))),
-        )
-        w, h = round(np.sqrt(target * ratio)), round(np.sqrt(target / ratio))
-        if w <= WIDTH and h <= HEIGHT:
-            break
-    else:
-        w, h = WIDTH, HEIGHT
-    left, top = rng.integers(0, WIDTH - w + 1), rng.integers(0, HEIGHT - h + 1)
-    box = (left, top, left + w, top + h)
-    view = image.resize((size, size), Image.BICUBIC, box=box)
-    if rng.random() < 0.5:
-        view = view.transpose(Image.FLIP_LEFT_RIGHT)
-    if rng.random() < 0.8:
-        view = pil_jitter(view, rng)
-    if rng.random() < 0.2:
-        view = view.convert("L").convert("RGB")
-    if rng.random() < 0.5:
-        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2)))
-    return view
-
-
-def pil_jitter(view: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation 0.8, hue 0.2, in random order."""
-    for kind in rng.permutation(4):
-        if kind == 3:
-            hue, saturation, value = view.convert("HSV").split()
-            turned = np.asarray(hue) + np.uint8(int(rng.uniform(-0.2, 0.2) * 255) % 256)
-            view = Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
-        else:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-            view = enhance(view).enhance(rng.uniform(0.2, 1.8))
-    return view
-
-
-def pil_pair(data: bytes, size: int) -> int:
-    """Two views; only a number goes back."""
-    image, rng = Image.open(io.BytesIO(data)).convert("RGB"), np.random.default_rng()
-    return sum(int(np.asarray(pil_view(image, size, rng))[0, 0, 0]) for _ in range(2))
-
-
-@functools.cache
-def torch_transform(size: int) -> Callable:
-    """The same in torchvision."""
-    import torch
-    from torchvision import transforms as t
-
-    torch.set_num_threads(1)
-    jitter = t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8)
-    blur = t.RandomApply([t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2))], p=0.5)
-    crop = t.RandomResizedCrop(size, interpolation=t.InterpolationMode.BICUBIC)
-    flip, grey = t.RandomHorizontalFlip(), t.RandomGrayscale(0.2)
-    return t.Compose([crop, flip, jitter, grey, blur, t.ToTensor()])
-
-
-def torch_pair(data: bytes, size: int) -> float:
-    """Two views; only a number goes back."""
-    image, transform = Image.open(io.BytesIO(data)).convert("RGB"), torch_transform(size)
-    return sum(float(transform(image)[0, 0, 0]) for _ in range(2))
-
-
-# ---------------------------------------------------------------- ours
-
-
 def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Callable[[], float]:
     """Pairs a second that the input pipeline makes, once what it had made ahead is used up."""
     from common.data import pipeline, sources
@@ -132,16 +64,25 @@ def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Call
     b = config.batch_size
 
     def once() -> float:
-        batches = pipeline.train_batches(source, config, rows=np.arange(b))
-        for _ in range(AHEAD):
-            next(batches)
-        steps = max(1, 2 * n // b)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            next(batches)
-        return steps * b / (time.perf_counter() - begin)
+        return rate(pipeline.train_batches(source, config, rows=np.arange(b)), n, b)
 
     return once
+
+
+def rate(batches: Iterator, n: int, b: int) -> float:
+    """Pairs a second of an iterator over batches of b, for about 2 n pairs."""
+    for _ in range(AHEAD):
+        next(batches)
+    steps = max(1, 2 * n // b)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    return steps * b / (time.perf_counter() - begin)
+
+
+def batch_size(n: int) -> int:
+    """Images of a batch, of all contestants that make batches."""
+    return min(8, n)
 
 
 def settings(size: int, preset: str, where: str, source: str, n: int):
@@ -150,7 +91,7 @@ def settings(size: int, preset: str, where: str, source: str, n: int):
 
     from common.data import presets, sources
 
-    config = ConfigDict({"seed": 0, "batch_size": min(8, n), "steps_per_dispatch": 1})
+    config = ConfigDict({"seed": 0, "batch_size": batch_size(n), "steps_per_dispatch": 1})
     config.data = sources.default_config(source, size)
     config.data.augment_on = where
     config.augment = presets.default_config(preset)
@@ -211,34 +152,39 @@ def main() -> None:
     n, size, preset = options.images, options.size, options.preset
     files = photographs(n)
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory, context.Pool(WORKERS) as pool:
-        (pathlib.Path(directory) / "train").mkdir()
+    with tempfile.TemporaryDirectory() as directory, context.Pool(peer_views.WORKERS) as pool:
+        folder = pathlib.Path(directory, "train")
+        folder.mkdir()
         for i, data in enumerate(files):
-            pathlib.Path(directory, "train", f"{i}.jpg").write_bytes(data)
+            (folder / f"{i}.jpg").write_bytes(data)
 
-        def others(pair: Callable) -> float:
-            begin, work = time.perf_counter(), functools.partial(pair, size=size)
+        def pil() -> float:
+            begin = time.perf_counter()
+            work = functools.partial(peer_views.pil_pair, size=size)
             pairs = len(list(pool.imap_unordered(work, files, chunksize=4)))
             return pairs / (time.perf_counter() - begin)
+
+        def torch(pillow: bool) -> Callable[[], float]:
+            b = batch_size(n)
+            batches = peer_views.torch_batches(sorted(folder.iterdir()), size, b, pillow)
+            return lambda: rate(batches, n, b)
 
         contestants = {
             "host": pipeline(directory, n, size, preset, "host"),
             "both": pipeline(directory, n, size, preset, "both"),
             "device": device(size, preset, "both", min(32, n)),
             "resident": device(32, "cifar", "device", 512),
-            "PIL": functools.partial(others, pil_pair),
-            "torch": functools.partial(others, torch_pair),
+            "PIL": pil,
         }
-        try:
-            import torchvision  # noqa: F401
-        except ImportError:
-            del contestants["torch"]
+        if importlib.util.find_spec("torchvision"):
+            contestants |= {"torch": torch(pillow=False), "peers": torch(pillow=True)}
         for work in contestants.values():  # compiles, imports, fills caches
             work()
         rates = {name: [] for name in contestants}
         for _ in range(options.rounds):
             for name, work in contestants.items():
                 rates[name].append(work())
+        contestants.clear()  # ends the processes of the DataLoaders
     medians = {name: statistics.median(values) for name, values in rates.items()}
     mean = sum(map(len, files)) / n / 1000
     print(f"{n} JPEGs of {WIDTH} x {HEIGHT} ({mean:.0f} kB), two views of {size} px, {preset}, "

@@ -4,11 +4,13 @@ The first is for small images, which are held as pixels; the second decodes as l
 Both take what `draws.py` drew; nothing here is random but the boxes of `draw_box`, whose seed is.
 """
 
+import functools
+
 import numpy as np
 
 from common.data import draws, pixel_ops
 from common.data.decode import decode, is_fine_jpeg
-from common.data.presets import Augmentation
+from common.data.presets import Augmentation, crop_only
 from common.data.tensorflow_host import tf
 
 MAX_RATIO = 8  # of the sides of an image that evaluation resizes whole
@@ -32,8 +34,10 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
         images = pixel_ops.rotate(images, parameters[:, draws.ANGLE])
 
     def grey(x: tf.Tensor) -> tf.Tensor:
-        chosen = parameters[:, draws.GREY, None, None, None] > 0
-        return tf.where(chosen, pixel_ops.greyscale(x, a.color_style), x)
+        return pixel_ops.where(parameters[:, draws.GREY] > 0, to_grey, x)
+
+    def to_grey(x: tf.Tensor) -> tf.Tensor:
+        return tf.repeat(pixel_ops.greyscale(x, a.color_style), 3, axis=1)
 
     if a.grey > 0 and a.grey_first:
         images = grey(images)
@@ -49,8 +53,12 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
         invert = parameters[:, draws.SOLARISE, None, None, None] > 0
         invert = tf.logical_and(invert, images >= a.solarise_threshold)
         images = tf.where(invert, 1.0 - images, images)
-    pixels = tf.cast(tf.clip_by_value(images, 0.0, 1.0) * 255.0 + 0.5, tf.uint8)
-    return tf.transpose(pixels, [0, 2, 3, 1])
+    return tf.transpose(to_bytes(images), [0, 2, 3, 1])
+
+
+def to_bytes(images: tf.Tensor) -> tf.Tensor:
+    """float32 about [0, 1] to uint8, clipped and rounded."""
+    return tf.cast(tf.clip_by_value(images, 0.0, 1.0) * 255.0 + 0.5, tf.uint8)
 
 
 def augment_pixels(
@@ -127,19 +135,21 @@ def augment_encoded(
     else:
         image, boxes = tf.cond(is_fine_jpeg(data), jpeg_part, everything)
     views = []
-    for a, box in zip(augmentations, tf.unstack(boxes), strict=True):
+    drawn = tf.unstack(boxes), tf.unstack(parameters)
+    for a, box, p in zip(augmentations, *drawn, strict=True):
         crop = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
         size = [a.size, a.size]
         view = tf.image.resize(crop, size, method=a.interpolation, antialias=a.antialias)
-        views.append(tf.ensure_shape(view, [*size, 3]))
-    planes = tf.transpose(tf.stack(views), [0, 3, 1, 2]) * (1 / 255)
-    planes = tf.where(parameters[:, draws.FLIP, None, None, None] > 0, planes[..., ::-1], planes)
-    first, second = augmentations
-    if first == second:
-        return colour_ops(planes, parameters, first)
-    pair = [colour_ops(planes[i : i + 1], parameters[i : i + 1], a)
-            for i, a in enumerate(augmentations)]  # fmt: skip
-    return tf.concat(pair, axis=0)
+        view = tf.ensure_shape(view, [*size, 3])
+        # reversed here, where TensorFlow has a quick way: between columns of 3 numbers
+        view = tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
+                       functools.partial(tf.identity, view))  # fmt: skip
+        view = view[None] * (1 / 255)
+        if a == crop_only(a):  # the device does the rest
+            views.append(to_bytes(view))
+        else:  # one view at a time: each does only what it needs
+            views.append(colour_ops(tf.transpose(view, [0, 3, 1, 2]), p[None], a))
+    return tf.concat(views, axis=0)
 
 
 def draw_box(
