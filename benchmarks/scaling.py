@@ -64,7 +64,7 @@ def compiled(name: str, devices: int) -> list:
 
 
 def ready(c: ConfigDict):
-    """A program that takes one more step on one device, and its temporaries."""
+    """A program that takes one more step on one device, and XLA's analysis of its memory."""
     mesh = make_mesh(jax.devices()[:1])
     method = METHODS[c.method](make_setup(c, mesh, 100, 10, 10))
     init_key, key = root_keys(0)
@@ -81,7 +81,7 @@ def ready(c: ConfigDict):
         held[0], metrics = step(held[0], batch, key)
         return metrics
 
-    return program, step.memory_analysis().temp_size_in_bytes
+    return program, step.memory_analysis()
 
 
 def times(repeats: int, width: int) -> list[list]:
@@ -96,8 +96,8 @@ def times(repeats: int, width: int) -> list[list]:
     whole = taken["whole batch"]
     return [
         [name, side_by_side.milliseconds(taken[name]),
-         f"{side_by_side.ratio(taken[name], whole):.2f}", f"{size / 1e6:,.0f}"]
-        for name, (_, size) in made.items()
+         f"{side_by_side.ratio(taken[name], whole):.2f}", f"{memory.temp_size_in_bytes / 1e6:,.0f}"]
+        for name, (_, memory) in made.items()
     ]  # fmt: skip
 
 

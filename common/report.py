@@ -156,6 +156,7 @@ def finish(
         "method": config.method,
         "dataset": dataset,
         "seed": config.seed,
+        "started_from": config.init_from or config.resume_from or None,
         "steps": steps,
         "batch_size": config.batch_size,
         "knn_top1": results.get("knn_top1"),
@@ -181,11 +182,17 @@ def in_words(summary: dict[str, Any], workdir: epath.Path, drawn: list[str]) -> 
             100 * summary[name] for name in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
         )
         verb = "learned" if knn > init else "did NOT learn"
+        # Weights of another run are no untrained state: the gain is then only that of this run, and
+        # whether those weights have seen labels is not known here. (Absent in older summaries.)
+        given = summary.get("started_from")
         lines += [
             f"A kNN classifier on its features is right on {knn:.1f} % of the test images.",
-            f"The same network before training: {init:.1f} %, raw pixels: {raw:.1f} %.",
-            f"So it {verb}: {knn - init:+.1f} points over its untrained state, "
-            f"{knn - raw:+.1f} points over raw pixels, without seeing a label.",
+            f"The same network at its start, from {given}: {init:.1f} %, raw pixels: {raw:.1f} %."
+            if given
+            else f"The same network before training: {init:.1f} %, raw pixels: {raw:.1f} %.",
+            f"So it {verb}{' more' if given else ''}: {knn - init:+.1f} points over its "
+            f"{'start' if given else 'untrained state'}, {knn - raw:+.1f} points over raw pixels, "
+            f"without seeing a label{' in this run' if given else ''}.",
         ]
     if summary["probe_top1"] is not None:
         lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import loss, moco_queue, scaling, side_by_side
+from benchmarks import loss, methods, moco_queue, scaling, side_by_side
 from common.contrast import normalize
 from moco_jax import queue as queues
 
@@ -48,3 +48,18 @@ def test_steps_in_parts_send_what_the_whole_batch_sends(monkeypatch):
     monkeypatch.setattr(scaling, "BATCH", 64)
     rows = [scaling.compiled(name, 2) for name in ("SimCLR, 32 BN groups", "MoCo, 32 BN groups")]
     assert all("all-reduce" in row[5] for row in rows)
+
+
+def test_methods_are_compared_on_one_network(tmp_path):
+    both = [methods.config(name, 64) for name in ("SimCLR", "MoCo")]
+    assert both[0].model.to_dict() | {"bn_groups": 0} == both[1].model.to_dict() | {"bn_groups": 0}
+    rows = methods.measured([16], 2)
+    assert [row["negatives"] for row in rows] == [30, 4096]
+    assert rows[1]["arguments"] > rows[0]["arguments"]  # the key encoder and the queue
+    assert rows[0]["temporaries"] > rows[1]["temporaries"]  # activations of two views
+    assert rows[0]["of_simclr"] == 1
+    # an accuracy stands only beside the batch that the recorded run had
+    shown = methods.table([row | {"batch": batch} for batch in (16, 128) for row in rows])
+    assert [line[6] for line in shown] == ["", "", "61.5 %", "59.2 %"]
+    methods.draw(rows, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000

@@ -296,6 +296,11 @@ def test_chart_puts_values_where_the_axes_say():
     assert inline.chart("t", [1], [1.0], "step") is None
     level = inline.chart("t", [0, 1], [2.5, 2.5], "step")
     assert len({text for _, text in level.y_ticks}) == len(level.y_ticks) >= 3
+    fine = inline.chart("t", [0, 0.5], [4.4, 5.4], "epoch")
+    assert [text for _, text in fine.y_ticks] == ["4.4", "4.6", "4.8", "5.0", "5.2", "5.4"]
+    assert [text for _, text in fine.x_ticks][:2] == ["0.0", "0.1"]
+    small = inline.chart("t", [0, 1], [0.0, 1e-7], "step")
+    assert len({text for _, text in small.y_ticks}) == len(small.y_ticks)
     many = inline.chart("t", np.arange(10_000), np.arange(10_000.0), "step")
     assert len(many.points.split()) == 400 and many.dots == ()
 

@@ -125,8 +125,17 @@ def chart(
         unit=unit,
         points=" ".join(f"{a:g},{b:g}" for a, b in pairs),
         dots=tuple(pairs) if len(pairs) <= 40 else (),
-        x_ticks=tuple((float(across(t)), f"{t:,.10g}") for t in x_ticks),
-        y_ticks=tuple((float(up(t)), f"{t:.10g}") for t in ticks),
+        x_ticks=tuple(zip(map(float, across(np.array(x_ticks))), _numbers(x_ticks), strict=True)),
+        y_ticks=tuple(zip(map(float, up(ticks)), _numbers(ticks), strict=True)),
         level=None if level is None else float(up(level)),
         level_name=level_name,
     )
+
+
+def _numbers(ticks: Sequence[float]) -> list[str]:
+    """As text, all with as many decimals as the finest needs: 5.0 beside 5.2."""
+    texts = [f"{t:.10g}" for t in ticks]
+    if any("e" in text for text in texts):  # very small or large: as it is
+        return texts
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    return [f"{t:,.{decimals}f}" for t in ticks]

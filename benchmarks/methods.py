@@ -1,0 +1,159 @@
+"""SimCLR beside MoCo on one network: negatives, memory and speed against the batch, and accuracy.
+
+    python -m benchmarks.methods --figure=docs/figures/simclr_or_moco.png
+
+The whole train step of configs/{simclr,moco}_cifar10.py:cpu, compiled for one device as a run
+compiles it. Memory is what XLA's analysis of that program says. All programs are timed in turns in
+one process, on random images that are in memory already: no augmentation, no files. The accuracies
+are those of the recorded runs in docs/results.md, and are only drawn beside.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from benchmarks import scaling, side_by_side
+from common import pictures
+from common.data.presets import resolve_views
+from configs import moco_cifar10, simclr_cifar10
+
+CONFIGS = {"SimCLR": simclr_cifar10, "MoCo": moco_cifar10}
+COLOURS = {"SimCLR": "#2f62c9", "MoCo": "#d9822b"}
+# docs/results.md, "CIFAR-10 on two cores" and the table below it: per cent after the last epoch
+RECORDED = {
+    "SimCLR": {"kNN": 61.5, "linear": 65.4, "epochs": 20, "minutes": 38.9},
+    "MoCo": {"kNN": 59.2, "linear": 61.3, "epochs": 28, "minutes": 33.6},
+}
+MIB = 2**20
+
+
+def config(name: str, batch: int) -> ConfigDict:
+    """The config of a method at some batch, with images as large as its views."""
+    c = CONFIGS[name].get_config("cpu")
+    c.batch_size = batch
+    c.data.image_size = resolve_views(c)[0].size
+    return c
+
+
+def negatives(c: ConfigDict) -> int:
+    """How many embeddings a view is told apart from."""
+    return c.moco.queue_length if c.method == "moco" else 2 * (c.batch_size - 1)
+
+
+def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:
+    """A record for each batch and method, batch by batch."""
+    rows, programs = [], {}
+    for batch in batches:
+        for name in CONFIGS:
+            c = config(name, batch)
+            programs[name, batch], memory = scaling.ready(c)
+            rows.append(
+                {
+                    "method": name,
+                    "batch": batch,
+                    "negatives": negatives(c),
+                    "arguments": memory.argument_size_in_bytes / MIB,
+                    "temporaries": memory.temp_size_in_bytes / MIB,
+                }
+            )
+    taken = side_by_side.seconds(programs, repeats)
+    for row in rows:
+        mine, batch = taken[row["method"], row["batch"]], row["batch"]
+        row["memory"] = row["arguments"] + row["temporaries"]
+        row["speed"] = batch / statistics.median(mine)
+        row["slowest"], row["fastest"] = batch / max(mine), batch / min(mine)
+        # speeds, so the seconds the other way round
+        row["of_simclr"] = side_by_side.ratio(taken["SimCLR", batch], mine)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows as they are printed; accuracies stand where the batch is that of the run."""
+    lines = []
+    for row in rows:
+        name, line = row["method"], RECORDED[row["method"]]
+        ran = row["batch"] == run_batch(name)
+        lines.append(
+            [
+                f"{row['batch']}",
+                name,
+                f"{row['negatives']:,}",
+                f"{row['arguments']:.0f} + {row['temporaries']:.0f} = {row['memory']:.0f}",
+                f"{row['speed']:,.0f} ({row['slowest']:,.0f}-{row['fastest']:,.0f})",
+                f"{row['of_simclr']:.2f}",
+                f"{line['kNN']} %" if ran else "",
+                f"{line['linear']} %" if ran else "",
+                f"{line['epochs']}, {line['minutes']} min" if ran else "",
+            ]
+        )
+    return lines
+
+
+def run_batch(name: str) -> int:
+    """The batch of the recorded run."""
+    return CONFIGS[name].get_config("cpu").batch_size
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Memory and speed against the batch, and the recorded accuracies."""
+    figure = pictures._figure(9.6, 3.1, top=0.1)
+    memory, speed, accuracy = figure.subplots(1, 3)
+    batches = sorted({row["batch"] for row in rows})
+    for name, colour in COLOURS.items():
+        mine = [row for row in rows if row["method"] == name]
+        x = [row["batch"] for row in mine]
+        style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.5, "label": name}
+        memory.plot(x, [row["memory"] for row in mine], **style)
+        speed.plot(x, [row["speed"] for row in mine], **style)
+    for axes, title in ((memory, "memory of a step (MiB)"), (speed, "images/s of a step")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel="batch")
+        axes.legend(fontsize=8, frameon=False)
+    scores, width = ("kNN", "linear"), 0.38
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        line = RECORDED[name]
+        places = [j + (i - 0.5) * width for j in range(len(scores))]
+        label = f"{name}, {line['epochs']} epochs, {line['minutes']:.0f} min"
+        bars = accuracy.bar(
+            places, [line[s] for s in scores], width * 0.94, color=colour, label=label
+        )
+        accuracy.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    accuracy.set_xticks(range(len(scores)), scores)
+    accuracy.set_ylim(0, 100)  # room for the legend above the bars
+    accuracy.set(title=f"CIFAR-10 top-1 (%), batch {run_batch('SimCLR')}")
+    accuracy.legend(fontsize=8, frameon=False, loc="upper left")
+    for axes in (memory, speed, accuracy):
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.25, axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    pictures._save(figure, path)
+
+
+def main() -> None:
+    """Prints the table, and draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    integers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
+    parser.add_argument("--batches", type=integers, default=[64, 128, 256, 512])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--figure", default="", help="PNG to write")
+    flags = parser.parse_args()
+    rows = measured(flags.batches, flags.repeats)
+    side_by_side.show(
+        "SimCLR and MoCo, network and data of *_cifar10.py:cpu",
+        ["batch", "", "negatives of a view", "MiB: arguments + temporaries",
+         "images/s, median (range)", "MoCo / SimCLR", "kNN", "linear", "epochs, time"],
+        table(rows),
+    )  # fmt: skip
+    if flags.figure:
+        draw(rows, flags.figure)
+
+
+if __name__ == "__main__":
+    main()
