@@ -48,7 +48,8 @@ def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:
     for batch in batches:
         for name in CONFIGS:
             c = config(name, batch)
-            programs[name, batch], memory = scaling.ready(c)
+            programs[name, batch], step = scaling.ready(c)
+            memory = step.memory_analysis()
             rows.append(
                 {
                     "method": name,
