@@ -193,7 +193,9 @@ def test_when_all_are_damaged_none_is_touched(two, tmp_path):
     for step in ("3", "5"):
         damage(largest(tmp_path / "checkpoints" / step / "state"), "flipped")
     with Checkpoints(tmp_path, 2) as checkpoints:
-        with pytest.raises(UserError, match=r"step 5 in .* is damaged .*also those of step 3: re"):
+        with pytest.raises(
+            UserError, match=r"step 5 in .* damaged .*those of step 3: restore the f"
+        ):
             checkpoints.restore_newest(abstract, shardings)
         assert checkpoints.all_steps() == [3, 5]
     assert not (tmp_path / "damaged_checkpoints").exists()

@@ -125,7 +125,8 @@ def assert_one_line(error, words):
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(field, value, least):
     dotted = field.replace("__", ".")
-    with pytest.raises(UserError, match=rf"{dotted}={value}: expected at least {least}"):
+    message = rf"{dotted}={value} is too small: expected at least {least}"
+    with pytest.raises(UserError, match=message):
         config.check(tiny.config("simclr", **{field: value}))
     config.check(tiny.config("simclr", **{field: max(least, 1)}))
 

@@ -138,7 +138,7 @@ def test_a_class_without_training_images_is_never_predicted():
     (found,) = logistic.fit(x, np.where(y == 1, 3, y), 5, [1.0], 100, quiet=True)
     logits = found.classifier.logits(x)
     assert set(logits.argmax(1)) == {0, 2, 3} and np.isfinite(logits).all()
-    with pytest.raises(UserError, match="one class"):
+    with pytest.raises(UserError, match="are of one class: expected two or more"):
         logistic.fit(x, np.zeros_like(y), 3, [1.0], 100, quiet=True)
 
 

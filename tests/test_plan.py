@@ -241,7 +241,7 @@ def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="batch_size=12 cannot be split over 8 devices"):
         plan(main.METHODS["simclr"], c)
     c = tiny.config("simclr", data__source="fake", data__fake_examples=8)
-    with pytest.raises(UserError, match="only 8 images"):
+    with pytest.raises(UserError, match="the data has only 8 images"):
         plan(main.METHODS["simclr"], c)
 
 
