@@ -161,7 +161,7 @@ def test_bad_presets_and_ranges():
             presets.resolve(config, 32)
     config = presets.default_config("simclr")
     config.strength = -1.0
-    with pytest.raises(UserError, match="strength"):
+    with pytest.raises(UserError, match=r"augment.strength is -1.0; expected a number"):
         presets.resolve(config, 32)
     with pytest.raises(UserError, match=r"unknown field augment.flips.*'flip'"):
         presets.resolve({"preset": "simclr", "flips": 0.5}, 32)

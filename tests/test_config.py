@@ -74,7 +74,7 @@ def test_overrides_arrive_with_their_types():
         (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
         (["--mode=knn"], ["takes the config from the workdir"]),
         (["--mode=kn"], ["--mode=kn", "knn"]),
-        (["--topology=v5e:4x8"], ["--mode=plan"]),
+        (["--topology=v5e:4x8"], ["--topology goes with --mode=plan, not with --mode=train"]),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, words):

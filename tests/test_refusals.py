@@ -4,15 +4,17 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import opened_run
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from test_sources import config as data_config
 
 from common import config as configs
 from common import replay, report
-from common.data import shards, sources
+from common.data import pipeline, shards, sources
 from common.errors import UserError
 from common.evaluate import batches, pretrained
 from common.export import formats
@@ -69,15 +71,15 @@ def workdir(tmp_path_factory):
     return opened_run.write(tmp_path_factory.mktemp("runs") / "run")
 
 
+def hold(workdir):
+    with claim(workdir, tiny.config("simclr")):
+        pass
+
+
 def test_a_config_json_that_is_torn(tmp_path):
     (tmp_path / "config.json").write_text('{"method": ')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-
-    def hold():
-        with claim(tmp_path, tiny.config("simclr")):
-            pass
-
-    refused(["config.json is not JSON (", "restore it, or give another --workdir"], hold)
+    refused(["config.json is not JSON (", "restore it, or give another --workdir"], hold, tmp_path)
     words = ["config.json is not JSON (", "restore it from a copy"]
     refused(words, pretrained.read_config, tmp_path, tiny.METHODS)
 
@@ -104,6 +106,16 @@ def test_a_run_that_named_no_test_split(workdir):
         opened.config.data.test_split = ""
     words = [f"no test split: the run of {workdir} named none", "give --eval.test_split=NAME"]
     refused(words, opened.open, "test")
+
+
+def test_process_0_decides_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(1))
+    refused(
+        f"process 0 refuses the workdir {tmp_path / 'w'}: see what it says", hold, tmp_path / "w"
+    )
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_batch_of_a_classifier():
@@ -154,6 +166,12 @@ def test_a_tfds_name_that_is_none(tmp_path):
     c = data_config("tfds:cifar10/no_such_config", dir=str(tmp_path))
     words = ["cannot open tfds:cifar10/no_such_config: ", "tfds build"]
     refused(words, sources.open_source, c, "train")
+
+
+def test_an_evaluation_in_batches_of_nothing():
+    source = sources.open_source(data_config("fake"), "train")
+    words = "the evaluation's batch size is -4; expected at least 1."
+    refused(words, pipeline.eval_batches, source, -4, 8, np.arange(4))
 
 
 # ------------------------------------------------------------------- weights

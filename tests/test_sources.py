@@ -211,6 +211,10 @@ def test_tfds_in_memory(tmp_path, file_format):
     message = "no split 'validation'; expected one of train, test or a slice of it"
     with pytest.raises(UserError, match=message):
         sources.open_source(config("tfds:tiny", dir=str(tmp_path), test_split="validation"), "test")
+    with pytest.raises(UserError, match=r"split 'train\[:0\]' of tfds:tiny is empty; expected im"):
+        sources.open_source(
+            config("tfds:tiny", dir=str(tmp_path), train_split="train[:0]"), "train"
+        )
 
 
 def test_tfds_kinds(tmp_path):

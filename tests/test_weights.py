@@ -346,7 +346,7 @@ FILES = {
     ),
     "two.npz": (
         lambda p: save(p, state_dict("student.") | state_dict("teacher.")),
-        "holds 2 encoders, 'student.', 'teacher.': expected one",
+        "holds 2 encoders, 'student.', 'teacher.': expected one; write a file",
     ),
     "torch.pth": (lambda p: p.write_bytes(b"x"), "PyTorch is not installed: pip install torch"),
 }  # fmt: skip
