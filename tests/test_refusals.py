@@ -16,7 +16,7 @@ from common import config as configs
 from common import replay, report
 from common.data import pipeline, shards, sources
 from common.errors import UserError
-from common.evaluate import batches, pretrained
+from common.evaluate import batches, linear_mode, pretrained
 from common.export import formats
 from common.optim import steps_of
 from common.sharding import make_mesh
@@ -108,6 +108,14 @@ def test_a_run_that_named_no_test_split(workdir):
     refused(words, opened.open, "test")
 
 
+def test_a_linear_classifier_of_a_run_that_diverged(workdir, monkeypatch):
+    opened = opened_run.load(workdir, features="pixels")
+    found = np.full((4, 2), np.nan), np.zeros(4, np.int32), np.arange(4)
+    monkeypatch.setattr(pretrained.Pretrained, "extract", lambda *_: found)
+    words = "are not finite: this run has diverged; choose an earlier checkpoint with --eval.step"
+    refused(words, linear_mode.Bank, opened, opened.open("train"), "cached")
+
+
 def test_process_0_decides_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -130,6 +138,14 @@ def test_a_run_goes_on_with_its_own_data_only():
     source = sources.open_source(data_config("fake", fake_examples=20), "train")
     same_data({"num_examples": 20}, source)
     refused("20 images, and had 19 when this run", same_data, {"num_examples": 19}, source)
+
+
+@pytest.mark.parametrize("wrong", [{"fake_examples": 0}, {"fake_classes": -1}])
+def test_random_images_of_no_number(wrong):
+    fields = {"fake_examples": 5, "fake_classes": 3} | wrong
+    n, classes = fields.values()
+    words = f"examples is {n} and data.fake_classes {classes}; expected at least 1 and 0."
+    refused(words, sources.open_source, data_config("fake", **fields), "train")
 
 
 def test_a_test_split_that_is_not_there():
