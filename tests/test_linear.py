@@ -150,6 +150,14 @@ def test_strengths():
         logistic.strengths(0.0, 1.0, 3)
 
 
+@pytest.mark.parametrize(("candidates", "steps"), [([], 5), ([Candidate(0.1, 0.0)], 0)])
+def test_nothing_to_fit(candidates, steps):
+    mesh = make_mesh(jax.devices()[:1])
+    message = f"{len(candidates)} candidates, {steps} steps: expected at least 1"
+    with pytest.raises(ValueError, match=message):
+        linear.fit([], steps, candidates, 4, 3, np.zeros(2), np.ones(2), mesh)
+
+
 def test_top1_and_top5():
     scores = np.array([[9, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7.0]])
     assert accuracy.top_k(scores, np.array([0, 0])) == {"top1": 0.5, "top5": 0.5}
