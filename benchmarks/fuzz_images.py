@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 PER_FOLDER = 500  # so that a bad file costs the reading of few others
-SECONDS = 1800  # without an end is a hang
+SECONDS = 600  # for one folder is a hang
 
 
 def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
@@ -107,8 +107,8 @@ def fuzz(files: int, seed: int) -> dict:
     """Makes and reads `files` files; returns what was seen."""
     rng, begin, replaced, done = np.random.default_rng(seed), time.monotonic(), 0, 0
     good = originals(rng)
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
     while done < files:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # begins anew with each folder
         count = min(PER_FOLDER, files - done)
         with tempfile.TemporaryDirectory() as scratch:
             folder = pathlib.Path(scratch)

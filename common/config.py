@@ -132,7 +132,7 @@ def check(config: ConfigDict) -> None:
         for name in field.split("."):
             value = value[name]
         if value < least:
-            raise UserError(f"{field}={value}: expected at least {least}")
+            raise UserError(f"{field}={value} is too small: expected at least {least}")
     optim.one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
     if config.init_from and config.resume_from:
         raise UserError(

@@ -49,6 +49,9 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     step, begin = record["step"], record["checkpoint"] or 0
 
     config, mesh = read_config(epath.Path(workdir), methods), make_mesh()
+    with Checkpoints(workdir, None, read_only=True) as checkpoints:
+        if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
+            raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")
     source = sources.open_source(config.data, "train")
     per_epoch = pipeline.steps_per_epoch(source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
@@ -67,8 +70,6 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     progress = {"position": 0, "readers": None}
     if begin:
         with Checkpoints(workdir, None, read_only=True) as checkpoints:
-            if begin not in checkpoints.all_steps():
-                raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")
             state, progress = checkpoints.restore(begin, abstract, shardings)
     else:
         state = jax.jit(method.init, out_shardings=shardings)(init_key)

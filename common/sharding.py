@@ -86,7 +86,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     if batch_size % mesh.size:
         raise UserError(
             f"batch_size={batch_size} cannot be split over {mesh.size} devices: "
-            f"use a multiple of {mesh.size}, e.g. {max(1, batch_size // mesh.size) * mesh.size}"
+            f"each takes as many images, so use a multiple of {mesh.size}, e.g. "
+            f"{max(1, batch_size // mesh.size) * mesh.size}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     starts = sorted({(s[0].start or 0) for s in slices.values()})

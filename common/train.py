@@ -90,6 +90,8 @@ def train(
     ):
         if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
+        if config.resume_from and not checkpoints.latest_step:
+            transfer.source_of(config.resume_from, workdir)  # known before minutes of compiling
         data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
         stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
         step_fn = compile_step(stepped, config, mesh, abstract, shardings, data)

@@ -37,7 +37,7 @@ def adopt(config: ConfigDict, workdir: epath.Path, method: Method, state: Any) -
     Raises:
         UserError: no such checkpoint, a damaged one, or one of which nothing fits.
     """
-    directory, step = _source(config.resume_from, workdir)
+    directory, step = source_of(config.resume_from, workdir)
     arrays = _read(directory, step)
     names, leaves = digests.names(state), jax.tree.leaves(state)
     taken, missed = [], {}
@@ -65,8 +65,12 @@ def adopt(config: ConfigDict, workdir: epath.Path, method: Method, state: Any) -
     return state
 
 
-def _source(text: str, workdir: epath.Path) -> tuple[epath.Path, int]:
-    """(directory, step) of "DIR" or "DIR@STEP"."""
+def source_of(text: str, workdir: epath.Path) -> tuple[epath.Path, int]:
+    """(directory, step) of "DIR" or "DIR@STEP".
+
+    Raises:
+        UserError: if it is the workdir itself, or there is no such checkpoint.
+    """
     path, at, number = text.rpartition("@")
     path, number = (path, number) if at and number.isdigit() else (text, "")
     directory = epath.Path(path).expanduser()

@@ -54,7 +54,9 @@ def claim(
                 refusal = error
             except OSError as error:
                 reason = error.strerror or error
-                refusal = UserError(f"cannot use {workdir}: {reason}; give another --workdir")
+                refusal = UserError(
+                    f"cannot use {workdir} as a workdir: {reason}; give another --workdir"
+                )
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

@@ -74,7 +74,7 @@ def test_overrides_arrive_with_their_types():
         (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
         (["--mode=knn"], ["takes the config from the workdir"]),
         (["--mode=kn"], ["--mode=kn", "knn"]),
-        (["--topology=v5e:4x8"], ["--mode=plan"]),
+        (["--topology=v5e:4x8"], ["--topology goes with --mode=plan, not with --mode=train"]),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, words):
@@ -125,7 +125,8 @@ def assert_one_line(error, words):
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(field, value, least):
     dotted = field.replace("__", ".")
-    with pytest.raises(UserError, match=rf"{dotted}={value}: expected at least {least}"):
+    message = rf"{dotted}={value} is too small: expected at least {least}"
+    with pytest.raises(UserError, match=message):
         config.check(tiny.config("simclr", **{field: value}))
     config.check(tiny.config("simclr", **{field: max(least, 1)}))
 

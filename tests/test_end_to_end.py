@@ -393,5 +393,5 @@ def test_a_workdir_that_is_not_ours(tmp_path):
     bad(tmp_path, ["config.json is not JSON"])
     assert sorted(p.name for p in work.iterdir()) == ["config.json", "lock", "thesis.txt"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot use .*file/run"):
+    with pytest.raises(UserError, match=r"cannot use .*file/run as a workdir: "):
         run(small("simclr"), tmp_path / "file" / "run")

@@ -271,12 +271,12 @@ def test_mistakes(opened, workdir, tmp_path):
         with pytest.raises(UserError, match=match):
             modes.run(mode, run, opened_run.config(**changes), tiny.METHODS)
 
-    fails("holds no run", run=tmp_path)
-    fails("no checkpoint of step 3: choose one of 7", step=3)
+    fails("give the --workdir that a run was trained in", run=tmp_path)
+    fails("no checkpoint of step 3: choose one of 7, or 0 for the newest", step=3)
     fails("layer 'head9' is unknown: choose one of backbone, head1", layer="head9")
     fails("less than one image a class", finetune__fraction=0.01)
     fails("needs a network", features="pixels")
-    fails("is no step at all", finetune__epochs=-1)
+    fails("eval.finetune.epochs=-1 is no step", finetune__epochs=-1)
     fails("raw pixels: use cached", mode="linear_eval", features="pixels",
           linear__variant="augmented")  # fmt: skip
     fails('"cashed" is unknown.*"cached"', mode="linear_eval", linear__variant="cashed")

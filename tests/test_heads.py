@@ -140,12 +140,14 @@ def test_encode_stops_after_the_layer_asked_for():
 @pytest.mark.parametrize("layer", ["head0", "head3", "backbon"])
 def test_layers_that_are_not_there_are_named_in_the_error(layer):
     network, variables, images = tiny_network()
-    with pytest.raises(UserError, match=f"'{layer}' is unknown: .*backbone, head1, head2, proj"):
+    with pytest.raises(
+        UserError, match=f"'{layer}' is unknown: .*backbone, head1, head2, projection"
+    ):
         jax.eval_shape(lambda: network.apply(variables, images, layer, method="encode"))
 
 
 def test_unknown_heads_and_heads_without_layers_are_refused():
-    with pytest.raises(UserError, match=r"head.kind='mlp'.*simclr, moco_v1, moco_v2"):
+    with pytest.raises(UserError, match=r'head.kind="mlp".*simclr, moco_v1, moco_v2'):
         heads.make_network(tiny.config("simclr", head__kind="mlp"))
-    with pytest.raises(UserError, match=r"head.layers=0"):
+    with pytest.raises(UserError, match=r"head.layers=0: a head needs at least one"):
         heads.make_network(tiny.config("simclr", head__layers=0))

@@ -129,7 +129,7 @@ def test_bad_input():
         knn.knn_top1(x, y, x, none, CLASSES)
     with pytest.raises(UserError, match="k=21 neighbours among 20"):
         knn.knn_top1(x, y, x, y, CLASSES, k=21)
-    with pytest.raises(UserError, match="temperature=0"):
+    with pytest.raises(UserError, match=r"kNN temperature=0: it must be above 0 \(0.1 is usual"):
         knn.knn_top1(x, y, x, y, CLASSES, temperature=0)
     with pytest.raises(UserError, match="4 features and training rows 16"):
         knn.neighbours(x, x[:, :4], 3)

@@ -138,7 +138,7 @@ def test_a_class_without_training_images_is_never_predicted():
     (found,) = logistic.fit(x, np.where(y == 1, 3, y), 5, [1.0], 100, quiet=True)
     logits = found.classifier.logits(x)
     assert set(logits.argmax(1)) == {0, 2, 3} and np.isfinite(logits).all()
-    with pytest.raises(UserError, match="one class"):
+    with pytest.raises(UserError, match="are of one class: expected two or more"):
         logistic.fit(x, np.zeros_like(y), 3, [1.0], 100, quiet=True)
 
 
@@ -148,6 +148,14 @@ def test_strengths():
     np.testing.assert_allclose(np.diff(np.log10(values)), -11 / 44)
     with pytest.raises(UserError, match="expected 0 < low <= high"):
         logistic.strengths(0.0, 1.0, 3)
+
+
+@pytest.mark.parametrize(("candidates", "steps"), [([], 5), ([Candidate(0.1, 0.0)], 0)])
+def test_nothing_to_fit(candidates, steps):
+    mesh = make_mesh(jax.devices()[:1])
+    message = f"{len(candidates)} candidates, {steps} steps: expected at least 1"
+    with pytest.raises(ValueError, match=message):
+        linear.fit([], steps, candidates, 4, 3, np.zeros(2), np.ones(2), mesh)
 
 
 def test_top1_and_top5():

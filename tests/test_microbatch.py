@@ -154,7 +154,7 @@ def test_what_cannot_be_exact_is_refused(batch, size, groups, devices, message):
 
 
 def test_a_negative_size_is_refused_and_any_other_may_follow_on_resume():
-    with pytest.raises(UserError, match="microbatch=-1: expected at least 0"):
+    with pytest.raises(UserError, match="microbatch=-1 is too small: expected at least 0"):
         configs.check(config(64, -1, 8))
     before, after = (configs.as_dict(config(64, size, 8)) for size in (0, 16))
     configs.check_same_run(before, after, "workdir")

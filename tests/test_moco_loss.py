@@ -217,13 +217,13 @@ def test_no_collective_moves_the_queue():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keys": jnp.ones((8, D))}, "equal shapes"),
+        ({"keys": jnp.ones((8, D))}, "info_nce: queries are .* expected two equal shapes"),
         ({"queries": jnp.ones((16, 2, 3)), "keys": jnp.ones((16, 2, 3))}, "equal shapes"),
         ({"queries": jnp.ones((16, 3)), "keys": jnp.ones((16, 3))}, "the queue is"),
-        ({"length": 64}, "the queue is"),
+        ({"length": 64}, "make it with queue.init of that length"),
         ({"length": 0}, "length"),
         ({"temperature": 0}, "temperature"),
-        ({"mesh": 3}, "multiples of 3"),
+        ({"mesh": 3}, "16 queries and 16 queue rows cannot be split over 3 devices"),
     ],
 )
 def test_user_mistakes(change, message):

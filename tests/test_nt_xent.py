@@ -227,12 +227,12 @@ def test_what_travels_is_the_embeddings_once():
 @pytest.mark.parametrize(
     ("shapes", "kwargs", "message"),
     [
-        (((4, 3), (5, 3)), {}, "two equal shapes"),
-        (((4, 3, 2), (4, 3, 2)), {}, r"expected \[n, d\]"),
-        (((0, 3), (0, 3)), {}, "n >= 1"),
+        (((4, 3), (5, 3)), {}, "expected two equal shapes .n, d., the two views"),
+        (((4, 3, 2), (4, 3, 2)), {}, r"expected \[n, d\], flatten them"),
+        (((0, 3), (0, 3)), {}, "with n >= 1 and d >= 1"),
         (((4, 3), (4, 3)), {"temperature": 0.0}, "temperature"),
         (((4, 3), (4, 3)), {"temperature": -1}, "temperature"),
-        (((6, 3), (6, 3)), {"mesh": 4}, "multiple of 4"),
+        (((6, 3), (6, 3)), {"mesh": 4}, "n=6 images cannot be split over 4"),
     ],
 )
 def test_user_mistakes(shapes, kwargs, message):

@@ -229,5 +229,5 @@ def test_bad_values_are_user_errors():
         optim.make_optimizer(make_config(schedule="exp"), STEPS, EPOCH)
     with pytest.raises(UserError, match="40 steps, the whole run only 12"):
         optim.make_optimizer(make_config(warmup="10 epochs"), STEPS, EPOCH)
-    with pytest.raises(UserError, match="part of"):
+    with pytest.raises(UserError, match='"5 %" has nothing to be a part of: use'):
         optim.steps_of("5 %", 156)

@@ -258,7 +258,7 @@ def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="batch_size=12 cannot be split over 8 devices"):
         plan(main.METHODS["simclr"], c)
     c = tiny.config("simclr", data__source="fake", data__fake_examples=8)
-    with pytest.raises(UserError, match="only 8 images"):
+    with pytest.raises(UserError, match="the data has only 8 images"):
         plan(main.METHODS["simclr"], c)
 
 
@@ -293,5 +293,5 @@ def test_remat_changes_nothing_but_memory():
         assert jax.tree.structure(runs[remat].states) == jax.tree.structure(runs["none"].states)
         for got, want in zip(runs[remat].states, runs["none"].states, strict=True):
             tiny.assert_close(got, want, 1e-10, 1e-13)
-    with pytest.raises(UserError, match=r"model.remat='all' is unknown: choose one of none, convs"):
+    with pytest.raises(UserError, match=r'model.remat="all" is unknown: use one of none, convs'):
         tiny.build(tiny.config("simclr", model__remat="all"), 1)

@@ -121,5 +121,5 @@ def test_length_below_one_is_refused(length):
 def test_keys_of_another_batch_size_are_refused():
     queue = queue_lib.Queue(keys=jnp.zeros((2, 8, 4)))
     for shape in ((4, 4), (8, 3)):
-        with pytest.raises(UserError, match="slot"):
+        with pytest.raises(UserError, match=r"a slot of the queue is .*: build the queue for"):
             queue_lib.push(queue, jnp.ones(shape), 0)

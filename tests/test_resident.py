@@ -220,5 +220,5 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
     class Mesh:
         local_devices = (Device(),)
 
-    with pytest.raises(UserError, match=r"fashion_mnist \(train\) has .* choose both"):
+    with pytest.raises(UserError, match=r"fashion_mnist \(train\) .* can keep there; choose both"):
         resident.load(source, Mesh())

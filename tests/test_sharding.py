@@ -93,5 +93,6 @@ def test_rows_follow_the_devices_of_a_process_even_when_the_mesh_reorders_them()
 
 @pytest.mark.parametrize(("batch", "advice"), [(20, "e.g. 16"), (3, "e.g. 8")])
 def test_a_batch_that_cannot_be_split_is_refused(batch, advice):
-    with pytest.raises(UserError, match=rf"batch_size={batch} .* 8 devices: .*{advice}"):
+    message = rf"batch_size={batch} .* 8 devices: each takes as many images, .*{advice}"
+    with pytest.raises(UserError, match=message):
         sharding.local_rows(mesh(8), batch)

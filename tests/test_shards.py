@@ -86,13 +86,13 @@ def test_mistakes(folder, tmp_path):
     torn.write_bytes(whole)
     shards.prepare(c, tmp_path / "good")
     good = f"shards:{tmp_path / 'good'}"
-    with pytest.raises(UserError, match="no split 'extra'; expected one of train, test"):
+    with pytest.raises(UserError, match="holds no split 'extra'; expected one of train, test"):
         sources.open_source(config(good, train_split="extra").data, "train")
     with pytest.raises(UserError, match=r"more than data.cache_gib=0"):
         sources.open_source(config(good, cache_gib=0.0).data, "train")
     shard = next((tmp_path / "good").glob("train*.npz"))
     shard.write_bytes(shard.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"cannot read .*copy it anew"):
+    with pytest.raises(UserError, match=r"cannot read .*: copy it anew, or prepare again"):
         sources.open_source(config(good).data, "train")
     index = tmp_path / "good" / "index.json"
     index.write_text(index.read_text().replace(shard.name, "../../etc/x.npz"))

@@ -51,7 +51,7 @@ def test_held_out_is_the_same_share_of_each_class_and_leaves_some():
     assert set(ids) != set(subset.held_out(y, 0.1, seed=1))
     # not the examples that a fraction of the labels takes
     assert set(ids) != set(subset.balanced(y, 0.1, 4, seed=0))
-    with pytest.raises(UserError, match="share of 1"):
+    with pytest.raises(UserError, match="a held-out share of 1: choose between 0 and 1"):
         subset.held_out(y, 1.0, seed=0)
     with pytest.raises(UserError, match="no class has two"):
         subset.held_out(labels([1, 1]), 0.5, seed=0)

@@ -141,7 +141,9 @@ def test_what_cannot_be_resumed_from(other, tmp_path):
     assert "no checkpoints in" in said(f"{tmp_path}/nowhere")
     assert "no checkpoint of step 7; there are: 6" in said(f"{workdir}@7")
     assert "is the workdir itself" in said(str(workdir), workdir)
-    assert "params/backbone/kernel is [3, 4] there and [3, 8] here" in said(f"{workdir}@6")
+    assert "fits this network: params/backbone/kernel is [3, 4] there and [3, 8] here" in said(
+        f"{workdir}@6"
+    )
 
 
 @pytest.mark.filterwarnings(

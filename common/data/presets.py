@@ -100,7 +100,9 @@ _CHOICES = {
 def _check(a: Augmentation) -> None:
     def need(good: bool, field: str, expected: str) -> None:
         if not good:
-            raise UserError(f"augment.{field} is {getattr(a, field)!r}; expected {expected}.")
+            raise UserError(
+                f"augment.{field}={getattr(a, field)!r} is not allowed; expected {expected}."
+            )
 
     for field, choices in _CHOICES.items():
         need(getattr(a, field) in choices, field, f"one of {', '.join(choices)}")

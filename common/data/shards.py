@@ -148,12 +148,20 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
             f"no {INDEX} in {path}: expected a directory that `main.py --mode=prepare "
             "--workdir=DIR` has finished writing"
         )
-    index = json.loads((directory / INDEX).read_text())
+    try:
+        index = json.loads((directory / INDEX).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}/{INDEX} is damaged ({error}): copy the directory anew, or prepare again"
+        ) from error
     if index["version"] != _VERSION:
-        raise UserError(f"{path} has format {index['version']}, this code reads {_VERSION}")
+        raise UserError(
+            f"{path} has format {index['version']}, this code reads {_VERSION}: prepare the set "
+            "again"
+        )
     if split not in index["splits"]:
         raise UserError(
-            f"{path} has no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
+            f"{path} holds no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
             "data.train_split or data.test_split."
         )
     found = index["splits"][split]
@@ -161,6 +169,10 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
     if outside := [n for n in names if "/" in n or "\\" in n or n.startswith("..")]:
         raise UserError(f"{path} names the file {outside[0]!r}: expected names without a folder")
     paths = [directory / name for name in names]
+    if absent := [p.name for p in paths if not p.exists()]:
+        raise UserError(
+            f"{path} lacks {len(absent)} of {len(paths)} shards, e.g. {absent[0]}: copy them too"
+        )
     size = sum(p.stat().length for p in paths) / _GIB
     if size > config.cache_gib:
         raise UserError(

@@ -26,7 +26,7 @@ def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
         UserError: if there are fewer examples than devices, or less than one is wanted.
     """
     if wanted < 1:
-        raise UserError(f"batch_size={wanted}: expected at least 1")
+        raise UserError(f"the mode's own batch_size is {wanted}: expected at least 1 image")
     size = min(wanted, n) // mesh.size * mesh.size or mesh.size
     if size > n:
         raise UserError(

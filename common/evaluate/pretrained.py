@@ -152,7 +152,7 @@ def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it") from error
+        raise UserError(f"{path} is not JSON ({error}): restore it from a copy") from error
     name = saved.get("method") if isinstance(saved, dict) else None
     if name not in methods:
         raise UserError(f"{path} is of the method {name!r}: expected one of {', '.join(methods)}")

@@ -51,7 +51,9 @@ def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; give a file of weights or a workdir"
+        ) from error
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     arrays, metadata = reader(data, path)
     return arrays, _decode(metadata), hashlib.sha256(data).hexdigest()

@@ -178,8 +178,9 @@ def _of_run(path: epath.Path) -> Weights:
         steps = checkpoints.all_steps()
         step = steps[-1] if steps and step is None else step
         if step not in steps:
+            wanted = "" if step is None else f" (step {step})"
             raise UserError(
-                f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'}: it has "
+                f"no such checkpoint in {workdir}{wanted}: it has "
                 f"{', '.join(map(str, steps)) or 'none yet'}"
             )
         shapes = checkpoints.shapes(step)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from common.errors import UserError
 from common.models.resnet import BatchNorm, ResNet, at_least_float32, make_encoder
+from common.optim import one_of
 
 HEADS = ("simclr", "moco_v1", "moco_v2")
 
@@ -114,8 +115,7 @@ def make_network(config: Any) -> Network:
         UserError: for an unknown head, or a head without layers.
     """
     head = config.head
-    if head.kind not in HEADS:
-        raise UserError(f"head.kind={head.kind!r} is unknown: choose one of {', '.join(HEADS)}")
+    one_of("head.kind", head.kind, HEADS)
     if head.layers < 1:
         raise UserError(f"head.layers={head.layers}: a head needs at least one layer")
     return Network(

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from common.errors import UserError
 from common.models import cpu_conv, fold
+from common.optim import one_of
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
 DEPTHS = {
@@ -285,10 +286,8 @@ def make_encoder(config: Any) -> ResNet:
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "
             "or give model.stages=(blocks, blocks, ...)"
         )
-    if model.remat not in REMAT:
-        raise UserError(f"model.remat={model.remat!r} is unknown: choose one of {', '.join(REMAT)}")
-    if model.stem not in STEMS:
-        raise UserError(f"model.stem={model.stem!r} is unknown: choose one of {', '.join(STEMS)}")
+    one_of("model.remat", model.remat, REMAT)
+    one_of("model.stem", model.stem, STEMS)
     return ResNet(
         depth=model.depth,
         stages=tuple(model.stages),
