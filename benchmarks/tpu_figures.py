@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from common import pictures
 from common.method import make_setup
 from common.sharding import make_mesh
+from moco_jax import shuffle
 
 BEGIN, END = "<!-- benchmarks.tpu_plans begin -->", "<!-- benchmarks.tpu_plans end -->"
 Rows = list[dict[str, Any]]
@@ -47,7 +48,9 @@ def theory(
     else:
         size = config.data.image_size
         parts["batch statistics"] = 4.0 * 2 * channels * 2  # only the running ones, of two encoders
-        parts["shuffled images (uint8)"] = batch / devices * size * size * 3
+        groups = config.model.bn_groups
+        sends = shuffle.sends(devices, groups, batch // groups)
+        parts["shuffled images (uint8)"] = sends * batch / devices * size * size * 3
         # queries gathered, their gradients reduced, keys dealt back
         parts["embeddings"] = 4.0 * dim * (2 * batch + batch / devices)
         # forward: thresholds, maxima, sums and ranks; backward: cotangents

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from common.contrast import normalize
 from common.errors import UserError
 from common.method import Setup, embedding_metrics
-from common.sharding import batch_sharding
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
+from moco_jax.shuffle import shuffle, unshuffle
 
 
 @flax.struct.dataclass
@@ -29,22 +29,6 @@ class MoCoState:
     key_batch_stats: Any
     queue: queues.Queue
     probe: Any  # ProbeState, or None without labels
-
-
-def shuffle(x: jax.Array, groups: int) -> jax.Array:
-    """Deals the rows of `x [b, ...]` over the BN groups, so that no group keeps its own images.
-
-    Row j of group g goes to place `j * groups + g`: under a sharded batch an all-to-all of one
-    local batch. The new group g shares at most `ceil(b / groups^2)` images with the old one
-    (shuffling BN, He et al. 2020, section 3.3).
-    """
-    blocks = x.reshape((groups, x.shape[0] // groups) + x.shape[1:])
-    return blocks.swapaxes(0, 1).reshape(x.shape)
-
-
-def unshuffle(x: jax.Array, groups: int) -> jax.Array:
-    """The inverse of `shuffle`."""
-    return shuffle(x, x.shape[0] // groups)
 
 
 class MoCo:
@@ -115,12 +99,10 @@ class MoCo:
         key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
         key_stats, keys = state.key_batch_stats, []
         for _, view in pairs:
-            # Said here, or the TPU compiler turns the images to float32 and gathers all of them.
-            rows = batch_sharding(setup.mesh)
-            shuffled = jax.lax.with_sharding_constraint(shuffle(images[:, view], groups), rows)
+            shuffled = shuffle(images[:, view], groups, setup.mesh)
             _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled)
             # unit length already here: these rows enter the queue
-            keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups))))
+            keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups, setup.mesh))))
 
         def loss_fn(params: Any) -> tuple:
             stats, losses, metrics, features, queries = state.batch_stats, [], [], [], []

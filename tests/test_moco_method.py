@@ -198,15 +198,33 @@ def test_the_parser_sees_a_queue_that_does_travel():
     assert ("all-gather", "f32", 512 * 16 * 8) in found
 
 
-@pytest.mark.parametrize("groups", [4, 8, 16])
-def test_shuffling_moves_one_local_batch_per_device(groups):
+# on 8 devices: whole groups on a device, with many and with few rows; groups that span devices,
+# with more and with fewer rows than there are groups; numbers that do not divide each other
+SPREADS = [(64, 8), (128, 8), (64, 16), (32, 16), (64, 32), (64, 2), (128, 4), (32, 4), (16, 4),
+           (16, 8), (8, 2), (24, 4), (40, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("b", "groups"), SPREADS)
+@pytest.mark.parametrize("devices", [2, 8])
+def test_shuffling_is_the_same_on_any_number_of_devices(b, groups, devices):
+    mesh = make_mesh(jax.devices()[:devices])
+    images = np.random.default_rng(0).integers(0, 256, (b, 2, 2, 3), dtype=np.uint8)
+    placed = jax.device_put(images, batch_sharding(mesh))
+    there = jax.jit(lambda x: moco.shuffle(x, groups, mesh))(placed)
+    np.testing.assert_array_equal(there, moco.shuffle(images, groups))
+    back = jax.jit(lambda x: moco.unshuffle(x, groups, mesh))(there)
+    np.testing.assert_array_equal(back, images)
+
+
+@pytest.mark.parametrize(("b", "groups"), SPREADS[:-2])
+def test_shuffling_moves_a_local_batch_twice_at_most(b, groups):
     mesh = make_mesh()
     rows = batch_sharding(mesh)
-    images = jax.ShapeDtypeStruct((64, 4, 4, 3), np.uint8, sharding=rows)
-    deal = jax.jit(lambda x: moco.shuffle(x, groups), out_shardings=rows)
+    images = jax.ShapeDtypeStruct((b, 4, 4, 3), np.uint8, sharding=rows)
+    deal = jax.jit(lambda x: moco.shuffle(x, groups, mesh), out_shardings=rows)
     found = collectives(deal.lower(images).compile().as_text())
-    assert found
-    assert sum(size for _, _, size in found) <= 2 * 64 * 4 * 4 * 3 // 8, found
+    assert found and {dtype for _, dtype, _ in found} == {"u8"}
+    assert sum(size for _, _, size in found) <= 2 * b * 4 * 4 * 3 // 8, found
 
 
 def test_init_copies_the_query_encoder_and_fills_the_queue_with_unit_vectors():

@@ -173,9 +173,14 @@ def _child(compile_for: Callable, topology: str, sender: Any, log: str) -> None:
 
     try:
         try:
-            # libtpu takes a host to have 2x2 chips, and then refuses a machine with one
-            one = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
+            more: dict[str, Any] = {}
+            if topology.endswith(":1x1"):
+                # libtpu takes a host to have 2x2 chips, and then refuses a machine with one
+                more["chips_per_host_bounds"] = [1, 1, 1]
+            if topology.startswith("v4:"):
+                # else two devices a chip are described; on a TPU VM the two cores are one device
+                more["chip_config_name"] = "megacore"
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
