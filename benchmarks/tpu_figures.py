@@ -46,9 +46,14 @@ def theory(
         # an id each; backwards the log-sum-exps and their cotangents
         parts["ids, log-sum-exps"] = 4.0 * 2 * batch * 3
     else:
-        size = config.data.image_size
-        parts["batch statistics"] = 4.0 * 2 * channels * 2  # only the running ones, of two encoders
-        groups = config.model.bn_groups
+        size, groups = config.data.image_size, config.model.bn_groups
+        parts["batch statistics"] = 4.0 * 2 * channels * 2  # the running ones, of two encoders
+        if groups < devices:  # a group's own are summed over its devices: twice forward, once back
+            parts["batch statistics"] += 4.0 * 2 * channels * 3
+            for kernel in folded.values():
+                c, d = kernel.shape[2:]
+                # moments of the input, and back the gradient of the group's own kernel
+                parts["batch statistics"] += 4.0 * (2 * (c * (c + 1) - 2 * d) + c * d)
         sends = shuffle.sends(devices, groups, batch // groups)
         parts["shuffled images (uint8)"] = sends * batch / devices * size * size * 3
         # queries gathered, their gradients reduced, keys dealt back

@@ -32,7 +32,7 @@ ROWS, PAGE, FIGURE = DOCS / "tpu_plans.jsonl", DOCS / "tpu.md", DOCS / "figures/
 PARTS = ("changes", "table", "growth")
 QUICK = ("table", "growth")  # parts compiled with little effort: full effort takes five times that
 
-SLICES = ("v5e:4x8", "v5e:16x16", "v4:4x4x4", "v5p:4x4x4", "v3:8x8")
+SLICES = ("v5e:4x8", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
 # What the changes bought: one slice, one batch.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -43,8 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "all, remat=convs": {"model.remat": "convs"},
     "all, remat=blocks": {"model.remat": "blocks"},
 }
-GROWTH = ("v5e:2x4", "v5e:4x8", "v5e:16x16", "v5e:8x8", "v5e:4x4", "v5e:8x16")
-GROWTH_IMAGES = 32  # a chip
+GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
 
 Job = tuple[str, str, int, dict[str, Any]]  # method or "baseline", topology, batch, changes
 
@@ -73,10 +72,9 @@ def jobs(part: str) -> Iterator[tuple[str, Job]]:
                 for batch in batches:
                     yield topology, (method, topology, batch, {})
     else:
-        for topology in GROWTH:
-            rows, columns = topology.partition(":")[2].split("x")
+        for topology, batch in GROWTH:
             for method in METHODS:
-                yield topology, (method, topology, int(rows) * int(columns) * GROWTH_IMAGES, {})
+                yield topology, (method, topology, batch, {})
 
 
 def read() -> list[dict[str, Any]]:

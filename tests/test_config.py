@@ -74,6 +74,7 @@ def test_overrides_arrive_with_their_types():
         (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
         (["--mode=knn"], ["takes the config from the workdir"]),
         (["--mode=kn"], ["--mode=kn", "knn"]),
+        (["--mode=plan", "--quick"], ["--quick goes with --mode=plan and --topology"]),
         (["--topology=v5e:4x8"], ["--topology goes with --mode=plan, not with --mode=train"]),
     ],
 )
