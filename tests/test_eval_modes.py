@@ -155,6 +155,11 @@ def test_a_changed_bit_of_the_encoder_is_noticed(opened):
         linear_mode.check_unchanged(before, after)
 
 
+def test_a_run_with_a_warm_up_of_several_epochs_opens(tmp_path):
+    run = opened_run.write(tmp_path / "run", optimizer__warmup="2 epochs")
+    assert opened_run.load(run).step == opened_run.STEP
+
+
 def test_results_line_and_sentence(workdir, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--mode=knn", "--workdir=a b"])
     config = opened_run.config(knn__k=5, features="pixels", seed=4)

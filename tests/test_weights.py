@@ -234,7 +234,7 @@ def test_moco_v1_has_one_layer_and_a_classifier_is_no_head(tmp_path):
 def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     arrays = state_dict() | linear("fc", 10, D)
     path = save(tmp_path / "w.safetensors", arrays)
-    c = tiny.config("simclr", init_from=str(path))
+    c = tiny.config("simclr", init_from=str(path), optimizer__warmup="2 epochs")
     run = tmp_path / "run"
     record = start.import_weights(tiny.METHODS["simclr"], c, run)
     assert "holds the weights as step 0" in capsys.readouterr().out

@@ -24,8 +24,8 @@ from common.method import Method, Setup, make_setup, root_keys
 from common.sharding import make_mesh, replicated, state_shardings
 from common.workdir import claim
 
-# A schedule is built, and no step of it is taken.
-_STEPS = 10**6
+# A schedule is built, and no step of it is taken; a warm-up of many epochs has to fit in.
+_STEPS, _PER_EPOCH = 10**6, 1
 
 
 def init_state(
@@ -79,7 +79,7 @@ def import_weights(
         raise UserError(
             "--mode=import needs the weights: --config.init_from=FILE, or the workdir of a run"
         )
-    setup = make_setup(config, make_mesh(), _STEPS, _STEPS, num_classes=0)
+    setup = make_setup(config, make_mesh(), _STEPS, _PER_EPOCH, num_classes=0)
     key, _ = root_keys(config.seed)
     shardings = state_shardings(setup.mesh, jax.eval_shape(make_method(setup).init, key))
     weights = load_weights(config.init_from)
