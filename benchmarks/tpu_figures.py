@@ -14,6 +14,10 @@ from moco_jax import shuffle
 
 BEGIN, END = "<!-- benchmarks.tpu_plans begin -->", "<!-- benchmarks.tpu_plans end -->"
 Rows = list[dict[str, Any]]
+COLOURS = {  # of what `theory` names
+    "gradients": "#4c72b0", "batch statistics": "#dd8452", "shuffled images (uint8)": "#55a868",
+    "embeddings": "#c44e52", "ids, log-sum-exps": "#8172b3",
+}  # fmt: skip
 
 
 def theory(
@@ -146,21 +150,23 @@ def draw(rows: Rows, theories: dict[str, Callable], path: pathlib.Path) -> None:
         theories: a method's `theory` of a batch and a number of devices.
         path: PNG to write.
     """
-    figure = pictures._figure(9.0, 3.6, top=0.1)
+    figure, shown = pictures._figure(9.0, 3.8, top=0.1), {}
     for axes, method in zip(figure.subplots(1, 2), theories, strict=True):
         found = sorted((r for r in rows if r["method"] == method), key=lambda r: r["chips"])
         bottom, places = [0.0] * len(found), range(len(found))
         parts = [theories[method](r["batch"], r["devices"]) for r in found]
         for name in parts[0] if parts else ():
             heights = [p[name] / 1e6 for p in parts]
-            axes.bar(places, heights, bottom=bottom, width=0.6, label=f"theory: {name}")
+            shown[name] = axes.bar(places, heights, bottom=bottom, width=0.6, color=COLOURS[name])
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         total = [sum(c["bytes"] for c in r["collectives"].values()) / 1e6 for r in found]
-        axes.plot(places, total, "k_", markersize=26, markeredgewidth=2, label="compiled step")
+        (shown["compiled step"],) = axes.plot(places, total, "k_", markersize=26, markeredgewidth=2)
         axes.set_xticks(list(places), [f"{r['chips']}\n{r['batch']}" for r in found])
         axes.set(title=method, xlabel="chips, global batch", ylabel="MB a chip and step")
-        axes.legend(fontsize=7, frameon=False, loc="lower center")
         for r, t, b in zip(found, total, bottom, strict=True):
             print(f"{method} {r['chips']} chips: {t:.2f} MB compiled, {b:.2f} MB theory")
-    figure.tight_layout()
+    shown["compiled step"] = shown.pop("compiled step")  # last, behind the parts of the theory
+    names = ["theory: " + name if name in COLOURS else name for name in shown]
+    figure.legend(shown.values(), names, fontsize=8, frameon=False, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     pictures._save(figure, path)
