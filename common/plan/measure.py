@@ -155,7 +155,7 @@ def on_topology(
             raise UserError(
                 f"the TPU compiler died on {topology} (exit status {child.exitcode}"
                 f"{', ' + last[0][:200] if last else ''}): a fault in libtpu, known for ResNets on "
-                "v6e; plan for another topology, or with another version of libtpu"
+                "v6e; try --quick, another topology, or another version of libtpu"
             )
     if kind == "error":
         raise UserError(value)
