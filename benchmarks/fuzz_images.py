@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 PER_FOLDER = 500  # so that a bad file costs the reading of few others
-SECONDS = 600  # for one folder is a hang
+SECONDS = 600  # without a batch are a hang
 
 
 def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
@@ -96,10 +96,15 @@ def read(folder: pathlib.Path, count: int) -> int:
     assert source.num_examples == count
     batches = pipeline.train_batches(source, c, rows=np.arange(20))
     for _ in range(count // 20):
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # begins anew with each batch
         batch = next(batches)
         assert batch["images"].shape == (20, 2, 16, 16, 3)
     plan = [np.arange(i, i + 20) for i in range(0, count, 20)]
-    assert sum(len(images) for images, _ in feed.eval_feed(source, plan, 16)) == count
+    evaluated = 0
+    for images, _ in feed.eval_feed(source, plan, 16):
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        evaluated += len(images)
+    assert evaluated == count
     return source.corrupt_count
 
 
@@ -108,7 +113,6 @@ def fuzz(files: int, seed: int) -> dict:
     rng, begin, replaced, done = np.random.default_rng(seed), time.monotonic(), 0, 0
     good = originals(rng)
     while done < files:
-        faulthandler.dump_traceback_later(SECONDS, exit=True)  # begins anew with each folder
         count = min(PER_FOLDER, files - done)
         with tempfile.TemporaryDirectory() as scratch:
             folder = pathlib.Path(scratch)

@@ -190,6 +190,27 @@ def test_a_folder_that_changes_while_it_is_read(tmp_path):
         epoch(source)
 
 
+def test_a_search_for_corrupt_images_does_not_look_at_a_good_one_twice(tmp_path, monkeypatch):
+    """Each search decodes what it looks at, which of a few large pictures can take minutes."""
+    for i in range(12):
+        write(tmp_path / f"{i:02}.png", i)
+    for i in (1, 3, 4, 8, 11):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    looked = []
+    fault_of = corrupt.fault_of
+
+    def counted(payload, is_path):
+        looked.append((payload, fault := fault_of(payload, is_path)))
+        return fault
+
+    monkeypatch.setattr(corrupt, "fault_of", counted)
+    source = sources.open_source(config(f"folder:{tmp_path}", on_corrupt="replace"), "train")
+    epoch(source)
+    assert source.replaced == {1: 2, 3: 5, 4: 5, 8: 9, 11: 0}
+    good = [payload for payload, fault in looked if not fault]
+    assert len(good) == len(set(good)) > 3
+
+
 def test_the_listing_notices_a_renamed_file_and_not_a_moved_folder(tmp_path):
     for i in range(3):
         write(tmp_path / "a" / f"{i}.png", i)

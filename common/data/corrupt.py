@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from absl import logging
@@ -29,7 +29,7 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
     resumed run makes the same choice.
 
     Args:
-      source: `source.replaced` gains the corrupt ones of `ids`.
+      source: `source.replaced` gains the corrupt ones, `source.seen_good` the others.
       batches: ids of the batches to search, in order; the first with a corrupt image counts.
       error: what TensorFlow said; raised again if every image can be decoded.
 
@@ -38,17 +38,21 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
     """
 
     def fault(index: int) -> str:
+        if index in source.seen_good:
+            return ""
         payload, _ = source.read(np.array([index]))
-        return fault_of(payload[0], is_path=source.kind == "path")
+        found = fault_of(payload[0], is_path=source.kind == "path")
+        if not found:
+            source.seen_good.add(index)
+        return found
 
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        for ids in batches:
-            places = np.unique(source.stand_ins(ids)).tolist()
-            bad = {i: f for i, f in zip(places, pool.map(fault, places), strict=True) if f}
-            if bad:
-                break
-        else:
-            raise error
+    batches = list(batches)
+    bad = _first_bad(source, batches, fault)
+    if not bad and source.seen_good:  # one of them may have changed since
+        source.seen_good.clear()
+        bad = _first_bad(source, batches, fault)
+    if not bad:
+        raise error
     if source.on_corrupt == "error":
         raise error_for(source, *next(iter(bad.items()))) from None
     n = source.num_examples
@@ -62,6 +66,25 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
             source.replaced[i] = stand_in
         source.replaced[index] = stand_in
         warn(source, index, source.describe(stand_in), reason)
+
+
+def _first_bad(
+    source: Source, batches: list[np.ndarray], fault: Callable[[int], str]
+) -> dict[int, str]:
+    """The examples at fault of the first batch that has any and of some more, with the reasons.
+
+    A set that has one bad image in a million loses the time of one batch. Each search costs a new
+    start of the pipeline, though, so the more are known to be bad, the further a search goes.
+    """
+    bad, more = {}, len(source.replaced)
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for ids in batches:
+            places = np.unique(source.stand_ins(ids)).tolist()
+            bad |= {i: f for i, f in zip(places, pool.map(fault, places), strict=True) if f}
+            if bad and not more:
+                break
+            more -= bool(bad)
+    return bad
 
 
 def error_for(source: Source, index: int, reason: str) -> UserError:

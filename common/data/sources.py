@@ -65,6 +65,7 @@ class Source:
       image_shape: (h, w) when all images share it, else None.
       on_corrupt: "error" or "replace".
       replaced: id of a corrupt image -> id of the image that stands in for it.
+      seen_good: ids that a search for corrupt images could decode; it need not look again.
       listing: changes when examples are added, removed or renamed, even if their number stays.
     """
 
@@ -78,6 +79,7 @@ class Source:
     image_shape: tuple[int, int] | None = None
     on_corrupt: str = "error"
     replaced: dict[int, int] = dataclasses.field(default_factory=dict)
+    seen_good: set[int] = dataclasses.field(default_factory=set)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (as `kind` says) and int32 labels of the examples [b]; nothing is replaced."""
