@@ -371,6 +371,27 @@ def test_vanished_file_is_named(own_folder):
         train(source, c, 1)
 
 
+def test_a_run_that_crashes_ends(own_folder):
+    """Python that ends with a pipeline open would wait for ever, more often than not."""
+    program = f"""
+import numpy as np
+from test_pipeline import config, pipeline, sources
+
+c = config("folder:{own_folder}", 2)
+source = sources.open_source(c.data, "train")
+left_open = [pipeline.train_batches(source, c, rows=np.arange(2)) for _ in range(6)]
+for count, batches in enumerate(left_open):
+    for _ in range(count):
+        next(batches)
+raise RuntimeError("something unforeseen")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert ended.returncode == 1 and "something unforeseen" in ended.stderr
+
+
 # ---------------------------------------------------------------- streamed TFRecord sets
 
 

@@ -14,7 +14,7 @@ from common.data import augment_host, corrupt, decode, draws, presets
 from common.data.centre import resize_to
 from common.data.presets import Augmentation
 from common.data.sources import Source
-from common.data.tensorflow_host import plain, tf, traced
+from common.data.tensorflow_host import arrays, plain, tf, traced
 
 _READ_AHEAD = 2  # batches
 _NEVER = np.iinfo(np.int64).max
@@ -188,7 +188,7 @@ def _guarded(
     while True:
         step = int(start.numpy())
         try:
-            for batch in data.as_numpy_iterator():
+            for batch in arrays(data):
                 yield batch
                 step += 1
             return

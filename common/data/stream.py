@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from common.data import corrupt, draws, feed
 from common.data.pipeline import Batches
 from common.data.presets import Augmentation
-from common.data.tensorflow_host import plain, tf
+from common.data.tensorflow_host import arrays, plain, tf
 from common.data.tfds_source import Shard, StreamSource, records, unreadable
 from common.errors import UserError
 
@@ -185,7 +185,7 @@ def in_order(source: StreamSource) -> Iterator[tuple[int, bytes, int]]:
 
     data = numbered(source.shards, 1).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
     try:
-        yield from data.prefetch(64).as_numpy_iterator()
+        yield from arrays(data.prefetch(64))
     except tf.errors.OpError as error:
         raise unreadable(source.name, error) from error
 
@@ -242,7 +242,7 @@ def _run(
         encoded = pairs.skip(done * b).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
         try:
             data = finish(encoded.batch(b).map(replaced)).prefetch(2)
-            for batch in data.as_numpy_iterator():
+            for batch in arrays(data):
                 yield batch
                 done += 1
             return
@@ -254,7 +254,7 @@ def _run(
 
 def _note_corrupt(source: StreamSource, encoded: tf.data.Dataset, error: Exception) -> None:
     """Marks or reports the corrupt examples of the first batch that has new ones."""
-    batches = encoded.as_numpy_iterator()
+    batches = arrays(encoded)
     while True:
         try:
             ids, _, images = next(batches)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.data.sources import ArraySource, Source, to_rgb
-from common.data.tensorflow_host import plain, tf, traced
+from common.data.tensorflow_host import arrays, plain, tf, traced
 from common.errors import UserError
 
 _UNLABELLED = ("unlabelled", "unlabeled")
@@ -205,7 +205,7 @@ def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray,
     """All encoded images and labels, in order, in pieces."""
     for shard in shards:
         data = records(shard).map(plain(features.parse), num_parallel_calls=tf.data.AUTOTUNE)
-        yield from data.batch(1024).prefetch(2).as_numpy_iterator()
+        yield from arrays(data.batch(1024).prefetch(2))
 
 
 def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> ArraySource:
@@ -254,4 +254,4 @@ def _decode_all(payload: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    return to_rgb(next(data.batch(len(payload)).as_numpy_iterator()))
+    return to_rgb(next(arrays(data.batch(len(payload)))))
