@@ -11,7 +11,7 @@ import numpy as np
 from common.data import draws, pixel_ops
 from common.data.decode import decode, is_fine_jpeg
 from common.data.presets import Augmentation, crop_only
-from common.data.tensorflow_host import tf
+from common.data.tensorflow_host import fused, tf
 
 MAX_RATIO = 8  # of the sides of an image that evaluation resizes whole
 
@@ -47,13 +47,30 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
     if a.grey > 0 and not a.grey_first:
         images = grey(images)
     if a.blur > 0:
-        images = tf.clip_by_value(images, 0.0, 1.0)  # as SimCLR, whose blur is a step of its own
         images = pixel_ops.blur(images, parameters[:, draws.SIGMA], a)
     if a.solarise > 0:
         invert = parameters[:, draws.SOLARISE, None, None, None] > 0
         invert = tf.logical_and(invert, images >= a.solarise_threshold)
         images = tf.where(invert, 1.0 - images, images)
+    return _interleaved(images)
+
+
+@fused
+def _interleaved(images: tf.Tensor) -> tf.Tensor:
+    """float32 [n, 3, h, w] to uint8 [n, h, w, 3]."""
     return tf.transpose(to_bytes(images), [0, 2, 3, 1])
+
+
+@fused
+def _planes(images: tf.Tensor) -> tf.Tensor:
+    """float32 [1, h, w, 3] of 0 to 255 to [1, 3, h, w] of 0 to 1."""
+    return tf.transpose(images, [0, 3, 1, 2]) * (1 / 255)
+
+
+@fused
+def _cropped(images: tf.Tensor) -> tf.Tensor:
+    """float32 [1, h, w, 3] about 0 to 255 to uint8."""
+    return to_bytes(images * (1 / 255))
 
 
 def to_bytes(images: tf.Tensor) -> tf.Tensor:
@@ -137,19 +154,28 @@ def augment_encoded(
     views = []
     drawn = tf.unstack(boxes), tf.unstack(parameters)
     for a, box, p in zip(augmentations, *drawn, strict=True):
-        crop = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
-        size = [a.size, a.size]
-        view = tf.image.resize(crop, size, method=a.interpolation, antialias=a.antialias)
-        view = tf.ensure_shape(view, [*size, 3])
+        view = _resized(tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3]), a)
         # reversed here, where TensorFlow has a quick way: between columns of 3 numbers
         view = tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
-                       functools.partial(tf.identity, view))  # fmt: skip
-        view = view[None] * (1 / 255)
+                       functools.partial(tf.identity, view))[None]  # fmt: skip
         if a == crop_only(a):  # the device does the rest
-            views.append(to_bytes(view))
+            views.append(_cropped(view))
         else:  # one view at a time: each does only what it needs
-            views.append(colour_ops(tf.transpose(view, [0, 3, 1, 2]), p[None], a))
+            views.append(colour_ops(_planes(view), p[None], a))
     return tf.concat(views, axis=0)
+
+
+def _resized(crop: tf.Tensor, a: Augmentation) -> tf.Tensor:
+    """uint8 [h, w, 3] to float32 [a.size, a.size, 3], 0 to 255."""
+    resize = functools.partial(
+        tf.image.resize, size=[a.size, a.size], method=a.interpolation, antialias=a.antialias
+    )
+    if a.antialias:  # turns all pixels into floats itself
+        view = resize(crop)
+    else:  # turns each into a float whenever it reads it: often, unless the crop is very large
+        few = tf.reduce_prod(tf.shape(crop)[:2]) <= 8 * a.size**2
+        view = tf.cond(few, lambda: resize(tf.cast(crop, tf.float32)), lambda: resize(crop))
+    return tf.ensure_shape(view, [a.size, a.size, 3])
 
 
 def draw_box(

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.data.host_geometry import crop_resize, rotate
 from common.data.presets import Augmentation
-from common.data.tensorflow_host import tf
+from common.data.tensorflow_host import FUSE_FROM, fused, tf
 
 __all__ = [
     "adjust_brightness", "adjust_contrast", "adjust_hue", "adjust_saturation", "blur",
@@ -23,12 +23,14 @@ __all__ = [
 _GREY = {"tf": (0.2989, 0.5870, 0.1140), "pil": (0.299, 0.587, 0.114)}
 
 
+@fused
 def greyscale(images: tf.Tensor, style: str) -> tf.Tensor:
     """Luminance [n, 1, h, w] of float32 [n, 3, h, w], with TensorFlow's or PIL's weights."""
     red, green, blue = _GREY[style]
     return images[:, :1] * red + images[:, 1:2] * green + images[:, 2:] * blue
 
 
+@fused
 def adjust_brightness(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Tensor:
     """Multiplies [n, 3, h, w] by the factors [n], or adds them, and clips."""
     factor = factor[:, None, None, None]
@@ -36,6 +38,7 @@ def adjust_brightness(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Te
     return tf.clip_by_value(images, 0.0, 1.0)
 
 
+@fused
 def adjust_contrast(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Tensor:
     """Scales the distance from each channel's mean ("tf") or the mean grey ("pil"), and clips."""
 
@@ -51,6 +54,7 @@ def adjust_contrast(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Tens
     return tf.clip_by_value(tf.stack(scaled, axis=1), 0.0, 1.0)
 
 
+@fused
 def adjust_saturation(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Tensor:
     """Scales HSV's saturation ("tf") or the distance from the grey image ("pil"), and clips."""
     channels, factor = tf.unstack(images, axis=1), factor[:, None, None]
@@ -64,6 +68,7 @@ def adjust_saturation(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Te
     return tf.clip_by_value(tf.stack(scaled, axis=1), 0.0, 1.0)
 
 
+@fused
 def adjust_hue(images: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     """Turns HSV's hue of [n, 3, h, w] by the shifts [n] (1 = the whole circle), and clips."""
     red, green, blue = channels = tf.unstack(images, axis=1)
@@ -154,36 +159,58 @@ def where(chosen: tf.Tensor, op: Callable, images: tf.Tensor, *numbers: tf.Tenso
 def blur(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
     """Blurs [n, 3, s, s] with Gaussians of the given sigmas [n] in pixels; 0 leaves an image alone.
 
-    Done as products with banded matrices, which is faster than a convolution whose filter differs
-    for each image.
+    Of a batch by products with banded matrices, which is faster than a convolution whose filter
+    differs for each image; of a large image by a sum, which XLA makes one pass.
     """
-    a, size = augmentation, images.shape[2]
-    radius = (a.size // 10) // 2 if a.kernel == "tf" else int(np.ceil(4 * a.sigma_max))
-    if radius == 0:
+    if _radius(augmentation) == 0:
         return images
 
+    return where(sigma > 0, lambda x, s: _blurred(x, s, augmentation), images, sigma)
+
+
+def _radius(a: Augmentation) -> int:
+    """Of the Gaussian, in pixels."""
+    return (a.size // 10) // 2 if a.kernel == "tf" else int(np.ceil(4 * a.sigma_max))
+
+
+@fused
+def _blurred(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
+    """`blur` of images that all want it, clipped first: SimCLR's blur is a step of its own."""
+    images = tf.clip_by_value(images, 0.0, 1.0)
+    radius, edges = _radius(augmentation), augmentation.kernel == "pil"
+    offsets = tf.range(-radius, radius + 1, dtype=tf.float32)[None]
+    taps = tf.exp(-0.5 * tf.square(offsets / sigma[:, None]))
+    taps = taps / tf.reduce_sum(taps, axis=1, keepdims=True)
+    if images.shape[0] == 1 and images.shape[2] >= FUSE_FROM:
+        images = _sum_of_taps(_pad(images, radius, 3, edges), taps[0], 3)
+        return _sum_of_taps(_pad(images, radius, 2, edges), taps[0], 2)
     # The band of a large image is narrow: a piece of a line needs its neighbourhood only. Pieces of
     # one length share a matrix.
-    piece = next(x for x in range(1, size + 1) if size % x == 0 and x >= min(size, 4 * radius, 32))
-    window = piece + 2 * radius
-    starts = range(0, size, piece)
+    size, least = images.shape[2], min(images.shape[2], 4 * radius, 32)
+    piece = next(x for x in range(1, size + 1) if size % x == 0 and x >= least)
+    window, starts = piece + 2 * radius, range(0, size, piece)
+    band = tf.tensordot(taps, _tap_places(piece, radius), axes=1)[:, None]
+    images = _pad(images, radius, 3, edges)
+    images = tf.concat(
+        [tf.linalg.matmul(images[..., i : i + window], band, transpose_b=True) for i in starts],
+        axis=3,
+    )
+    images = _pad(images, radius, 2, edges)
+    return tf.concat([tf.linalg.matmul(band, images[:, :, i : i + window]) for i in starts], axis=2)
 
-    def blurred(images: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
-        offsets = tf.range(-radius, radius + 1, dtype=tf.float32)[None]
-        taps = tf.exp(-0.5 * tf.square(offsets / sigma[:, None]))
-        taps = taps / tf.reduce_sum(taps, axis=1, keepdims=True)
-        band = tf.tensordot(taps, _tap_places(piece, radius), axes=1)[:, None]
-        images = _pad(images, radius, 3, a.kernel == "pil")
-        images = tf.concat(
-            [tf.linalg.matmul(images[..., i : i + window], band, transpose_b=True) for i in starts],
-            axis=3,
-        )
-        images = _pad(images, radius, 2, a.kernel == "pil")
-        return tf.concat(
-            [tf.linalg.matmul(band, images[:, :, i : i + window]) for i in starts], axis=2
-        )
 
-    return where(sigma > 0, blurred, images, sigma)
+def _sum_of_taps(padded: tf.Tensor, taps: tf.Tensor, axis: int) -> tf.Tensor:
+    """A symmetrical filter [2 radius + 1] along an axis; compiled, it is one pass."""
+    last = taps.shape[0] - 1
+    size = padded.shape[axis] - last
+
+    def shifted(k: int) -> tf.Tensor:
+        return padded[..., k : k + size] if axis == 3 else padded[:, :, k : k + size]
+
+    out = shifted(last // 2) * taps[last // 2]
+    for k in range(last // 2):
+        out += (shifted(k) + shifted(last - k)) * taps[k]
+    return out
 
 
 def _pad(images: tf.Tensor, radius: int, axis: int, repeat_edges: bool) -> tf.Tensor:
