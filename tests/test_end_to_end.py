@@ -129,7 +129,7 @@ def kill_before(monkeypatch, step):
 
 @pytest.mark.parametrize(
     "name",
-    [n if "demo" in n else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
+    [n if n == "simclr_demo" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
 )
 def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
@@ -153,7 +153,7 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     assert {p.name for p in work.glob("*.png")} == pictures
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco"])
+@pytest.mark.parametrize("method", ["simclr", pytest.param("moco", marks=pytest.mark.slow)])
 def test_a_killed_run_continues_bit_by_bit(method, folder, tmp_path, monkeypatch):
     c = small(method, folder)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -189,6 +189,7 @@ def test_a_killed_run_continues_bit_by_bit(method, folder, tmp_path, monkeypatch
     assert again == resumed and (broken / jsonl.FILE).read_text() == text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_devices_and_one_step_left(tmp_path, monkeypatch):
     """On 2 devices, then on 4: the losses that 2 would have had. The rate is known all the same."""
     c = small("moco", log_every=1, checkpoint__every="2 steps")
@@ -211,6 +212,7 @@ def test_a_run_of_one_step_knows_its_rate(tmp_path):
     assert summary["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_data_that_has_grown_is_not_continued(folder, tmp_path, monkeypatch):
     copy = tmp_path / "images"
     shutil.copytree(folder, copy)
@@ -346,6 +348,7 @@ def test_empty_folder(tmp_path):
     bad(tmp_path, ["no image in", "train", ".jpg"], folder=tmp_path / "images")
 
 
+@pytest.mark.slow
 def test_a_corrupt_jpeg_stops_the_run_or_is_replaced(folder, tmp_path, caplog):
     copy = tmp_path / "images"
     shutil.copytree(folder, copy)

@@ -16,7 +16,10 @@ from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
 from moco_jax import queue as queues
 
-VARIANTS = ["moco", "moco_symmetric", pytest.param("moco_short_queue", marks=pytest.mark.slow)]
+VARIANTS = [
+    "moco",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("moco_symmetric", "moco_short_queue")),
+]
 ONE_GROUP = {"model__bn_groups": 1}
 MEAN = np.reshape([0.485, 0.456, 0.406], (1, 1, 1, 3))  # of the preset moco_v2, for RGB in [0, 1]
 STD = np.reshape([0.229, 0.224, 0.225], (1, 1, 1, 3))

@@ -114,7 +114,8 @@ def test_a_dispatch_takes_its_steps(devices):
     assert float(state) == 6
 
 
-@pytest.mark.parametrize("method", ["simclr", pytest.param("moco", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_a_killed_run_continues_bit_by_bit(method, tmp_path, monkeypatch):
     """Steps 1, 2-4, 5-7 in one go; from step 4 on 5, 6-7. The last bits do not tell."""
     # small steps: rounding on other devices does not grow
@@ -145,6 +146,7 @@ def test_several_steps_at_a_time_are_the_same_run_on_other_devices(method, tmp_p
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_colour_on_the_device_trains(folder, tmp_path):
     """JPEGs of several shapes, which the host only crops."""
     c = small("simclr", folder, data__augment_on="both", duration="2 steps",
@@ -191,6 +193,7 @@ assert not {"tensorflow", "tensorflow_datasets"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_from_shards_needs_no_tensorflow(tmp_path):
     """Prepared, loaded, trained, scored at another size than the images', drawn, logged."""
     for name in ("tensorflow", "tensorflow_datasets"):

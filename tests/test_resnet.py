@@ -334,6 +334,7 @@ def test_folded_norm_is_the_same_function(groups):
         np.testing.assert_allclose(*evaluate, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_folded_norm_in_bfloat16_is_as_near_to_the_truth_as_the_plain_one():
     """Error of the outputs, of the statistics and of the whole gradient against float64."""
     rng = np.random.default_rng(6)
