@@ -68,9 +68,9 @@ def _planes(images: tf.Tensor) -> tf.Tensor:
 
 
 @fused
-def _cropped(images: tf.Tensor) -> tf.Tensor:
-    """float32 [1, h, w, 3] about 0 to 255 to uint8."""
-    return to_bytes(images * (1 / 255))
+def _bytes_of_both(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Two of float32 [1, h, w, 3] about 0 to 255 to uint8 [2, h, w, 3]."""
+    return to_bytes(tf.concat([first, second], axis=0) * (1 / 255))
 
 
 def to_bytes(images: tf.Tensor) -> tf.Tensor:
@@ -152,17 +152,16 @@ def augment_encoded(
     else:
         image, boxes = tf.cond(is_fine_jpeg(data), jpeg_part, everything)
     views = []
-    drawn = tf.unstack(boxes), tf.unstack(parameters)
-    for a, box, p in zip(augmentations, *drawn, strict=True):
+    for a, box, p in zip(augmentations, tf.unstack(boxes), tf.unstack(parameters), strict=True):
         view = _resized(tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3]), a)
         # reversed here, where TensorFlow has a quick way: between columns of 3 numbers
-        view = tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
-                       functools.partial(tf.identity, view))[None]  # fmt: skip
-        if a == crop_only(a):  # the device does the rest
-            views.append(_cropped(view))
-        else:  # one view at a time: each does only what it needs
-            views.append(colour_ops(_planes(view), p[None], a))
-    return tf.concat(views, axis=0)
+        views.append(tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
+                             functools.partial(tf.identity, view))[None])  # fmt: skip
+    if augmentations == tuple(map(crop_only, augmentations)):  # the device does the rest
+        return _bytes_of_both(*views)
+    # one view at a time: each does only what it needs
+    rest = zip(views, tf.unstack(parameters), augmentations, strict=True)
+    return tf.concat([colour_ops(_planes(view), p[None], a) for view, p, a in rest], axis=0)
 
 
 def _resized(crop: tf.Tensor, a: Augmentation) -> tf.Tensor:
