@@ -35,7 +35,7 @@ def test_operations(op, more, monkeypatch):
     """To float32's rounding; the plain functions have their oracles in test_augment.py."""
     assert SIZE >= tensorflow_host.FUSE_FROM
     starts = []
-    monkeypatch.setattr(tensorflow_host, "_start_xla", lambda: starts.append(1))
+    monkeypatch.setattr(tensorflow_host, "_xla_works", lambda: starts.append(1) or True)
     image = tf.constant(planes(noise(1, SIZE, SIZE)) * 1.02 - 0.01)  # bicubic overshoots too
     found = op(image, *more)
     assert starts
@@ -71,6 +71,24 @@ def test_views(a, monkeypatch):
     monkeypatch.setattr(tensorflow_host, "FUSE_FROM", SIZE + 1)
     difference = np.abs(compiled - views())
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_without_a_compiler(monkeypatch):
+    """Not every build of TensorFlow brings XLA."""
+    a = recipe("simclr", SIZE)
+    images = tf.constant(planes(noise(1, SIZE, SIZE)))
+    want = pixel_ops.blur(images, tf.constant(FACTOR), a)
+
+    def refused(*_, **__):
+        raise tf.errors.InvalidArgumentError(None, None, "not compilable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorflow_host, "traced", lambda *_, **__: refused)
+        tensorflow_host._xla_works.cache_clear()
+        assert not tensorflow_host._xla_works()
+        np.testing.assert_allclose(pixel_ops.blur(images, tf.constant(FACTOR), a), want, atol=2e-6)
+    tensorflow_host._xla_works.cache_clear()
+    assert tensorflow_host._xla_works()
 
 
 def test_flags_that_only_jax_knows_are_not_shown_to_tensorflow():

@@ -59,24 +59,25 @@ def fused(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(images: tf.Tensor, *more: object) -> tf.Tensor:
-        if images.shape[0] != 1 or images.shape[2] < FUSE_FROM:
-            return function(images, *more)
-        _start_xla()
-        return compiled(images, *more)
+        large = images.shape[0] == 1 and images.shape[2] >= FUSE_FROM
+        return (compiled if large and _xla_works() else function)(images, *more)
 
     return run
 
 
 @functools.cache
-def _start_xla() -> None:
-    """Compiles something without XLA_FLAGS, which TensorFlow reads then and never again.
+def _xla_works() -> bool:
+    """Whether this TensorFlow can compile; tried without XLA_FLAGS, which it reads then only.
 
     They are meant for JAX, whose XLA is the newer one: a flag that TensorFlow does not know would
-    end the process.
+    end the process. Not every build for every machine brings the compiler.
     """
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
         traced(tf.identity, jit_compile=True)(tf.constant(0))
+    except tf.errors.OpError:
+        return False
     finally:
         if flags is not None:
             os.environ["XLA_FLAGS"] = flags
+    return True
