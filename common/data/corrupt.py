@@ -30,7 +30,7 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
 
     Args:
       source: `source.replaced` gains the corrupt ones, `source.seen_good` the others.
-      batches: ids of the batches to search, in order; the first with a corrupt image counts.
+      batches: ids of the batches to search, in order, as far as `_search` goes.
       error: what TensorFlow said; raised again if every image can be decoded.
 
     Raises:
@@ -47,10 +47,10 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
         return found
 
     batches = list(batches)
-    bad = _first_bad(source, batches, fault)
+    bad = _search(source, batches, fault)
     if not bad and source.seen_good:  # one of them may have changed since
         source.seen_good.clear()
-        bad = _first_bad(source, batches, fault)
+        bad = _search(source, batches, fault)
     if not bad:
         raise error
     if source.on_corrupt == "error":
@@ -68,7 +68,7 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
         warn(source, index, source.describe(stand_in), reason)
 
 
-def _first_bad(
+def _search(
     source: Source, batches: list[np.ndarray], fault: Callable[[int], str]
 ) -> dict[int, str]:
     """The examples at fault of the first batch that has any and of some more, with the reasons.

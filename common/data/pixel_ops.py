@@ -14,7 +14,7 @@ import numpy as np
 
 from common.data.host_geometry import crop_resize, rotate
 from common.data.presets import Augmentation
-from common.data.tensorflow_host import FUSE_FROM, fused, tf
+from common.data.tensorflow_host import fused, is_fused, tf
 
 __all__ = [
     "adjust_brightness", "adjust_contrast", "adjust_hue", "adjust_saturation", "blur",
@@ -181,7 +181,7 @@ def _blurred(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) ->
     offsets = tf.range(-radius, radius + 1, dtype=tf.float32)[None]
     taps = tf.exp(-0.5 * tf.square(offsets / sigma[:, None]))
     taps = taps / tf.reduce_sum(taps, axis=1, keepdims=True)
-    if images.shape[0] == 1 and images.shape[2] >= FUSE_FROM:
+    if is_fused(images):
         images = _sum_of_taps(_pad(images, radius, 3, edges), taps[0], 3)
         return _sum_of_taps(_pad(images, radius, 2, edges), taps[0], 2)
     # The band of a large image is narrow: a piece of a line needs its neighbourhood only. Pieces of

@@ -21,7 +21,8 @@ tf.config.set_visible_devices([], "TPU")
 # AutoGraph reads source files again whenever it traces, so a file that is edited under a running
 # job would change it. Nothing here needs it: no Python `if` or loop depends on a tensor.
 traced = functools.partial(tf.function, autograph=False)
-FUSE_FROM = 64  # pixels a side; below it the call costs more than it saves
+# Pixels a side; chosen, not measured: compiling and each call cost something, whatever the size.
+FUSE_FROM = 64
 plain = tf.autograph.experimental.do_not_convert  # what is given to `Dataset.map`
 
 _open_iterators: weakref.WeakSet[Generator] = weakref.WeakSet()
@@ -48,8 +49,8 @@ def _close_iterators() -> None:
 def fused(function: Callable) -> Callable:
     """`function`, compiled by XLA where it gets one large image.
 
-    TensorFlow's wheels know no AVX and pass over the pixels once for each operation; compiled, one
-    image of 224 pixels takes a third to a half of the time. Numbers differ in the last bit.
+    TensorFlow's wheels know no AVX and pass over the pixels once for each operation; what
+    compiling bought is in docs/benchmarks.md. Numbers differ in the last bit.
 
     Args:
       function: of one image or more, [n, a, b, c] whose b and c or a and b are its sides, and of
@@ -59,10 +60,14 @@ def fused(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(images: tf.Tensor, *more: object) -> tf.Tensor:
-        large = images.shape[0] == 1 and images.shape[2] >= FUSE_FROM
-        return (compiled if large and _xla_works() else function)(images, *more)
+        return (compiled if is_fused(images) else function)(images, *more)
 
     return run
+
+
+def is_fused(images: tf.Tensor) -> bool:
+    """Whether `fused` functions are compiled for images of this shape."""
+    return images.shape[0] == 1 and images.shape[2] >= FUSE_FROM and _xla_works()
 
 
 @functools.cache
