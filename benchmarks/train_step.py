@@ -4,9 +4,10 @@
 
 A ResNet-18 at 32 px on the first device of this machine, images in memory already. PyTorch
 (channels_last; `benchmarks/torch_steps.py`) takes part where it is installed, on a CPU. On a CPU a
-third contestant is our step with the kernel gradients as XLA computes them by itself
-(`common/models/cpu_conv.py` has ours). On a GPU or TPU `--depth=50 --size=224 --dtype=bfloat16`
-are for the networks of the papers, and the share of the peak arithmetic is printed.
+third contestant is our step as XLA compiles it by itself: without the pieces of
+`common/models/cpu_conv.py` and without `common/xla_options.py`. On a GPU or TPU `--depth=50
+--size=224 --dtype=bfloat16` are for the networks of the papers, and the share of the peak
+arithmetic is printed.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import scaling, side_by_side
+from common import xla_options
 from common.models import cpu_conv
 from common.plan import chips
 
@@ -27,13 +29,14 @@ QUEUE = 4096
 
 
 @contextlib.contextmanager
-def plain_gradients():
-    """Kernel gradients as XLA computes them."""
+def xla_alone():
+    """Kernel gradients whole, and XLA's own options."""
     pieces, cpu_conv.PIECES = cpu_conv.PIECES, 1
+    options, xla_options.CPU_OPTIONS = xla_options.CPU_OPTIONS, {}
     try:
         yield
     finally:
-        cpu_conv.PIECES = pieces
+        cpu_conv.PIECES, xla_options.CPU_OPTIONS = pieces, options
 
 
 def config(flags: argparse.Namespace, width: int) -> Any:
@@ -68,8 +71,8 @@ def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
     ours, flops = step_of(c)
     programs = {"ours": ours}
     if cpu:
-        with plain_gradients():
-            programs["ours, XLA's kernel gradients"] = step_of(c)[0]
+        with xla_alone():
+            programs["ours, XLA alone"] = step_of(c)[0]
         if flags.depth == 18 and flags.size <= 64 and importlib.util.find_spec("torch"):
             length = c.moco.queue_length if flags.method == "moco" else 0
             programs["PyTorch, channels_last"] = torch_step(flags, width, length)

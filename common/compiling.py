@@ -9,22 +9,7 @@ from ml_collections import ConfigDict
 from common import dispatch
 from common.method import Method
 from common.sharding import replicated
-
-# XLA options of the train step on TPU; docs/tpu.md says what each bought, and what others did not.
-TPU_OPTIONS = {
-    # Fast memory for each fusion, twice the default. With 65536 compiling takes twice as long.
-    "xla_tpu_scoped_vmem_limit_kib": "32768",
-}
-
-
-def compiler_options(platform: str, config: ConfigDict) -> dict[str, str] | None:
-    """What to compile a train step with; None is XLA's defaults.
-
-    Args:
-        platform: "cpu", "gpu" or "tpu".
-        config: `tpu_compiler_options=False` turns all of `TPU_OPTIONS` off.
-    """
-    return dict(TPU_OPTIONS) if platform == "tpu" and config.tpu_compiler_options else None
+from common.xla_options import compiler_options
 
 
 def compile_step(
@@ -65,7 +50,7 @@ def compile_step(
         out_shardings=(shardings, replicated(mesh)),
     )
     lowered = step.lower(jax.tree.map(place, abstract, shardings), batch, key)
-    options = compiler_options(mesh.devices.flat[0].platform, config)
+    options = compiler_options(mesh.devices.flat[0].platform, config.tpu_compiler_options)
     return lowered.compile(compiler_options=options)
 
 

@@ -78,7 +78,7 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     # checkpoint is due. More than 1 needs data.augment_on="device"; leave it at 1 on a CPU.
     c.steps_per_dispatch = 1
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
-    c.tpu_compiler_options = True  # those of common/compiling.py; False: XLA's defaults
+    c.tpu_compiler_options = True  # those of common/xla_options.py; False: XLA's defaults
     c[method] = method_config
     c.data = sources.default_config()
     c.augment = presets.default_config("simclr")

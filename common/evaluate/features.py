@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.sharding import replicated, to_global
+from common.xla_options import compiler_options
 
 Batch = Mapping[str, np.ndarray]
 
@@ -32,7 +33,8 @@ def jit_encoder(encode: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., j
     Returns:
         The compiled function. Give `functools.partial(it, state)` to `extract`.
     """
-    return jax.jit(encode, out_shardings=replicated(mesh))
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(encode, out_shardings=replicated(mesh), compiler_options=options)
 
 
 def extract(

@@ -23,6 +23,7 @@ from common.method import Setup, make_setup
 from common.metrics import NonFiniteLossError
 from common.progress import Progress
 from common.sharding import batch_sharding, replicated
+from common.xla_options import compiler_options
 
 _IN_FLIGHT = 2  # steps the host may run ahead of the device
 
@@ -76,11 +77,14 @@ class Finetuner:
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, mesh
         self.depth = self.setup.network.depth_of(layer)
         everywhere, rows = replicated(mesh), batch_sharding(mesh)
+        options = compiler_options(mesh.devices.flat[0].platform)
         self.step: Callable = jax.jit(
             self._step, donate_argnums=0, out_shardings=(everywhere, everywhere),
-            in_shardings=(everywhere, rows, rows),
+            in_shardings=(everywhere, rows, rows), compiler_options=options,
         )  # fmt: skip
-        self.logits: Callable = jax.jit(self._logits, out_shardings=everywhere)
+        self.logits: Callable = jax.jit(
+            self._logits, out_shardings=everywhere, compiler_options=options
+        )
 
     def init(self, params: Any, batch_stats: Any) -> Finetuned:
         """Starts from the arrays of a network, which are copied; the classifier starts at zero."""

@@ -1,0 +1,44 @@
+"""What XLA is told for each platform, beyond its defaults."""
+
+import functools
+
+import jax
+
+# docs/tpu.md says what each bought, and what others did not.
+TPU_OPTIONS = {
+    # Fast memory for each fusion, twice the default. With 65536 compiling takes twice as long.
+    "xla_tpu_scoped_vmem_limit_kib": "32768",
+}
+
+CPU_OPTIONS = {
+    # All that YNNPACK does by default but convolutions: its own use one core where a kernel has
+    # fewer than 128 outputs, Eigen's use all (docs/benchmarks.md).
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    ),
+}
+
+
+def compiler_options(platform: str, tpu: bool = True) -> dict[str, str] | None:
+    """What to compile a network with; None is XLA's defaults.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        tpu: False turns all of `TPU_OPTIONS` off.
+    """
+    if platform == "tpu":
+        return dict(TPU_OPTIONS) if tpu else None
+    if platform == "cpu":
+        return {k: v for k, v in CPU_OPTIONS.items() if _is_known(k, v)} or None
+    return None
+
+
+@functools.cache
+def _is_known(name: str, value: str) -> bool:
+    """Whether the XLA of this machine's CPU takes an option; an experimental one may go."""
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
