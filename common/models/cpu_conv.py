@@ -1,37 +1,46 @@
-"""Convolutions whose kernel gradient a CPU computes in pieces of the batch.
+"""Convolutions whose gradients a CPU computes in the one form that XLA's CPU code is fast in.
 
-XLA's CPU code contracts all images at once for the gradient of a kernel. Where they are larger than
-its cache, that is the slowest part of a training step; a sum over pieces of the batch is the same
-gradient up to rounding, and a step takes three quarters of the time (docs/benchmarks.md). TPUs and
-GPUs, and several simulated devices, get XLA's own.
+XLA has a fast convolution of `[b, h, w, c]` with `[h, w, c, d]`. It transposes the gradients, which
+are convolutions of other axes, into that form, but not inside loops (micro-batches, several steps a
+dispatch), where a gradient of a kernel then takes 50 times as long: here they are written so. And
+it contracts all images at once for the gradient of a kernel: the sum over pieces of the batch that
+fit the cache is the same up to rounding. What both save is in docs/benchmarks.md. TPUs and GPUs,
+and several simulated devices, get XLA's own.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 PIECES = 8  # at most; with 16 a step is no faster and takes longer to compile
 POSITIONS = 2048  # of a piece at least, images x height x width: smaller ones fit the cache
+FORM = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+Pair = tuple[int, int]
 
 
-def conv_general_dilated(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], **options: Any
+) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for `flax.linen.Conv`; has no forward-mode derivative.
 
     Args:
         x: `[b, h, w, c]`.
         kernel: `[h, w, c, d]`.
-        *args: strides, padding and what else the original takes.
-        **options: the same by name.
+        strides: of height and width.
+        padding: before and after, of height and width.
+        **options: what else the original takes; with groups or dilation, XLA has its way.
 
     Returns:
         `[b, h, w, d]`.
     """
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, *args, **options)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    if jax.device_count() > 1:  # a slice of the global batch lies on some of the devices only
+    dilations = [options.get(name) or () for name in ("lhs_dilation", "rhs_dilation")]
+    ordinary = x.shape[-1] == kernel.shape[2] and all(d == 1 for both in dilations for d in both)
+    # of several devices, each holds a part of the batch: a slice would lie on some of them only
+    if jax.device_count() > 1 or not ordinary:
         return plain(x, kernel)
 
     @jax.custom_vjp
@@ -41,33 +50,72 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, *args: Any, **options:
     def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return plain(x, kernel), (x, kernel)
 
+    def written_out(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dx = input_gradient(x.shape, kernel, g, strides, padding)
+        return dx, kernel_gradient_in_pieces(x, kernel.shape, g, strides, padding)
+
     def backward(stored: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, kernel = stored
-        (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](g)
         # the platform is known when the step is lowered: a plan for a TPU is made on a CPU
-        dkernel = jax.lax.platform_dependent(
-            x, kernel, g,
-            cpu=lambda *a: kernel_gradient_in_pieces(plain, *a),
-            default=lambda *a: kernel_gradient(plain, *a),
-        )  # fmt: skip
-        return dx, dkernel
+        return jax.lax.platform_dependent(
+            *stored,
+            g,
+            cpu=written_out,
+            default=lambda x, kernel, g: jax.vjp(plain, x, kernel)[1](g),
+        )
 
     conv.defvjp(forward, backward)
     return conv(x, kernel)
 
 
-def kernel_gradient(plain: Callable, x: jax.Array, kernel: jax.Array, g: jax.Array) -> jax.Array:
-    """Gradient `[h, w, c, d]` of `(plain(x, kernel) * g).sum()` with respect to the kernel."""
-    return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](g)[0]
+def input_gradient(
+    shape: tuple[int, ...],
+    kernel: jax.Array,
+    g: jax.Array,
+    strides: Pair,
+    padding: tuple[Pair, Pair],
+) -> jax.Array:
+    """Gradient of `(conv(x, kernel) * g).sum()` with respect to x of this shape."""
+    around = []
+    for n, k, out, stride, (before, _) in zip(
+        shape[1:3], kernel.shape, g.shape[1:3], strides, padding, strict=False
+    ):
+        first = k - 1 - before
+        around.append((first, n + k - 2 - (out - 1) * stride - first))
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return jax.lax.conv_general_dilated(g, turned, (1, 1), around, lhs_dilation=strides, **FORM)
+
+
+def kernel_gradient(
+    x: jax.Array,
+    shape: tuple[int, ...],
+    g: jax.Array,
+    strides: Pair,
+    padding: tuple[Pair, Pair],
+) -> jax.Array:
+    """Gradient of `(conv(x, kernel) * g).sum()` with respect to a kernel of this shape.
+
+    A convolution of x with g, in which channels stand for images and images for channels.
+    """
+    around = [
+        (before, k + (out - 1) * stride - n - before)
+        for n, k, out, stride, (before, _) in zip(
+            x.shape[1:3], shape, g.shape[1:3], strides, padding, strict=False
+        )
+    ]
+    gradient = jax.lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around,
+        rhs_dilation=strides, **FORM,
+    )  # fmt: skip
+    return gradient.transpose(1, 2, 0, 3)
 
 
 def kernel_gradient_in_pieces(
-    plain: Callable, x: jax.Array, kernel: jax.Array, g: jax.Array
+    x: jax.Array, shape: tuple[int, ...], g: jax.Array, *rest: Any
 ) -> jax.Array:
     """`kernel_gradient` as the sum over at most `PIECES` parts of the batch."""
     b, h, w, _ = g.shape
     images = max(-(-b // PIECES), POSITIONS // (h * w), 1)
-    total = kernel_gradient(plain, x[:images], kernel, g[:images])
+    total = kernel_gradient(x[:images], shape, g[:images], *rest)
     for i in range(images, b, images):
-        total += kernel_gradient(plain, x[i : i + images], kernel, g[i : i + images])
+        total += kernel_gradient(x[i : i + images], shape, g[i : i + images], *rest)
     return total
