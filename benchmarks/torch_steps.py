@@ -1,10 +1,13 @@
-"""The train steps of SimCLR and MoCo v2 in PyTorch, as their papers have them.
+"""Training with SimCLR and MoCo v2 in PyTorch, as their papers have it and PyTorch users write it.
 
-For `benchmarks.train_step`. The network is the one that the tests compare ours with; images are
-uint8 as in our batches, memory is channels_last, which is PyTorch's fast layout on CPUs.
+For `benchmarks.train_step` and `benchmarks.resident`. The network is the one that the tests compare
+ours with; memory is channels_last, which is PyTorch's fast layout, and with `amp` the network runs
+under autocast. `augmented` works on whole batches where the data are, on a GPU if there is one.
 """
 
+import contextlib
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +17,77 @@ from torch.nn import functional
 from tests.torch_resnet import ResNet
 
 CIFAR_STEM = {"kernel_size": 3, "stride": 1, "padding": 1, "max_pool": False}
+LUMA = (0.299, 0.587, 0.114)
+Views = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+def planes(images: torch.Tensor) -> torch.Tensor:
+    """uint8 `[b, h, w, 3]` to float `[b, 3, h, w]` of 0 to 1, channels last in memory."""
+    return images.permute(0, 3, 1, 2).float().div(255)
+
+
+def augmented(images: torch.Tensor) -> torch.Tensor:
+    """SimCLR's augmentation for CIFAR: crop, flip, colours at strength 0.5, grey; no blur.
+
+    As batched augmentation libraries do it, the order of the colour operations is drawn once for a
+    batch, and the hue is turned in YIQ; ours draws an order for each image and goes by way of HSV.
+
+    Args:
+        images: float `[b, 3, h, w]` of 0 to 1.
+    """
+    b, device = len(images), images.device
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(b, 1, 1, 1, device=device) * (high - low) + low
+
+    def chance(p: float) -> torch.Tensor:
+        return torch.rand(b, 1, 1, 1, device=device) < p
+
+    images = functional.grid_sample(
+        images, _crops(b, images.shape, device), mode="bilinear", padding_mode="reflection",
+        align_corners=False,
+    )  # fmt: skip
+    luma = torch.tensor(LUMA, device=device).view(1, 3, 1, 1)
+
+    def mixed(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return (x * factor + other * (1 - factor)).clamp(0, 1)
+
+    def grey(x: torch.Tensor) -> torch.Tensor:
+        return (x * luma).sum(1, keepdim=True)
+
+    operations = [
+        lambda x: mixed(x, torch.zeros_like(x), uniform(0.6, 1.4)),
+        lambda x: mixed(x, grey(x).mean((2, 3), keepdim=True), uniform(0.6, 1.4)),
+        lambda x: mixed(x, grey(x), uniform(0.6, 1.4)),
+        lambda x: _hue(x, uniform(-0.1, 0.1).flatten()).clamp(0, 1),
+    ]
+    coloured = images
+    for i in torch.randperm(4).tolist():
+        coloured = operations[i](coloured)
+    images = torch.where(chance(0.8), coloured, images)
+    return torch.where(chance(0.2), grey(images), images)
+
+
+def _crops(b: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Where each pixel of a random resized crop, flipped or not, lies in its image."""
+    area = torch.rand(b, device=device) * 0.8 + 0.2
+    ratio = torch.exp((torch.rand(b, device=device) * 2 - 1) * math.log(4 / 3))
+    wide, tall = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    x, y = ((torch.rand(2, b, device=device) * 2 - 1) * (1 - torch.stack([wide, tall]))).unbind()
+    flip = torch.where(torch.rand(b, device=device) < 0.5, 1.0, -1.0)
+    zero = torch.zeros_like(x)
+    rows = [torch.stack([wide * flip, zero, x], 1), torch.stack([zero, tall, y], 1)]
+    return functional.affine_grid(torch.stack(rows, 1), list(shape), align_corners=False)
+
+
+def _hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turns the colours of each image by parts of a circle."""
+    yiq = images.new_tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+    cos, sin = torch.cos(turns * 2 * math.pi), torch.sin(turns * 2 * math.pi)
+    one, zero = torch.ones_like(cos), torch.zeros_like(cos)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
+    matrix = torch.linalg.inv(yiq) @ turn @ yiq
+    return torch.einsum("bij,bjhw->bihw", matrix, images)
 
 
 class Encoder(nn.Module):
@@ -33,10 +107,9 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`[b, h, w, 3]` uint8 to unit vectors `[b, dim]`."""
-        x = images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        x = self.backbone.features(x.contiguous(memory_format=torch.channels_last))
-        return functional.normalize(self.head(x))
+        """Float `[b, 3, h, w]` of 0 to 1 to float32 unit vectors `[b, dim]`."""
+        x = images.mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+        return functional.normalize(self.head(self.backbone.features(x)).float())
 
 
 def nt_xent(z: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -52,13 +125,29 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
 
 
-def simclr(images: torch.Tensor, width: int, dim: int = 128) -> Callable[[], torch.Tensor]:
-    """A step on `images [b, 2, h, w, 3]`: both views in one forward pass."""
-    model = Encoder(width, dim, norm=True).to(images.device, memory_format=torch.channels_last)
+def casts(device: torch.device, amp: bool) -> contextlib.AbstractContextManager:
+    """Where the network runs: bfloat16 where autocast takes it, or as it is."""
+    return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
+
+
+def ready(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device in its layout; compiled on a GPU, as a user there would do."""
+    model = model.to(device, memory_format=torch.channels_last)
+    return torch.compile(model) if device.type == "cuda" else model
+
+
+def simclr(
+    views: Views, width: int, device: torch.device, amp: bool = False, dim: int = 128
+) -> Callable[[], torch.Tensor]:
+    """A step: both views, float `[b, 3, h, w]` each, in one forward pass."""
+    model = ready(Encoder(width, dim, norm=True), device)
     optimizer = sgd(model)
 
     def step() -> torch.Tensor:
-        loss = nt_xent(model(torch.cat([images[:, 0], images[:, 1]])), 0.1)
+        images = torch.cat(views())
+        with casts(device, amp):
+            z = model(images)
+        loss = nt_xent(z, 0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -68,20 +157,24 @@ def simclr(images: torch.Tensor, width: int, dim: int = 128) -> Callable[[], tor
 
 
 def moco(
-    images: torch.Tensor, width: int, length: int, dim: int = 128
+    views: Views, width: int, device: torch.device, length: int, amp: bool = False, dim: int = 128
 ) -> Callable[[], torch.Tensor]:
     """A step of He et al. 2020, algorithm 1, on one device, where there is nothing to shuffle."""
-    model = Encoder(width, dim, norm=False).to(images.device, memory_format=torch.channels_last)
-    momentum = copy.deepcopy(model).requires_grad_(False)
-    queue = functional.normalize(torch.randn(length, dim, device=images.device))
-    optimizer, place, batch = sgd(model), [0], len(images)
+    encoder = Encoder(width, dim, norm=False)
+    momentum = ready(copy.deepcopy(encoder).requires_grad_(False), device)
+    model = ready(encoder, device)
+    queue = functional.normalize(torch.randn(length, dim, device=device))
+    optimizer, place = sgd(model), [0]
 
     def step() -> torch.Tensor:
-        with torch.no_grad():
-            for ours, theirs in zip(momentum.parameters(), model.parameters(), strict=True):
-                ours.lerp_(theirs, 1 - 0.999)
-            keys = momentum(images[:, 1])
-        queries = model(images[:, 0])
+        first, second = views()
+        batch = len(first)
+        with torch.no_grad(), casts(device, amp):
+            mine, theirs = list(momentum.parameters()), list(model.parameters())
+            torch._foreach_lerp_(mine, theirs, 1 - 0.999)
+            keys = momentum(second)
+        with casts(device, amp):
+            queries = model(first)
         positives = (queries * keys).sum(1, keepdim=True)
         logits = torch.cat([positives, queries @ queue.T], 1) / 0.2
         loss = functional.cross_entropy(logits, logits.new_zeros(batch, dtype=torch.long))

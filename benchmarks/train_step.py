@@ -60,9 +60,13 @@ def torch_step(flags: argparse.Namespace, width: int, length: int) -> Callable[[
     rng = np.random.default_rng(0)
     shape = (flags.batch, 2, flags.size, flags.size, 3)
     images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+
+    def views() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch_steps.planes(images[:, 0]), torch_steps.planes(images[:, 1])
+
     if flags.method == "simclr":
-        return torch_steps.simclr(images, width)
-    return torch_steps.moco(images, width, length)
+        return torch_steps.simclr(views, width, images.device)
+    return torch_steps.moco(views, width, images.device, length)
 
 
 def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:

@@ -1,11 +1,13 @@
 """The benchmarks run, and compare programs that compute the same."""
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import loss, methods, moco_queue, scaling, side_by_side
+from benchmarks import loss, methods, moco_queue, resident, scaling, side_by_side
 from common.contrast import normalize
 from moco_jax import queue as queues
 
@@ -63,3 +65,15 @@ def test_methods_are_compared_on_one_network(tmp_path):
     assert [line[6] for line in shown] == ["", "", "61.5 %", "59.2 %"]
     methods.draw(rows, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_turn_of_training_from_device_memory():
+    c = resident.config(
+        argparse.Namespace(
+            method="moco", width=4, dtype="float32", batch=8, steps=2, images=32
+        )
+    )  # fmt: skip
+    turn, flops = resident.ours(c)
+    losses = [float(turn()["loss"]) for _ in range(2)]
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
+    assert flops > 0

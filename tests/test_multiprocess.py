@@ -14,7 +14,7 @@ import time
 import pytest
 
 HERE = pathlib.Path(__file__).resolve()
-LIMIT = 900  # seconds for both processes; they need about 60 of each of two cores
+LIMIT = 900  # seconds for both processes, on a busy machine
 VARIANTS = ("simclr", "moco", "moco_symmetric")
 
 
@@ -54,7 +54,7 @@ def interrupted(c, workdir, mesh=None):
 def long_config():
     """Long enough to be told to stop in the middle: the word takes a second to get around."""
     c = loop_config()
-    c.duration, c.checkpoint.every, c.evaluate.every = "120 steps", "0 steps", "0 steps"
+    c.duration, c.checkpoint.every, c.evaluate.every = "60 steps", "0 steps", "0 steps"
     c.log_every = 5
     return c
 
@@ -307,13 +307,13 @@ def test_sigterm_for_one_of_two_processes_stops_both_at_one_step(outcome):
     said = [(outcome / f"told{i}").read_text() for i in range(2)]
     assert said[0] == said[1] and "step " in said[0]
     step = int(said[0].split("step ")[1].split(" ")[0])
-    assert 10 <= step < 120
+    assert 10 <= step < 60
     got, want = (
         [{k: v for k, v in r.items() if k not in TIMING_KEYS}
          for r in jsonl.read(outcome / name / jsonl.FILE)]
         for name in ("told", "whole")
     )  # fmt: skip
-    assert got == want and got[-1]["step"] == 120
+    assert got == want and got[-1]["step"] == 60
     assert str(step) in {p.name for p in (outcome / "told" / "checkpoints").iterdir()}
 
 

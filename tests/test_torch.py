@@ -233,3 +233,33 @@ def test_full_size(depth, capsys):
         print(
             f"\nResNet-{depth}, 224 px: max |difference| = {error:.1e} of the largest {scale:.3g}"
         )
+
+
+def test_the_loop_that_ours_is_compared_with_has_the_same_loss():
+    import torch
+
+    from benchmarks import torch_steps
+    from simclr_jax.loss import nt_xent
+
+    z = np.random.default_rng(0).normal(size=(8, 2, 16)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    theirs = torch_steps.nt_xent(torch.from_numpy(np.concatenate([z[:, 0], z[:, 1]])), 0.1)
+    np.testing.assert_allclose(theirs, nt_xent(z[:, 0], z[:, 1], 0.1), rtol=1e-5)
+
+
+def test_the_augmentation_that_ours_is_compared_with():
+    import torch
+
+    from benchmarks import torch_steps
+
+    rng = np.random.default_rng(0)
+    images = torch_steps.planes(torch.from_numpy(rng.integers(0, 256, (64, 32, 32, 3), np.uint8)))
+    views = torch_steps.augmented(images)
+    assert views.shape == images.shape and 0 <= views.min() and views.max() <= 1
+    grey = (views.amax(1) - views.amin(1)).amax((1, 2)) < 1e-6
+    assert 3 <= grey.sum() <= 25  # of 64, each with probability 0.2
+    torch.testing.assert_close(torch_steps._hue(images, torch.ones(64)), images, rtol=0, atol=1e-5)
+    turned = torch_steps._hue(images, torch.full((64,), 0.1))
+    luma = torch.tensor(torch_steps.LUMA).view(1, 3, 1, 1)
+    torch.testing.assert_close((turned * luma).sum(1), (images * luma).sum(1), rtol=0, atol=1e-5)
+    assert (turned - images).abs().max() > 0.1

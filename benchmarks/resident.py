@@ -1,0 +1,134 @@
+"""Images a second of training from device memory: ours beside a PyTorch loop, in turns.
+
+    python -m benchmarks.resident [--method=simclr] [--width=64] [--batch=512] [--dtype=bfloat16]
+
+ResNet-18 on images of CIFAR-10's shape and number, all on the first device; what a step costs end
+to end: drawing the batch, augmenting it there, forward, backward and update. Ours takes `--steps`
+steps a dispatch. PyTorch (`benchmarks/torch_steps.py`: channels_last, autocast, on a GPU compiled,
+augmentation on the device too) takes part where it is installed. A turn is two dispatches, or as
+many steps. On two CPU cores: `--width=16 --batch=64 --dtype=float32 --steps=2`.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+
+import jax
+import numpy as np
+
+from benchmarks import scaling, side_by_side
+from common.compiling import compile_step
+from common.data import pipeline, resident, sources
+from common.method import make_setup, root_keys
+from common.plan import chips
+from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
+
+IMAGES, QUEUE, DISPATCHES = 50_000, 4096, 2
+
+
+def config(flags: argparse.Namespace) -> Any:
+    """Ours, with the augmentation of configs/simclr_cifar10.py."""
+    c = scaling.config(flags.method, groups=1, width=flags.width, dtype=flags.dtype)
+    c.batch_size, c.steps_per_dispatch = flags.batch, flags.steps
+    c.data.augment_on, c.data.fake_examples = "device", flags.images
+    c.augment.preset, c.augment.crop, c.augment.area_min = "cifar", "torch", 0.2
+    c.augment.interpolation, c.augment.color_style = "bilinear", "pil"
+    if flags.method == "moco":
+        c.moco.queue_length = -(-QUEUE // flags.batch) * flags.batch
+    return c
+
+
+def ours(c: Any) -> tuple[Callable[[], Any], float | None]:
+    """A turn, and the floating-point operations of a step as XLA counts them."""
+    mesh = make_mesh(jax.devices()[:1])
+    source = sources.open_source(c.data, "train")
+    data = resident.load(source, mesh)
+    batches = pipeline.train_batches(source, c, rows=local_rows(mesh, c.batch_size))
+    method = scaling.METHODS[c.method](make_setup(c, mesh, 100, 10, 10))
+    init_key, key = root_keys(0)
+    abstract = jax.eval_shape(method.init, init_key)
+    shardings = state_shardings(mesh, abstract)
+    step = compile_step(method, c, mesh, abstract, shardings, data)
+    held = [jax.jit(method.init, out_shardings=shardings)(init_key)]
+    key = jax.device_put(key, replicated(mesh))
+
+    def turn() -> Any:
+        for _ in range(DISPATCHES):
+            _, batch = batches.take(c.steps_per_dispatch)
+            held[0], metrics = step(held[0], to_global(mesh, batch) | data, key)
+        return metrics
+
+    return turn, (step.cost_analysis() or {}).get("flops")
+
+
+def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
+    """The same turn in PyTorch, on a GPU if JAX has one."""
+    import torch
+
+    from benchmarks import torch_steps
+
+    gpu = jax.devices()[0].platform == "gpu"
+    device = torch.device("cuda" if gpu else "cpu")
+    torch.backends.cudnn.benchmark = True  # of several convolutions, the fastest
+    torch.set_float32_matmul_precision("high")
+    rng = np.random.default_rng(0)
+    shape = (c.data.fake_examples, 32, 32, 3)
+    data = torch.from_numpy(rng.integers(0, 256, shape, np.uint8)).to(device)
+
+    def views() -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.randint(len(data), (c.batch_size,), device=device)
+        images = torch_steps.planes(data[ids])
+        return torch_steps.augmented(images), torch_steps.augmented(images)
+
+    if c.method == "simclr":
+        step = torch_steps.simclr(views, c.model.width, device, amp)
+    else:
+        step = torch_steps.moco(views, c.model.width, device, c.moco.queue_length, amp)
+
+    def turn() -> float:
+        for _ in range(DISPATCHES * c.steps_per_dispatch):
+            loss = step()
+        return float(loss)  # waits for the GPU
+
+    return turn
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=["simclr", "moco"], default="simclr")
+    for name, value in (("width", 64), ("batch", 512), ("steps", 50), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    flags = parser.parse_args()
+    c = config(flags)
+    turn, flops = ours(c)
+    programs = {"ours": turn}
+    if importlib.util.find_spec("torch"):
+        programs["PyTorch"] = pytorchs(c, amp=flags.dtype == "bfloat16")
+    times = side_by_side.seconds(programs, flags.repeats)
+    device = chips.of_kind(jax.devices()[0].device_kind)
+    steps, rows = DISPATCHES * flags.steps, []
+    for name, taken in times.items():
+        middle = statistics.median(taken) / steps
+        share = f"{flops / middle / device.tflops / 1e12:.0%}" if device and flops else None
+        rows.append([
+            name, f"{flags.batch / middle:,.0f}", f"{1e3 * middle:.2f}",
+            f"{side_by_side.ratio(taken, times['ours']):.2f}", share,
+        ])  # fmt: skip
+    side_by_side.show(
+        f"{flags.method}, ResNet-18 of width {flags.width}, batch {flags.batch}, {flags.dtype}, "
+        f"data on the device",
+        ["", "images/s", "ms a step", "time, of ours", "of the peak"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
