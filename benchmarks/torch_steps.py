@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim import swa_utils
 
 from tests.torch_resnet import ResNet
 
@@ -165,13 +166,13 @@ def moco(
     model = ready(encoder, device)
     queue = functional.normalize(torch.randn(length, dim, device=device))
     optimizer, place = sgd(model), [0]
+    follow = swa_utils.get_ema_multi_avg_fn(0.999)
 
     def step() -> torch.Tensor:
         first, second = views()
         batch = len(first)
         with torch.no_grad(), casts(device, amp):
-            mine, theirs = list(momentum.parameters()), list(model.parameters())
-            torch._foreach_lerp_(mine, theirs, 1 - 0.999)
+            follow(list(momentum.parameters()), list(model.parameters()), None)
             keys = momentum(second)
         with casts(device, amp):
             queries = model(first)

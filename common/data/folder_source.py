@@ -64,7 +64,10 @@ def open_folder(path: str, split: str) -> Source:
     """
     base = epath.Path(path).expanduser()
     if not base.is_dir():
-        raise UserError(f"no folder {path}; expected a folder of image files. Check data.source.")
+        raise UserError(
+            f"no folder {path}; expected a folder of image files. "
+            "Check data.source, or --eval.source of an evaluation."
+        )
     root, train = _split_folder(base, split), base / "train"
     files, folders = _listing(root)
     if files:
