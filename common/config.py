@@ -75,7 +75,7 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.on_nonfinite = "stop"
     c.max_skipped = 10  # in a row; then the run stops after all
     # Steps that one call of the compiled program takes, at most: it ends where a line, scores or a
-    # checkpoint is due. More than 1 needs data.augment_on="device"; leave it at 1 on a CPU.
+    # checkpoint is due. More than 1 needs data.augment_on="device".
     c.steps_per_dispatch = 1
     c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
     c.tpu_compiler_options = True  # those of common/xla_options.py; False: XLA's defaults

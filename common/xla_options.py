@@ -24,7 +24,7 @@ def compiler_options(platform: str, tpu: bool = True) -> dict[str, str] | None:
 
     Args:
         platform: "cpu", "gpu" or "tpu".
-        tpu: False turns all of `TPU_OPTIONS` off.
+        tpu: False turns all of `TPU_OPTIONS` off, which were chosen for train steps only.
     """
     if platform == "tpu":
         return dict(TPU_OPTIONS) if tpu else None

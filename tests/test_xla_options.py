@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from common import xla_options
+from common import compiling, xla_options
+from common.evaluate import features
 from common.evaluate.features import jit_encoder
 from common.sharding import make_mesh
 
@@ -20,6 +22,16 @@ def test_each_platform_gets_its_own():
 def test_an_option_or_value_that_xla_does_not_know_is_left_out(name, monkeypatch):
     monkeypatch.setattr(xla_options, "CPU_OPTIONS", {name: "NO_SUCH_VALUE"})
     assert xla_options.compiler_options("cpu") is None
+
+
+def test_they_reach_the_compiler(monkeypatch):
+    """One that XLA does not know, given all the same, is refused by it."""
+    for module in (features, compiling):
+        monkeypatch.setattr(module, "compiler_options", lambda *a, **b: {"no_such_option": "1"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        jit_encoder(lambda state, images: images, make_mesh())(None, np.zeros(8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        tiny.run(tiny.build(tiny.config("simclr")))
 
 
 def test_the_encoder_has_its_features_with_and_without(monkeypatch):

@@ -143,9 +143,10 @@ def augment_encoded(
         start = tf.maximum(tf.reduce_min(boxes[:, :2], axis=0) - [0, 1], 0)
         end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0) + [0, 1]
         end = tf.minimum(end, shape[:2])
-        # Cutting columns off takes longer than to decode them, unless many go.
-        many = tf.constant([False, True]) & (2 * (end - start) > shape[:2])
-        start, end = tf.where(many, 0, start), tf.where(many, shape[:2], end)
+        # Of the columns all are decoded where more than half are needed: that takes less time
+        # than to cut the rest off.
+        whole_side = tf.constant([False, True]) & (2 * (end - start) > shape[:2])
+        start, end = tf.where(whole_side, 0, start), tf.where(whole_side, shape[:2], end)
         window = tf.concat([start, end - start], axis=0)
         image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
         return image, boxes - tf.concat([start, [0, 0]], axis=0)

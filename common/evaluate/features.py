@@ -33,7 +33,7 @@ def jit_encoder(encode: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., j
     Returns:
         The compiled function. Give `functools.partial(it, state)` to `extract`.
     """
-    options = compiler_options(mesh.devices.flat[0].platform)
+    options = compiler_options(mesh.devices.flat[0].platform, tpu=False)
     return jax.jit(encode, out_shardings=replicated(mesh), compiler_options=options)
 
 

@@ -77,7 +77,7 @@ class Finetuner:
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, mesh
         self.depth = self.setup.network.depth_of(layer)
         everywhere, rows = replicated(mesh), batch_sharding(mesh)
-        options = compiler_options(mesh.devices.flat[0].platform)
+        options = compiler_options(mesh.devices.flat[0].platform, tpu=False)
         self.step: Callable = jax.jit(
             self._step, donate_argnums=0, out_shardings=(everywhere, everywhere),
             in_shardings=(everywhere, rows, rows), compiler_options=options,
