@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from common import dispatch
+from common import dispatch, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, resident, sources
-from common.divergence import FOLDER, not_finite
+from common.divergence import FOLDER, SkipNonFinite, not_finite
 from common.errors import UserError
 from common.evaluate.pretrained import read_config
+from common.export.start import init_state
 from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
 from common.report import say
@@ -55,13 +56,18 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     source = sources.open_source(config.data, "train")
     per_epoch = pipeline.steps_per_epoch(source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
-    method = methods[config.method](make_setup(config, mesh, total, per_epoch, source.num_classes))
+    make_method = methods[config.method]
+    setup = make_setup(config, mesh, total, per_epoch, source.num_classes)
+    method = make_method(setup)
     init_key, loop_key = root_keys(config.seed)
     abstract = jax.eval_shape(method.init, init_key)
     shardings = state_shardings(mesh, abstract)
     key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
     data = resident.load(source, mesh) if config.data.augment_on == "device" else {}
     step_fn = compile_step(method, config, mesh, abstract, shardings, data)
+    as_taken = step_fn
+    if config.on_nonfinite == "skip":  # steps before the last one may have been dropped
+        as_taken = compile_step(SkipNonFinite(method), config, mesh, abstract, shardings, data)
 
     def take() -> tuple[np.ndarray, Any]:
         ids, batch = batches.take(1)
@@ -72,7 +78,9 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         with Checkpoints(workdir, None, read_only=True) as checkpoints:
             state, progress = checkpoints.restore(begin, abstract, shardings)
     else:
-        state = jax.jit(method.init, out_shardings=shardings)(init_key)
+        state = init_state(make_method, method, setup, init_key, shardings)
+        if config.resume_from:
+            state = transfer.adopt(config, epath.Path(workdir), method, state, note=False)
     batches = pipeline.train_batches(
         source,
         config,
@@ -84,7 +92,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     )
     say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
     for _ in range(begin, step - 1):
-        state, _ = step_fn(state, take()[1], key)
+        state, _ = as_taken(state, take()[1], key)
     ids, batch = take()
     before = not_finite(state)
     program = dispatch.program(method.train_step, config, mesh)

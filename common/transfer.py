@@ -16,7 +16,9 @@ from common.method import Method
 FILE = "resumed_from.json"
 
 
-def adopt(config: ConfigDict, workdir: epath.Path, method: Method, state: Any) -> Any:
+def adopt(
+    config: ConfigDict, workdir: epath.Path, method: Method, state: Any, note: bool = True
+) -> Any:
     """Puts into a new run's state the arrays of another run that have the same name and shape.
 
     The step, and with it the learning rate, starts at 0. The optimiser's state starts anew unless
@@ -30,6 +32,7 @@ def adopt(config: ConfigDict, workdir: epath.Path, method: Method, state: Any) -
         method: may have `adopted(state, names)`, which derives from what was taken what could not
             be (a momentum encoder that the other run did not have).
         state: as `method.init` made it, on the devices.
+        note: False neither says nor writes anything.
 
     Returns:
         The state, sharded as before.
@@ -60,8 +63,9 @@ def adopt(config: ConfigDict, workdir: epath.Path, method: Method, state: Any) -
     derived = []
     if hasattr(method, "adopted"):
         state, derived = method.adopted(state, set(taken))
-    unused = sorted(set(arrays) - set(names))
-    _note(workdir, directory, step, taken, missed, unused, derived)
+    if note:
+        unused = sorted(set(arrays) - set(names))
+        _note(workdir, directory, step, taken, missed, unused, derived)
     return state
 
 

@@ -95,7 +95,9 @@ def test_a_replay_without_its_checkpoint(workdir, tmp_path):
     folder = tmp_path / replay.FOLDER
     folder.mkdir()
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
-    (folder / "step_6.json").write_text(json.dumps({"step": 6, "checkpoint": 4}))
+    for step, checkpoint in ((2, 1), (10, 4), (9, 3)):  # the newest counts
+        record = {"step": step, "checkpoint": checkpoint}
+        (folder / f"step_{step}.json").write_text(json.dumps(record))
     words = "the checkpoint of step 4 in "
     refused([words, "is gone: no replay"], replay.replay, tmp_path, tiny.METHODS)
 

@@ -1,0 +1,71 @@
+"""`--mode=replay` starts where the run started, and takes its steps."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy
+
+from common import replay
+from common.export import start
+from common.metrics import NonFiniteLossError
+from common.sharding import make_mesh
+
+W = ["params/backbone/w"]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(replay, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+
+
+def replayed(c, workdir, method, step):
+    """What is found of a run that stops in a step."""
+    with pytest.raises(NonFiniteLossError, match=f"at step {step}: "):
+        toy.train(c, workdir, method)
+    files = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+    found = replay.replay(str(workdir), {"simclr": method})
+    assert files == {p: p.read_bytes() for p in files}
+    assert (found["step"], found["same_batch"]) == (step, True)
+    return found
+
+
+def test_a_run_without_a_checkpoint_is_replayed_from_its_start(tmp_path, capsys):
+    found = replayed(toy.config(), tmp_path, toy.with_nan_at(2), 2)
+    assert (found["before"], found["after"], found["metrics"]) == ([], W, ["loss"])
+    assert "nan" in found["where"]
+    said = capsys.readouterr().err
+    assert "replaying steps 1 to 2" in said and "step 2 on the batch noted: loss nan" in said
+
+
+class OfLargeWeights(toy.Toy):
+    """No number as soon as the weight is large, as it is not drawn."""
+
+    def train_step(self, state, batch, key):
+        state, metrics = super().train_step(state, batch, key)
+        large = jnp.where(state.params["backbone"]["w"][0] > 50, jnp.nan, 0)
+        return state, metrics | {"loss": metrics["loss"] + large}
+
+
+def heavy(weights, make_method, setup, key, shardings):
+    """In the place of `_init_from`: a weight of 100."""
+    state = make_method(setup).init(key)
+    params = jax.tree.map(lambda x: x * 0 + 100, state.params)
+    return jax.device_put(state.replace(params=params), shardings), False
+
+
+@pytest.mark.parametrize("field", ["init_from", "resume_from"])
+def test_a_run_from_given_weights_is_replayed_from_them(field, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "load_weights", lambda path: path)
+    monkeypatch.setattr(start, "_init_from", heavy)
+    other = tmp_path / "other"
+    if field == "resume_from":
+        toy.train(toy.config(init_from="weights", duration="1 step"), other)
+    c = toy.config(**{field: str(other)})
+    found = replayed(c, tmp_path / "run", OfLargeWeights, 1)
+    assert (found["before"], found["metrics"]) == ([], ["loss"])
+
+
+def test_a_run_that_skipped_too_often_is_replayed_without_the_updates_it_dropped(tmp_path):
+    c = toy.config(on_nonfinite="skip", max_skipped=2)
+    found = replayed(c, tmp_path, toy.with_nan_at(4, 5), 5)
+    assert (found["before"], found["after"], found["metrics"]) == ([], W, ["loss"])
