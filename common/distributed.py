@@ -92,10 +92,10 @@ def simulate(processes: int, devices: int, arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    failed = None
+    failed, statuses = None, [None]
     try:
-        while any(child.poll() is None for child in children):
-            statuses = [child.poll() for child in children]
+        while None in statuses:
+            statuses = [child.poll() for child in children]  # those of the last to end as well
             failed = next((i for i, s in enumerate(statuses) if s not in _FINE), None)
             if failed is not None:
                 if failed and _last_line(logs[failed]).startswith("error: "):
@@ -113,6 +113,8 @@ def simulate(processes: int, devices: int, arguments: list[str]) -> int:
     if failed:  # process 0 has spoken for itself
         logs[failed].seek(0)
         print(f"process {failed}:\n{logs[failed].read()[-4000:]}", file=sys.stderr)
+    for log in logs[1:]:
+        log.close()
     first = failed if failed is not None else 0
     return children[first].returncode
 

@@ -73,3 +73,81 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.count("error: ") == 1 and "batch_size=18 cannot be split over 4" in errors
+
+
+# ------------------------------------------------------------------ the launcher alone
+
+WAIT = "wait_for() { while [ ! -e $1 ]; do sleep 0.02; done; }\n"
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch, capfd):
+    """Lets a shell script stand for each process: it gets its number as $me, in `tmp_path`.
+
+    Returns the launcher's exit status, and what was written to stderr.
+    """
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    # a signal that pytest was started to ignore could not be trapped by a shell
+    numbers, handler = (signal.SIGTERM, signal.SIGINT), signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number in numbers}
+
+    def call(*scripts):
+        cases = "".join(f"{i}) {script};;\n" for i, script in enumerate(scripts))
+        python.write_text(
+            f'#!/bin/sh\n{WAIT}for last; do :; done\nme=${{last##*,}}\necho "$JAX_NUM_CPU_DEVICES '
+            f'$JAX_PLATFORMS $@" > started$me\ncase $me in\n{cases}esac\n'
+        )
+        python.chmod(0o700)
+        status = distributed.simulate(len(scripts), 3, ["--config=c", "--workdir=a b"])
+        return status, capfd.readouterr().err
+
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_each_process_gets_its_place_in_the_pod(play, tmp_path):
+    assert play("wait_for started1; echo said >&2", "echo nothing >&2") == (0, "said\n")
+    lines = [(tmp_path / f"started{i}").read_text().split() for i in range(2)]
+    for i, (devices, platform, main, *arguments, coordinator) in enumerate(lines):
+        assert (devices, platform, arguments) == ("3", "cpu", ["--config=c", "--workdir=a", "b"])
+        assert main == str(ROOT / "main.py")
+        address, count, index = coordinator.split(",")
+        assert address.startswith("--coordinator=127.0.0.1:") and (count, index) == ("2", str(i))
+    assert lines[0][-1].split(",")[0] == lines[1][-1].split(",")[0]  # one port for both
+
+
+def test_when_a_process_fails_the_others_are_stopped_and_it_is_heard(play):
+    status, said = play("exec sleep 100", "exec sleep 100", "echo no memory >&2; exit 3")
+    assert (status, said) == (3, "process 2:\nno memory\n\n")
+    status, said = play("echo no memory >&2; exit 3", "exec sleep 100")
+    assert (status, said) == (3, "no memory\n")  # process 0 has spoken for itself
+
+
+def test_a_mistake_of_the_user_is_said_once(play, monkeypatch):
+    """By process 0 where it finds the same; by the other one where it does not."""
+    fails = "echo 'error: no such split' >&2; exit 1"
+    assert play(f"sleep 0.3; {fails}", fails) == (1, "error: no such split\n")
+    monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
+    status, said = play("exec sleep 100", fails)
+    assert (status, said) == (1, "process 1:\nerror: no such split\n\n")
+    assert play("sleep 0.05", fails) == (1, said)  # process 0 has ended, and well
+
+
+def test_a_process_that_fails_last_is_heard(play):
+    """When process 0 has ended well, and nothing is left to be stopped."""
+    assert play(":", "sleep 0.3; echo late >&2; exit 3") == (3, "process 1:\nlate\n\n")
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_signals_are_passed_on_and_every_process_has_time_to_save(name, play, tmp_path):
+    """The first to leave, told to stop, takes nobody with it."""
+    ready = "touch ready$me; while :; do sleep 0.02; done"
+    status, said = play(
+        f"trap 'sleep 0.3; touch saved; exit 143' {name}; wait_for ready1; sleep 0.1; "
+        f"kill -{name} $PPID; {ready}",
+        f"trap 'exit 143' {name}; {ready}",
+    )
+    assert (status, said) == (143, "") and (tmp_path / "saved").exists()
