@@ -1,0 +1,148 @@
+"""A run that is started again goes on as if it had not stopped."""
+
+import os
+import shutil
+import signal
+import types
+
+import pytest
+import toy
+from test_end_to_end import TOTAL, lines
+
+from common import train as loop
+from common.data import sources
+from common.errors import UserError
+from common.metrics import NonFiniteLossError
+from common.preemption import PreemptedError
+
+
+def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
+    """Its lines, its summary, and its time: each step takes 10 s here."""
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(loop, "time", clock)
+    to_global = loop.to_global
+
+    def slowly(*arguments):
+        clock.now += 10
+        return to_global(*arguments)
+
+    monkeypatch.setattr(loop, "to_global", slowly)
+    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
+    c = toy.config(evaluate__every="2 steps")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    summary = toy.train(c, whole)
+    assert summary["seconds"] == 70.0
+    said = capsys.readouterr().err
+    assert "7 of 0.0 GFLOP (2 an epoch)" in said and "resuming" not in said
+    toy.train_until(5, c, broken)
+    toy.train_until(7, c, broken, start=3)
+    assert "resuming  after step 3 of 7" in capsys.readouterr().err
+    resumed = toy.train(c, broken)
+    assert toy.untimed(resumed) == toy.untimed(summary) and lines(broken) == lines(whole)
+    assert toy.weight(broken, TOTAL) == toy.weight(whole, TOTAL)
+    assert resumed["seconds"] == 70.0
+    # of one step alone nothing can be told
+    assert resumed["images_per_second"] == toy.progress(broken, 6)["images_per_second"]
+
+
+def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path, monkeypatch):
+    """SIGTERM arrives in step 4, after which scores are due."""
+    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
+    c = toy.config(evaluate__every="4 steps")
+    whole, told = tmp_path / "whole", tmp_path / "told"
+    summary = toy.train(c, whole)
+
+    def tell(n):
+        if n == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with toy.before_each_step(tell), pytest.raises(PreemptedError):
+        toy.train(c, told)
+    assert toy.saved_steps(told) == [3, 4]
+    assert [r["step"] for r in lines(told) if "knn_top1" in r] == [0]
+    assert toy.untimed(toy.train(c, told)) == toy.untimed(summary)
+    assert lines(told) == lines(whole)
+
+
+def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Position, and how many processes had read a streamed set."""
+    asked, train_batches = [], loop.pipeline.train_batches
+
+    def wrapped(*arguments, **options):
+        asked.append((options["start_step"], options["saved_readers"]))
+        batches = train_batches(*arguments, **options | {"saved_readers": None})
+        batches.readers = 3
+        return batches
+
+    monkeypatch.setattr(loop.pipeline, "train_batches", wrapped)
+    c = toy.config()
+    toy.train_until(5, c, tmp_path)
+    toy.train(c, tmp_path)
+    assert asked == [(0, None), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_examples", 21, "has 21 images, and had 20"),
+        ("listing", "other names", "20 images as before, but files were renamed"),
+    ],
+)
+def test_other_data_is_not_continued(name, value, words, tmp_path, monkeypatch):
+    c = toy.config()
+    toy.train_until(5, c, tmp_path)
+    open_fake = sources._open_fake
+
+    class Changed(sources.FakeSource):
+        listing = ""
+
+    def opened(*arguments):
+        source = open_fake(*arguments)
+        setattr(source, name, value)
+        return source
+
+    monkeypatch.setattr(sources, "FakeSource", Changed)
+    monkeypatch.setattr(sources, "_open_fake", opened)
+    with pytest.raises(UserError, match=words):
+        toy.train(c, tmp_path)
+    assert toy.saved_steps(tmp_path) == [3]
+
+
+def test_a_run_from_the_weights_of_another_one(tmp_path, monkeypatch):
+    """They are taken once: the new run carries on by itself, also when the other one is gone."""
+    other, new = tmp_path / "other", tmp_path / "new"
+    c = toy.config(resume_from=str(other))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no checkpoints in"):
+        patch.setattr(loop, "compile_step", None)  # minutes, for a large network
+        toy.train(c, new)
+    toy.train(toy.config(seed=5, duration="2 steps"), other)
+    toy.train_until(5, c, new)
+    assert toy.weight(new, 3) == pytest.approx(toy.weight(other, 2) + 3)
+    shutil.rmtree(other)
+    summary = toy.train(c, new)
+    assert summary["started_from"] == str(other)
+    assert toy.weight(new, TOTAL) == pytest.approx(toy.weight(new, 6) + 1)
+
+
+def test_steps_skipped_before_a_restart_count(tmp_path):
+    """And their loss in the log stops nothing."""
+    c = toy.config(on_nonfinite="skip", log_every=1)
+    method = toy.with_nan_at(2, 3, 6)
+    toy.train_until(5, c, tmp_path, method)
+    toy.train(c, tmp_path, method)
+    records = {r["step"]: r for r in lines(tmp_path)}
+    counts = [records[step]["skipped_steps"] for step in range(1, 8)]
+    assert counts == [0, 1, 2, 2, 2, 3, 3]
+    assert [step for step in records if records[step]["loss"] is None] == [2, 3, 6]
+
+
+def test_a_run_that_diverges_names_the_checkpoint_before(tmp_path):
+    """One of this start, or the one that it started from."""
+    c, method = toy.config(), toy.with_nan_at(5)
+    with pytest.raises(NonFiniteLossError, match="step 5"):
+        toy.train(c, tmp_path / "first", method)
+    assert toy.reproduction(tmp_path / "first", 5)["checkpoint"] == 3
+    toy.train_until(4, c, tmp_path / "again", method)
+    with pytest.raises(NonFiniteLossError, match="step 5"):
+        toy.train(c, tmp_path / "again", method)
+    assert toy.reproduction(tmp_path / "again", 5)["checkpoint"] == 3
