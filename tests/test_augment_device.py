@@ -9,9 +9,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny
 from test_augment import noise, quiet, recipe, run
 
-from common.data import augment_device, draws, presets
+from common import dispatch
+from common.data import augment_device, draws, pipeline, presets, sources
 from common.data import augment_host as ah
 from common.plan import collectives
 from common.sharding import batch_sharding, make_mesh, to_global
@@ -113,3 +115,25 @@ def test_colour_alone_where_the_crop_needs_no_rounding():
     views = np.stack([images, images], axis=1)
     found = on_device(augment_device.augment_colour, views, drawn(images, (a, a)), (a, a))
     assert (np.abs(found.astype(int) - run(images, a)) > 1).mean() < 1e-4
+
+
+@pytest.mark.parametrize(("augment_on", "least"), [("device", 0.3), ("both", 1.0), ("host", 0.3)])
+def test_views_to_look_at_are_those_of_the_first_batch(augment_on, least):
+    """On the host: what it makes of the same examples. (Crops of whole images need no rounding.)"""
+    changes = {"area_min": least, "ratio_min": 1.0, "ratio_max": 1.0, "flip": 0.5, "grey": 0.5}
+    c = tiny.config(
+        "simclr", batch_size=8, data__image_size=32, data__augment_on=augment_on, seed=3,
+        augment__preset="cifar", **{f"augment__{name}": value for name, value in changes.items()},
+    )  # fmt: skip
+    images = noise(20)
+    source = sources.ArraySource(
+        name="noise", split="train", kind="pixels", num_examples=20, num_classes=0, class_names=(),
+        labels=np.full(20, -1, np.int32), image_shape=(32, 32), images=images,
+    )  # fmt: skip
+    batches = pipeline.train_batches(source, c, rows=np.arange(8))
+    ids, views = dispatch.first_views(c, source, batches)
+    np.testing.assert_array_equal(ids, draws.order(3, 0, 20)[:8])
+    want = run(images[ids], presets.resolve_views(c)[0], ids, seed=3).astype(int)
+    assert views.shape == want.shape and views.dtype == np.uint8
+    assert (np.abs(views - want) > 1).mean() < 1e-3
+    assert (np.abs(views - images[ids][:, None].astype(int)) > 8).mean() > 0.3

@@ -10,6 +10,7 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
+from test_knn import by_hand
 
 from common.data import sources
 from common.errors import UserError
@@ -17,6 +18,7 @@ from common.evaluate import (
     batches,
     finetune,
     finetune_mode,
+    knn_mode,
     linear,
     linear_mode,
     logistic,
@@ -171,6 +173,23 @@ def test_results_line_and_sentence(workdir, capsys, monkeypatch):
     wanted = {"k": 5, "num_train": 60, "num_test": 60, "seed": 4, "checkpoint_step": 0,
               "train_split": "train", "test_split": "test", "features": "pixels"}  # fmt: skip
     assert {name: line[name] for name in wanted} == wanted
+
+
+def test_knn_goes_by_its_settings(opened):
+    """Each changes the score here, and the train split votes."""
+    (bank, labels, _), (queries, wanted, _) = (
+        opened.extract(opened.open(split)) for split in ("train", "test")
+    )
+    found = []
+    for k, temperature, center in ((5, 0.1, 0), (5, 0.1, 1), (30, 0.1, 1), (30, 9.0, 1)):
+        c = with_settings(opened, knn__k=k, knn__temperature=temperature, knn__center=bool(center))
+        record, _ = knn_mode.run(c)
+        want = by_hand(bank, labels, queries, wanted, k, temperature, center)
+        assert record["top1"] == pytest.approx(want, abs=1e-9)
+        said = {"k": k, "temperature": temperature, "center": center, "metric": "cosine"}
+        assert record.items() >= said.items()
+        found.append(want)
+    assert len(set(found)) == 4
 
 
 def unlabel(monkeypatch):

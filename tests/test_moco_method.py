@@ -139,6 +139,60 @@ def test_steps_equal_the_dense_oracle(variant):
             )  # fmt: skip
 
 
+class Plain:
+    """A `Setup` whose network is one matrix and whose optimiser moves nothing."""
+
+    def __init__(self, c):
+        self.config, self.mesh = c, make_mesh(jax.devices()[:1])
+
+    def forward(self, params, batch_stats, images):
+        features = images.reshape(len(images), -1) / 255
+        return features, features @ params, batch_stats + 1
+
+    def update(self, state, grads):
+        return state.params, grads, {}
+
+    def update_probe(self, state, features, labels):
+        return {"features": features, "labels": labels}, {}
+
+
+def test_the_loss_of_both_directions_is_their_sum():
+    """In NumPy, with an encoder without BN; the probe and the queue get image by image."""
+    c = tiny.config("moco", model__bn_groups=4, moco__symmetric=True)
+    method, rng = moco.MoCo(Plain(c)), np.random.default_rng(0)
+    directions = ((0, 1), (1, 0))
+    params, key_params = rng.normal(size=(2, 8 * 8 * 3, 8)).astype(np.float32)
+    state = moco.MoCoState(
+        step=jnp.int32(1), params=params, batch_stats=jnp.int32(0), opt_state=None,
+        key_params=key_params, key_batch_stats=jnp.int32(0),
+        queue=queues.init(jax.random.key(0), 40, method.rows, 8), probe=None,
+    )  # fmt: skip
+    batch = tiny.host_batch(c, 0)
+    after, metrics = jax.jit(method.train_step)(state, batch, None)
+
+    x = batch["images"].reshape(16, 2, -1) / 255
+    k = x @ (0.75 * key_params + 0.25 * params)
+    q, k = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x @ params, k))
+    negatives = queues.contents(state.queue, 40, 1)
+    losses = []
+    for a, b in directions:
+        logits = np.concatenate([(q[:, a] * k[:, b]).sum(1)[:, None], q[:, a] @ negatives.T], 1)
+        logits = np.exp(logits / c.moco.temperature)
+        losses.append(-np.log(logits[:, 0] / logits.sum(1)).mean())
+    np.testing.assert_allclose(metrics["loss"], sum(losses), rtol=1e-5)
+
+    pairs = [(image, *views) for image in range(16) for views in directions]
+    pushed = [k[image, b] for image, _, b in pairs]
+    got = queues.contents(after.queue, len(pairs), 2)
+    np.testing.assert_allclose(got, pushed, rtol=1e-4, atol=1e-6)
+    seen = [x[image, a] for image, a, _ in pairs]
+    np.testing.assert_allclose(after.probe["features"], seen, rtol=1e-5)
+    np.testing.assert_array_equal(
+        after.probe["labels"], [batch["labels"][image] for image, *_ in pairs]
+    )
+    assert (after.batch_stats, after.key_batch_stats) == (2, 2)
+
+
 def test_no_gradient_reaches_the_key_encoder_or_the_queue():
     method = tiny.build(tiny.config("moco", model__bn_groups=4), 1)
     state = tiny.place_state(method)

@@ -10,6 +10,7 @@ from test_knn import by_hand
 
 from common import probe as probes
 from common.data import sources
+from common.evaluate import online
 from common.evaluate.online import Evaluator
 from common.sharding import make_mesh
 
@@ -54,11 +55,11 @@ def evaluator(bank, test, devices=4, **changes):
     return Evaluator(c, make_mesh(jax.devices()[:devices]), Pixels(), probe, bank, test)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_scores_are_those_of_an_oracle(devices):
+@pytest.mark.parametrize(("devices", "center"), [(1, False), (4, False), (4, True)])
+def test_scores_are_those_of_an_oracle(devices, center):
     """kNN of features and of raw pixels, k = n / 10, T = 0.1; the probe's accuracy on test."""
     bank, test = source(N, 1), source(21, 2)
-    score = evaluator(bank, test, devices)
+    score = evaluator(bank, test, devices, evaluate__knn_center=center)
     state = score.probe.init(jax.random.key(0), 6)
     rng = np.random.default_rng(5)
     params = {"kernel": rng.normal(size=(6, CLASSES)), "bias": rng.normal(size=CLASSES)}
@@ -70,10 +71,13 @@ def test_scores_are_those_of_an_oracle(devices):
     got = score(State(state))
     flat = [s.images.reshape(s.num_examples, -1).astype(np.float64) for s in (bank, test)]
     features = [x / 255 @ Pixels.matrix for x in flat]
-    want = by_hand(features[0], bank.labels, features[1], test.labels, 5, 0.1, False)
+    want, other = (
+        by_hand(features[0], bank.labels, features[1], test.labels, 5, 0.1, c)
+        for c in (center, not center)
+    )
     assert got["knn_top1"] == pytest.approx(want, abs=1e-9)
-    assert 0.4 < want < 1
-    want = by_hand(flat[0], bank.labels, flat[1], test.labels, 5, 0.1, False)
+    assert 0.4 < want < 1 and want != other
+    want = by_hand(flat[0], bank.labels, flat[1], test.labels, 5, 0.1, center)
     assert score.raw_pixels() == {"knn_top1_raw_pixels": pytest.approx(want, abs=1e-9)}
     inputs = (features[1] - state.mean) / np.sqrt(state.var + 1e-6) / np.sqrt(6)
     logits = inputs @ params["kernel"] + params["bias"]
@@ -102,3 +106,28 @@ def test_a_split_without_labels_of_a_set_with_classes(caplog):
         with caplog.at_level(logging.WARNING):
             assert score.raw_pixels() == {} and score(State(None)) == {}
         assert "has no labels" in caplog.text and "data.bank_split" in caplog.text
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
+    """Those of an oracle, each with its label, beside test images spread over the classes."""
+    bank, test = source(N, 1), source(21, 2)
+    score = evaluator(bank, test, evaluate__knn_center=center)
+    drawn = []
+    monkeypatch.setattr(online.pictures, "nearest_neighbours", lambda *args: drawn.append(args))
+    assert score.draw_neighbours(State(None), "here", rows=3, columns=4)
+    shown, found, labels, neighbour_labels, names, path = drawn[0]
+    rows = [0, 10, 20]
+    np.testing.assert_array_equal(shown, test.images[rows])
+    np.testing.assert_array_equal(labels, test.labels[rows])
+    features, queries = (
+        s.images.reshape(s.num_examples, -1) / 255.0 @ Pixels.matrix for s in (bank, test)
+    )
+    mean = features.mean(0) * center
+    unit, queries = (
+        x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features - mean, queries - mean)
+    )
+    nearest = np.argsort(-queries[rows] @ unit.T, axis=1)[:, :4]
+    np.testing.assert_array_equal(found, bank.images[nearest])
+    np.testing.assert_array_equal(neighbour_labels, bank.labels[nearest])
+    assert (names, path) == (("a", "b", "c"), "here")

@@ -202,6 +202,11 @@ def test_moco_v1_and_simclr_published_rates():
         ("5%", 50),
         ("0 epochs", 0),
         ("0.001 epochs", 1),  # never rounded away
+        ("0.06 epochs", 9),  # 9.36
+        ("0.1 epochs", 16),  # 15.6
+        ("0.14 %", 1),  # 1.4
+        ("0.16 %", 2),
+        ("0.35 %", 4),  # 3.5, in floating point 3.4999999999999996
         (7, 7),
         ("7", 7),
         (0, 0),

@@ -1,12 +1,15 @@
 """The last lines of a run say what its score is compared with."""
 
 import json
+import types
 
+import numpy as np
 import pytest
 import tiny
 from etils import epath
 
 from common import report
+from common.data import sources
 
 SCORES = {"knn_top1": 0.7, "knn_top1_at_init": 0.5, "knn_top1_raw_pixels": 0.4}
 PROGRESS = {"results": SCORES, "images_per_second": 1.0, "seconds": 2.0}
@@ -38,3 +41,21 @@ def test_a_summary_of_an_older_version_is_still_read(tmp_path):
     old = {"method": "moco", "steps": 8, "probe_top1": None} | SCORES
     lines = "\n".join(report.in_words(old, epath.Path(tmp_path), []))
     assert "over its untrained state" in lines
+
+
+def test_the_summary_at_the_start_is_of_all_devices(capsys):
+    """XLA counts the operations of one device, and of a loop over micro-batches one turn."""
+    c = tiny.config("simclr", batch_size=32, microbatch=8, model__bn_groups=32, data__source="fake")
+    setup = tiny.build(c, 4).setup
+    step = types.SimpleNamespace(cost_analysis=lambda: {"flops": 2e9, "bytes accessed": 5.0})
+    params = {"backbone": np.zeros((3, 20_000)), "head": np.zeros(40_000)}
+    state = types.SimpleNamespace(params=params)
+    source = sources.open_source(c.data, "train")
+    report.start_up(c, epath.Path("w"), setup.mesh, setup, state, step, source, 3, 1200, 128)
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines())
+    assert said["steps"] == "1,200 of 32.0 GFLOP (128 an epoch)"
+    assert said["devices"].startswith("4 x cpu in 1 process(es)")
+    assert said["batch"].startswith("32 images, 8 a device, 2 views each, 8 px")
+    assert "0.06 M parameters, 0.10 M with the head" in said["network"]
+    assert said["data"] == "fake (train): 4,096 images, 10 classes"
+    assert said["resuming"] == "after step 3 of 1,200"
