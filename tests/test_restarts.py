@@ -87,6 +87,7 @@ def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
         ("num_examples", 21, "has 21 images, and had 20"),
         ("listing", "other names", "20 images as before, but files were renamed"),
     ],
+    ids=["size", "names"],
 )
 def test_other_data_is_not_continued(name, value, words, tmp_path, monkeypatch):
     c = toy.config()

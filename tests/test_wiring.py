@@ -34,7 +34,9 @@ class Halves(sources.FakeSource):
         return images, self.labels[ids]
 
 
-@pytest.mark.parametrize(("bank_split", "right"), [("", 0.0), ("like_test", 1.0)])
+@pytest.mark.parametrize(
+    ("bank_split", "right"), [("", 0.0), ("like_test", 1.0)], ids=["train", "bank"]
+)
 def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_path, monkeypatch):
     """Test labels are the opposite of those of training: by their votes kNN is always wrong."""
     monkeypatch.setattr(sources, "FakeSource", Halves)
@@ -47,7 +49,9 @@ def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_pat
     assert scores == [right] * 3
 
 
-@pytest.mark.parametrize(("every", "steps"), [("0 steps", [0, 7]), ("2 steps", [0, 2, 4, 6, 7])])
+@pytest.mark.parametrize(
+    ("every", "steps"), [("0 steps", [0, 7]), ("2 steps", [0, 2, 4, 6, 7])], ids=["end", "often"]
+)
 def test_scores_are_made_when_they_are_due_and_at_the_end(every, steps, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     summary = toy.train(toy.config(evaluate__every=every, checkpoint__every="0 steps"), tmp_path)
