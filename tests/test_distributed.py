@@ -89,9 +89,12 @@ def play(tmp_path, monkeypatch, capfd):
     python = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.chdir(tmp_path)
-    # a signal that pytest was started to ignore could not be trapped by a shell
-    numbers, handler = (signal.SIGTERM, signal.SIGINT), signal.default_int_handler
-    before = {number: signal.signal(number, handler) for number in numbers}
+
+    # (a signal that pytest was started to ignore could not be trapped by a shell)
+    def unheard(number, frame):
+        raise AssertionError("the launcher does not listen")
+
+    before = {n: signal.signal(n, unheard) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def call(*scripts):
         cases = "".join(f"{i}) {script};;\n" for i, script in enumerate(scripts))
@@ -144,7 +147,7 @@ def test_a_process_that_fails_last_is_heard(play):
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_signals_are_passed_on_and_every_process_has_time_to_save(name, play, tmp_path):
     """The first to leave, told to stop, takes nobody with it."""
-    ready = "touch ready$me; while :; do sleep 0.02; done"
+    ready = "touch ready$me; for i in $(seq 250); do sleep 0.02; done; exit 9"
     status, said = play(
         f"trap 'sleep 0.3; touch saved; exit 143' {name}; wait_for ready1; sleep 0.1; "
         f"kill -{name} $PPID; {ready}",
