@@ -77,7 +77,7 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
 
 # ------------------------------------------------------------------ the launcher alone
 
-WAIT = "wait_for() { while [ ! -e $1 ]; do sleep 0.02; done; }\n"
+WAIT = "wait_for() { for i in $(seq 250); do [ -e $1 ] && return; sleep 0.02; done; exit 9; }\n"
 
 
 @pytest.fixture

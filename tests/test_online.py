@@ -55,11 +55,19 @@ def evaluator(bank, test, devices=4, **changes):
     return Evaluator(c, make_mesh(jax.devices()[:devices]), Pixels(), probe, bank, test)
 
 
-@pytest.mark.parametrize(("devices", "center"), [(1, False), (4, False), (4, True)])
-def test_scores_are_those_of_an_oracle(devices, center):
-    """kNN of features and of raw pixels, k = n / 10, T = 0.1; the probe's accuracy on test."""
+@pytest.mark.parametrize(
+    ("devices", "k", "temperature", "center"),
+    [(1, 0, 0.1, False), (4, 0, 0.1, False), (4, 0, 0.1, True), (4, 9, 0.01, False)],
+    ids=["one_device", "defaults", "center", "k_and_temperature"],
+)
+def test_scores_are_those_of_an_oracle(devices, k, temperature, center):
+    """kNN of features and of raw pixels, by default k = n / 10; the probe's accuracy on test."""
     bank, test = source(N, 1), source(21, 2)
-    score = evaluator(bank, test, devices, evaluate__knn_center=center)
+    score = evaluator(
+        bank, test, devices,
+        evaluate__knn_k=k, evaluate__knn_temperature=temperature, evaluate__knn_center=center,
+    )  # fmt: skip
+    k = k or N // 10
     state = score.probe.init(jax.random.key(0), 6)
     rng = np.random.default_rng(5)
     params = {"kernel": rng.normal(size=(6, CLASSES)), "bias": rng.normal(size=CLASSES)}
@@ -72,12 +80,12 @@ def test_scores_are_those_of_an_oracle(devices, center):
     flat = [s.images.reshape(s.num_examples, -1).astype(np.float64) for s in (bank, test)]
     features = [x / 255 @ Pixels.matrix for x in flat]
     want, other = (
-        by_hand(features[0], bank.labels, features[1], test.labels, 5, 0.1, c)
+        by_hand(features[0], bank.labels, features[1], test.labels, k, temperature, c)
         for c in (center, not center)
     )
     assert got["knn_top1"] == pytest.approx(want, abs=1e-9)
     assert 0.4 < want < 1 and want != other
-    want = by_hand(flat[0], bank.labels, flat[1], test.labels, 5, 0.1, center)
+    want = by_hand(flat[0], bank.labels, flat[1], test.labels, k, temperature, center)
     assert score.raw_pixels() == {"knn_top1_raw_pixels": pytest.approx(want, abs=1e-9)}
     inputs = (features[1] - state.mean) / np.sqrt(state.var + 1e-6) / np.sqrt(6)
     logits = inputs @ params["kernel"] + params["bias"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import toy
+from test_end_to_end import lines
 
 from common import replay
 from common.export import start
@@ -18,13 +19,18 @@ def one_device(monkeypatch):
     monkeypatch.setattr(replay, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
+def written(workdir):
+    """All files, and when they were written."""
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
 def replayed(c, workdir, method, step):
     """What is found of a run that stops in a step."""
     with pytest.raises(NonFiniteLossError, match=f"at step {step}: "):
         toy.train(c, workdir, method)
-    files = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+    before = written(workdir)
     found = replay.replay(str(workdir), {"simclr": method})
-    assert files == {p: p.read_bytes() for p in files}
+    assert written(workdir) == before
     assert (found["step"], found["same_batch"]) == (step, True)
     return found
 
@@ -35,6 +41,22 @@ def test_a_run_without_a_checkpoint_is_replayed_from_its_start(tmp_path, capsys)
     assert "nan" in found["where"]
     said = capsys.readouterr().err
     assert "replaying steps 1 to 2" in said and "step 2 on the batch noted: loss nan" in said
+
+
+class WithBadUpdate(toy.Toy):
+    """The loss of step 3 is good, and what it makes of the weight is not."""
+
+    def train_step(self, state, batch, key):
+        new, metrics = super().train_step(state, batch, key)
+        bad = jnp.where(new.step == 3, jnp.nan, 0)
+        return new.replace(params=jax.tree.map(lambda w: w + bad, new.params)), metrics
+
+
+def test_the_numbers_are_those_of_the_run(tmp_path, capsys):
+    found = replayed(toy.config(checkpoint__every="1 step"), tmp_path, WithBadUpdate, 3)
+    assert (found["before"], found["after"], found["metrics"]) == ([], W, [])
+    loss = lines(tmp_path)[-1]["loss"]
+    assert f"step 3 on the batch noted: loss {loss}, " in capsys.readouterr().err
 
 
 class OfLargeWeights(toy.Toy):

@@ -59,6 +59,7 @@ def test_scores_are_made_when_they_are_due_and_at_the_end(every, steps, tmp_path
     assert found == {step: toy.SCORES[step] for step in steps}
     names = ("knn_top1", "probe_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
     assert [summary[name] for name in names] == [0.7, 0.35, 0.0, 0.25]
+    assert summary["dataset"] == "fake (train)"
     assert toy.saved_steps(tmp_path) == [TOTAL]
 
 
