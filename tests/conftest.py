@@ -1,16 +1,63 @@
-"""Eight simulated CPU devices for every test, and JAX at its strictest that Flax and Optax bear."""
+"""Eight simulated CPU devices for every test, JAX at its strictest that Flax and Optax tolerate.
+
+All processes of a run share what they compile, and no test may take for ever.
+"""
 
 import os
 import pathlib
 import sys
 
-import jax
+import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Nearly all of the time of the tests is compiling. What one process has compiled, every other takes
+# from here: pytest's workers, each `main.py` that a test starts, and the next run of the tests.
+# Environment variables, since they reach all of these; before JAX is imported, which reads them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
+
+import jax  # noqa: E402
 
 # Before the first device access, which fixes the number of devices.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # A [b] array that meets a [b, d] one by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
+LONG_SECONDS = 1500  # their time limit; pyproject.toml has that of all others
+# Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
+LONGEST_FILES = (
+    "multiprocess", "faults", "main", "end_to_end", "preemption", "steps", "microbatch",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives the long tests their time limit, and starts with the files that take longest.
+
+    Workers take one file after another: one that starts last and takes minutes keeps all waiting.
+    """
+    for item in items:
+        if is_long(item) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_SECONDS))
+    last = len(LONGEST_FILES)
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, last))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """XLA takes less care of the programs of the quick tests, which halves the time of compiling.
+
+    What looks at a compiled program says so (`optimised`); the long tests run what users run.
+    """
+    careful = is_long(item) or bool(item.get_closest_marker("optimised"))
+    jax.config.update("jax_disable_most_optimizations", not careful)
+
+
+def is_long(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in LONG)

@@ -6,7 +6,7 @@ import jax
 import pytest
 from bucket import Refused, mounted
 from etils import epath
-from test_end_to_end import Killed, compile_quickly, kill_before, lines, small  # noqa: F401
+from test_end_to_end import Killed, kill_before, lines, small
 from test_metrics import read_events
 
 import main

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from test_end_to_end import TOTAL, compile_quickly, lines, run, small  # noqa: F401
+from test_end_to_end import TOTAL, lines, small
 
 import main
 from common import divergence, replay

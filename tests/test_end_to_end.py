@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from test_metrics import read_events
 
@@ -26,26 +25,6 @@ CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "d
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
            "probe_top1", "images_per_second"}  # fmt: skip
 TOTAL = 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly(tmp_path_factory):
-    """Runs of one config share their programs, as under `main.py`; XLA takes less care of them.
-
-    The slow tests of `test_main.py` do the same with programs that are optimised.
-    """
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    settings = {  # and what JAX starts with
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (cache, None),
-        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, (_, value) in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

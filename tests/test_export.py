@@ -24,14 +24,6 @@ from common.models import resnet
 STEP = 3
 
 
-@pytest.fixture(autouse=True)
-def hurried():
-    """Compiling `init` takes seconds otherwise."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def workdir(path, c, devices=2, seed=0):
     """A run of random weights after step 3; returns its method and state."""
     path.mkdir(parents=True)

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from test_end_to_end import assert_same_run, compile_quickly, lines, run, small  # noqa: F401
+from test_end_to_end import assert_same_run, lines, run, small
 from test_main import REAL, command, environment
 
 from common import jsonl

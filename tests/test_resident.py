@@ -15,7 +15,6 @@ from test_end_to_end import (
     Killed,
     assert_same_run,
     bad,
-    compile_quickly,
     folder,
     kill_before,
     lines,
@@ -30,7 +29,7 @@ from common.errors import UserError
 from common.plan import collectives
 from common.sharding import make_mesh, replicated, to_global
 
-__all__ = ["compile_quickly", "folder"]  # fixtures
+__all__ = ["folder"]  # a fixture
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from test_export import STEP, export, hurried, variables, workdir  # noqa: F401
+from test_export import STEP, export, variables, workdir
 
 from common import train as loop
 from common.checkpoint import Checkpoints
