@@ -6,18 +6,42 @@ Solvers are replaced by ones that note what they were given.
 import dataclasses
 import itertools
 
+import flax
 import jax
 import numpy as np
 import pytest
-from known_splits import CLASSES, SIZES, WIDTH, ids_of, labelled, run_on_them, split, table, top1
+import tiny
+from known_splits import (
+    CLASSES,
+    SIZES,
+    WIDTH,
+    FirstPixels,
+    State,
+    ids_of,
+    labelled,
+    run_on_them,
+    split,
+    table,
+    top1,
+)
 from test_knn import by_hand
 
-from common.evaluate import embed_mode, knn_mode, linear, linear_mode, logistic, transfer_mode
+from common import probe
+from common.evaluate import embed_mode, knn, knn_mode, linear, linear_mode, logistic, transfer_mode
+from common.evaluate.online import Evaluator
+from common.sharding import make_mesh
 
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
     return run_on_them(monkeypatch, tmp_path)
+
+
+@flax.struct.dataclass
+class Probed(State):
+    """A state while training."""
+
+    probe: probe.ProbeState
 
 
 @dataclasses.dataclass
@@ -29,12 +53,14 @@ class Solver:
         choices: `(ids, labels)` that settings were chosen by.
         settings: of each fit, a list.
         found: the classifier of each fit, a random one.
+        momentum: of the last fit by SGD.
     """
 
     fits: list = dataclasses.field(default_factory=list)
     choices: list = dataclasses.field(default_factory=list)
     settings: list = dataclasses.field(default_factory=list)
     found: list = dataclasses.field(default_factory=list)
+    momentum: float = 0.5
 
     def _found(self, count):
         rng = np.random.default_rng(len(self.found))
@@ -42,12 +68,13 @@ class Solver:
         self.found.append(linear.Classifier(kernel, np.zeros(CLASSES, np.float32)))
         return [self.found[-1]] * count
 
-    def sgd(self, pairs, steps, candidates, size, classes, mean, scale, *_):
+    def sgd(self, pairs, steps, candidates, size, classes, mean, scale, mesh, momentum):
         rows = [jax.device_get(pair) for pair in itertools.islice(pairs, steps)]
         features, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
         ids, first = np.unique(ids_of(features), return_index=True)  # of several epochs
         self.fits.append((ids, labels[first], mean, scale))
         self.settings.append(candidates)
+        self.momentum = momentum
         return self._found(len(candidates))
 
     def lbfgs(self, features, labels, classes, values, *_, **options):
@@ -89,7 +116,9 @@ def check_chosen_on_held_out_rows(solver, width=1.0):
 @pytest.mark.parametrize("variant", ["cached", "augmented", "lbfgs"])
 def test_linear_eval_chooses_on_rows_that_were_not_fitted(opened, solver, variant):
     how = {"linear__optimizer": "lbfgs"} if variant == "lbfgs" else {"linear__variant": variant}
-    metrics, _ = linear_mode.run(opened(linear__epochs=4, linear__batch_size=4, **how))
+    how |= {"linear__epochs": 4, "linear__batch_size": 4, "linear__momentum": 0.5}
+    metrics, _ = linear_mode.run(opened(**how))
+    assert solver.momentum == 0.5
     check_chosen_on_held_out_rows(solver, width=1.0 if variant == "lbfgs" else WIDTH**0.5)
     assert metrics["top1"] == pytest.approx(top1(solver.found[-1], "test"))
     assert metrics["num_train"] == len(labelled("train"))
@@ -106,6 +135,57 @@ def test_transfer_chooses_on_rows_that_were_not_fitted_and_scores_each_test_spli
         result = metrics["data_sets"][i]
         assert result["top1"] == pytest.approx(top1(solver.found[2 * i + 1], name))
         assert result["num_test"] == len(labelled(name))
+
+
+def test_transfer_without_sources_is_to_the_runs_own_splits(opened, solver):
+    metrics, _ = transfer_mode.run(opened())
+    check_chosen_on_held_out_rows(solver)
+    assert metrics["top1"] == pytest.approx(top1(solver.found[-1], "test"))
+    assert (metrics["train_split"], metrics["test_split"]) == ("train", "test")
+
+
+def test_linear_eval_stops_if_the_encoder_changes_while_a_classifier_is_trained(
+    opened, solver, monkeypatch
+):
+    run = dataclasses.replace(opened(), state=State({"scale": np.float32(1 / 256)}, {}))
+
+    def fit(*args):
+        run.state.params["scale"] = np.float32(1 / 255)
+        return solver.sgd(*args)
+
+    monkeypatch.setattr(linear, "fit", fit)
+    with pytest.raises(RuntimeError, match="the frozen encoder changed"):
+        linear_mode.run(run)
+
+
+def test_settings_of_knn_reach_it(opened, monkeypatch):
+    given = {}
+    inner = knn.knn_scores
+    monkeypatch.setattr(
+        knn, "knn_scores", lambda *args, **options: given.update(options) or inner(*args, **options)
+    )
+    options = {"k": 4, "temperature": 0.25, "metric": "euclidean", "center": True}
+    knn_mode.run(opened(**{f"knn__{name}": value for name, value in options.items()}))
+    assert {name: given[name] for name in options} == options
+
+
+def test_scores_while_training_leave_out_rows_without_a_label():
+    """kNN and the probe, on the test split by the votes of train."""
+    c = tiny.config("simclr", evaluate__knn_k=5)
+    model = probe.make_probe(c, CLASSES, 8)
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(WIDTH, CLASSES)).astype(np.float32)
+    trained = model.init(jax.random.key(0), WIDTH)
+    trained = trained.replace(params=trained.params | {"kernel": kernel})
+    state = Probed({"scale": np.float32(1 / 256)}, {}, trained)
+    mesh = make_mesh(jax.devices()[:2])
+    score = Evaluator(c, mesh, FirstPixels(), model, split("train"), split("test"))
+    got = score(state)
+    # running statistics of 0 and 1
+    classifier = linear.Classifier(kernel, np.zeros(CLASSES))
+    assert got["probe_test_top1"] == pytest.approx(top1(classifier, "test"))
+    want = by_hand(*table("train"), *table("test"), 5, 0.1, False)
+    assert got["knn_top1"] == pytest.approx(want)
 
 
 @pytest.mark.parametrize("train", ["train", "other"])
@@ -133,3 +213,13 @@ def test_embed_writes_the_test_split_or_the_one_asked_for(opened, name, tmp_path
         np.testing.assert_allclose(found["features"], table(name)[0])
         np.testing.assert_array_equal(found["labels"], table(name)[1])
         np.testing.assert_array_equal(found["ids"], np.arange(SIZES[name]))
+
+
+def test_embed_of_some_examples_spreads_them_over_the_split(opened, tmp_path):
+    metrics, _ = embed_mode.run(opened(embed__examples=9, embed__report=False))
+    some = np.arange(9) * SIZES["test"] // 9
+    with np.load(tmp_path / "features-fake-test.npz") as found:
+        np.testing.assert_array_equal(found["ids"], some)
+        np.testing.assert_allclose(found["features"], table("test")[0][some])
+        np.testing.assert_array_equal(found["labels"], table("test")[1][some])
+    assert metrics["labelled"] == (table("test")[1][some] >= 0).sum() < 9

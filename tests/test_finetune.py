@@ -21,8 +21,8 @@ from known_splits import (
 )
 from test_linear import softmax
 
-from common.data import subset
-from common.evaluate import finetune, finetune_mode, linear
+from common.data import presets, subset
+from common.evaluate import batches, finetune, finetune_mode, linear
 from common.method import make_setup
 from common.sharding import make_mesh, to_global
 
@@ -36,7 +36,7 @@ class Tuner:
     """Stands in for `Finetuner`, and notes what it is given."""
 
     def __init__(self, config, mesh, layer, num_classes, tx):
-        self.given = {"layer": layer, "num_classes": num_classes}
+        self.given = {"layer": layer, "tx": tx}
         self.kernel = np.random.default_rng(0).normal(size=(WIDTH, CLASSES)).astype(np.float32)
         Tuner.last = self
 
@@ -64,17 +64,21 @@ def tuner(monkeypatch):
     Tuner.last = None
 
 
-def test_finetune_trains_on_the_chosen_labels_and_scores_the_test_split(opened, tuner):
-    run = opened(finetune__fraction=0.5, finetune__epochs=4, finetune__batch_size=4)
+def test_finetune_trains_on_the_chosen_labels_and_scores_the_test_split(opened, tuner, monkeypatch):
+    monkeypatch.setattr(finetune, "optimizer", lambda *args: args)
+    run = opened(finetune__fraction=0.5, finetune__epochs=4, finetune__batch_size=5, seed=3)
+    run.settings.finetune.weight_decay = 0.25
     metrics, _ = finetune_mode.run(run)
     labels = table("train")[1]
-    chosen = subset.balanced(labels, 0.5, CLASSES, seed=0)
+    chosen = subset.balanced(labels, 0.5, CLASSES, seed=3)
     got = tuner.last
     ids = ids_of(got.features)
     assert sorted(set(ids)) == chosen.tolist()
     np.testing.assert_array_equal(got.labels, labels[ids])
+    # a batch of 5 does not fit 2 devices
     assert (got.steps, got.batch_size) == (4 * (len(chosen) // 4), 4)
-    assert got.given["params"] is run.state.params
+    assert got.given["tx"] == (0.05, 0.25, 4, got.steps)
+    assert got.given["params"] is run.state.params and got.given["layer"] == "backbone"
     assert metrics["top1"] == pytest.approx(top1(linear.Classifier(got.kernel, 0), "test"))
     assert (metrics["num_train"], metrics["num_test"]) == (len(chosen), len(labelled("test")))
 
@@ -86,6 +90,19 @@ def test_finetune_takes_60_epochs_up_to_1_per_cent_of_the_labels(opened, tuner, 
     metrics, _ = finetune_mode.run(run)
     assert metrics["epochs"] == epochs
     assert tuner.last.steps == epochs * (metrics["num_train"] // tuner.last.batch_size)
+
+
+def test_labels_train_on_crops_and_flips_of_the_run_and_nothing_else():
+    c = tiny.config("simclr", augment__preset="simclr", augment__size=6)
+    c.augment.update(rotate=0.5, solarise=0.3)
+    c.augment_view2.update(blur=0.7, area_min=0.5)
+    made = batches.only_crop_and_flip(c, 4, seed=9)
+    assert (made.batch_size, made.seed, c.batch_size, c.seed) == (4, 9, 16, 0)
+    before = presets.resolve_views(c)[0]
+    want = {name: 0.0 for name in ("jitter", "grey", "blur", "solarise", "rotate")}
+    assert all(getattr(before, name) > 0 for name in want)
+    for view in presets.resolve_views(made):
+        assert view == dataclasses.replace(before, size=8, **want)  # as large as test images
 
 
 class Matrix:
