@@ -51,10 +51,22 @@ def test_held_out_is_the_same_share_of_each_class_and_leaves_some():
     assert set(ids) != set(subset.held_out(y, 0.1, seed=1))
     # not the examples that a fraction of the labels takes
     assert set(ids) != set(subset.balanced(y, 0.1, 4, seed=0))
+    y = labels([50, 50])  # nor where as many are taken
+    assert set(subset.held_out(y, 0.1, seed=0)) != set(subset.balanced(y, 0.1, 2, seed=0))
     with pytest.raises(UserError, match="a held-out share of 1: choose between 0 and 1"):
         subset.held_out(y, 1.0, seed=0)
     with pytest.raises(UserError, match="no class has two"):
         subset.held_out(labels([1, 1]), 0.5, seed=0)
+
+
+def test_an_example_is_chosen_by_its_id_whatever_others_are_labelled():
+    y = labels([60, 40, 30])
+    fewer = np.where(y == 0, -1, y)
+    held = subset.held_out(y, 0.1, seed=0)
+    np.testing.assert_array_equal(subset.held_out(fewer, 0.1, seed=0), held[y[held] > 0])
+    many, few = (subset.balanced(found, 0.3, 3, seed=0) for found in (y, fewer))
+    assert per_class(y, many) == [13, 13, 13] and per_class(y, few) == [0, 7, 7]
+    assert set(few) < set(many)
 
 
 def test_selected_examples_are_those_of_the_source():
@@ -68,6 +80,44 @@ def test_selected_examples_are_those_of_the_source():
     np.testing.assert_array_equal(subset.labels_of(part), base.labels[ids])
     assert (part.num_examples, part.num_classes) == (3, 10)
     assert part.describe(0) == base.describe(1999)
+
+
+class Unread(sources.ArraySource):
+    """Labels are known only when images are read, as those of an ArrayRecord set."""
+
+    def __init__(self, found, read):
+        images = np.arange(len(found))
+        super().__init__(
+            name="unread", split="train", kind="encoded", num_examples=len(found), num_classes=3,
+            class_names=(), labels=None, images=images,
+        )  # fmt: skip
+        self.found, self.times = found, read
+
+    def read(self, ids):
+        self.times.append(len(ids))
+        return self.images[ids], self.found[ids]
+
+
+def test_labels_that_only_reading_tells_are_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(subset, "_PIECE", 4)
+    found, read = labels([5, 4, 3], unlabelled=2), []
+    source = Unread(found, read)
+    np.testing.assert_array_equal(subset.labels_of(source), found)
+    assert sum(read) == len(found) and max(read) <= 4
+    ids = np.array([9, 0, 13, 4, 7])
+    part = subset.select(source, ids)
+    assert part.labels is None  # nothing was read for it
+    np.testing.assert_array_equal(subset.labels_of(part), found[ids])
+    np.testing.assert_array_equal(part.read(np.array([1, 2]))[0], [0, 13])
+    assert subset.labels_of(part).dtype == np.int32
+
+
+def test_fake_views_of_selected_examples_are_those_of_the_source():
+    base = sources.open_source(sources.default_config("fake", 8), "train")
+    ids = np.array([7, 30, 2])
+    part = subset.select(base, ids)
+    # the second view of the last example is the first one's, as in the set itself
+    np.testing.assert_array_equal(part.views(np.array([1, 2, 3]), 8), base.views(ids[[1, 2, 0]], 8))
 
 
 @pytest.mark.slow

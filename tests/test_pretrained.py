@@ -1,0 +1,85 @@
+"""Opening a run for evaluation: which checkpoint, which splits, and which untrained network."""
+
+import flax
+import jax
+import numpy as np
+import opened_run
+import pytest
+import tiny
+
+from common.checkpoint import Checkpoints
+from common.method import root_keys
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`(workdir, states)` of a MoCo run with the checkpoints 7 and 9."""
+    changes = {"data__train_split": "a", "data__bank_split": "b", "data__test_split": "c"}
+    changes |= {"model__stages": (1,), "model__bn_groups": 4, "seed": 5}
+    workdir = opened_run.write(tmp_path_factory.mktemp("runs") / "run", "moco", **changes)
+    method = tiny.build(tiny.config("moco", **changes), 1)
+    states = {opened_run.STEP: tiny.place_state(method, seed=3), 9: tiny.place_state(method, 4)}
+    with Checkpoints(workdir, keep=None) as checkpoints:
+        checkpoints.save(9, states[9], {})
+    return workdir, states
+
+
+@pytest.mark.parametrize(("asked", "found"), [(0, 9), (7, 7)])
+def test_the_query_encoder_of_the_step_asked_for_is_opened_or_of_the_newest(runs, asked, found):
+    workdir, states = runs
+    opened = opened_run.load(workdir, step=asked)
+    assert opened.step == found
+    for name in ("params", "batch_stats"):
+        got, want = (opened_run.leaves(getattr(s, name)) for s in (opened.state, states[found]))
+        assert got.keys() == want.keys()
+        for leaf, value in want.items():
+            np.testing.assert_array_equal(got[leaf], value, err_msg=leaf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({}, ("b", "c")),  # the split that votes while training stands for train
+        ({"train_split": "d"}, ("d", "c")),
+        ({"test_split": "e"}, ("b", "e")),
+    ],
+)
+def test_splits_are_those_asked_for_or_the_runs(runs, changes, splits):
+    opened = opened_run.load(runs[0], features="pixels", **changes)
+    data = opened.config.data
+    assert (data.train_split, data.test_split) == splits
+    assert tuple(opened.open(role).split for role in ("train", "test")) == splits
+
+
+def test_another_source_is_opened_where_one_is_asked_for(runs):
+    opened = opened_run.load(
+        runs[0], features="pixels", source="embedded", data_dir="/x", train_split="train"
+    )
+    assert (opened.config.data.source, opened.config.data.dir) == ("embedded", "/x")
+    assert opened.open("train").num_examples == 10_000
+
+
+@flax.struct.dataclass
+class State:
+    """What is drawn at the start."""
+
+    params: dict
+    step: int = 0
+    batch_stats: dict = flax.struct.field(default_factory=dict)
+
+
+class Drawn(tiny.METHODS["simclr"]):
+    """A method that starts from a few random numbers."""
+
+    def init(self, key):
+        return State({"backbone": jax.random.normal(key, (4,))})
+
+
+def test_the_untrained_network_is_the_one_that_the_run_began_with(runs, monkeypatch):
+    """By the run's seed, not by the evaluation's."""
+    monkeypatch.setitem(tiny.METHODS, "moco", Drawn)
+    monkeypatch.setattr(Drawn, "default_config", tiny.MoCo.default_config)
+    opened = opened_run.load(runs[0], devices=2, features="untrained", seed=1)
+    want = jax.random.normal(root_keys(5)[0], (4,))
+    np.testing.assert_array_equal(opened.state.params["backbone"], want)
+    assert opened.step == 0
