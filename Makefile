@@ -5,11 +5,12 @@ BIN = $(VENV)/bin
 SEED ?= 0
 PYTEST_MARK ?=
 TORCH_OPTIONS ?=
+MUTANTS ?=
 # Large arrays in pages of 2 MB where Linux hands them out on request: training on a CPU and the
 # input pipeline are a fifth faster (docs/benchmarks.md). Other systems pay no attention to it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook test-torch lint docs clean
+.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook test-torch mutants lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
@@ -62,6 +63,11 @@ test-notebook: $(VENV)/notebook
 # Compares with PyTorch: exported and imported weights.
 test-torch: $(VENV)/torch
 	$(BIN)/python -m pytest -m torch
+
+# Puts single faults into copies of this checkout: the test named for each has to fail. MUTANTS are
+# options, e.g. MUTANTS="--every=10".
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -265,3 +265,21 @@ def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(two, tmp_path):
         assert checkpoints.restore_newest(abstract, shardings)[0] == 5
         # a failed writer may still be tidying up its unfinished directory: it must not count
         assert checkpoints.all_steps() == [3, 5]
+
+
+def test_a_save_that_failed_shows_as_soon_as_it_has_ended(tmp_path, monkeypatch):
+    """The loop asks at each log line, and must not wait there for a save that still goes on."""
+
+    def failed():
+        raise OSError("no space left")
+
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.check()  # nothing has been saved
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
+        checkpoints._writing = 7
+        monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
+        checkpoints.check()
+        monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: False)
+        with pytest.raises(UserError, match=r"checkpoint of step 7 .*no space left.* starts anew"):
+            checkpoints.check()
+        checkpoints.check()  # it was said

@@ -183,3 +183,9 @@ def test_a_field_of_another_version_is_named():
     del saved["head"]["dim"]
     with pytest.raises(UserError, match=r"head.dim \(was 'absent', now 8\)"):
         config.check_same_run(saved, now, "w")
+
+
+def test_chance_is_that_of_guessing():
+    """Of 2 x 16 views each has 31 others; a query has its key and the 40 of the queue."""
+    assert tiny.build(tiny.config("simclr"), 1).chance == 1 / 31
+    assert tiny.build(tiny.config("moco", model__bn_groups=4), 1).chance == 1 / 41

@@ -120,6 +120,21 @@ def test_there_and_back_is_exact(network):
     assert found["torchvision"] == ""  # of its constructors none is so narrow
 
 
+def test_each_array_of_a_batch_norm_has_pytorchs_name():
+    """All four have one shape, and a name that is wrong both ways comes back as it went."""
+    params, batch_stats = variables(stages=(1,), width=4, stem="cifar")
+    arrays = layout.to_torchvision(params, batch_stats)
+    norms = {
+        "bn1": (params["stem_bn"], batch_stats["stem_bn"]),
+        "layer1.0.bn2": (params["layer1_0"]["bn2"], batch_stats["layer1_0"]["bn2"]),
+    }
+    for theirs, (found, running) in norms.items():
+        np.testing.assert_array_equal(arrays[f"{theirs}.weight"], found["scale"])
+        np.testing.assert_array_equal(arrays[f"{theirs}.bias"], found["bias"])
+        np.testing.assert_array_equal(arrays[f"{theirs}.running_mean"], running["mean"])
+        np.testing.assert_array_equal(arrays[f"{theirs}.running_var"], running["var"])
+
+
 @pytest.mark.parametrize("stem", ["cifar", "patch2", "patch4"])
 def test_a_patch_stem_is_the_convolution_that_the_metadata_describes(stem):
     """PyTorch's Conv2d(3, d, kernel_size, stride, padding), a window at a time."""

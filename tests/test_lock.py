@@ -110,6 +110,22 @@ def test_of_two_that_start_together_one_goes_on(store):
     assert (len(held), len(refused)) == (1, 1)
 
 
+def test_of_two_that_saw_no_lock_the_one_that_was_overwritten_leaves(store, monkeypatch):
+    """Both looked before either wrote: in the time to settle the other one's record comes."""
+    other = {"host": "there", "pid": 9, "since": "2020", "owner": "y", "beat": 0}
+
+    class Time:
+        monotonic = time.monotonic
+
+        def sleep(self, seconds):
+            (store / lock.FILE).write_text(json.dumps(other))
+
+    monkeypatch.setattr(lock, "time", Time())
+    with pytest.raises(UserError, match="process 9 on there"), lock.hold(store):
+        pass
+    assert json.loads((store / lock.FILE).read_text()) == other
+
+
 def test_a_disk_without_locks_gets_signs_of_life(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(lock.errno.ENOLCK, "No locks available")

@@ -92,8 +92,8 @@ def test_sgd_is_pytorchs(nesterov, decay_all):
     assert_same(run_optax(config), run_by_hand(rule))
 
 
-@pytest.mark.parametrize("decay_all", [False, True])
-def test_lars_is_simclrs(decay_all):
+@pytest.mark.parametrize(("decay_all", "nesterov"), [(False, False), (True, False), (False, True)])
+def test_lars_is_simclrs(decay_all, nesterov):
     config = make_config(
         batch_size=1024,
         name="lars",
@@ -103,6 +103,7 @@ def test_lars_is_simclrs(decay_all):
         warmup="1 epoch",
         decay_bn_and_bias=decay_all,
         trust_coefficient=0.002,
+        nesterov=nesterov,
     )
 
     def rule(p, g, m, t):
@@ -113,14 +114,17 @@ def test_lars_is_simclrs(decay_all):
             norm_p, norm_g = np.sqrt((p**2).sum()), np.sqrt((g**2).sum())
             g = g * (0.002 * norm_p / norm_g if norm_p > 0 and norm_g > 0 else 1.0)
         m["v"] = 0.9 * m.get("v", 0) + lr * g
-        return p - m["v"]
+        return p - (lr * g + 0.9 * m["v"] if nesterov else m["v"])
 
     assert_same(run_optax(config), run_by_hand(rule))
 
 
-def test_adamw():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adamw(nesterov):
+    """With the look-ahead as Dozat 2016, algorithm 2, has it."""
     config = make_config(
         name="adamw",
+        nesterov=nesterov,
         learning_rate=0.01,
         scaling="none",
         weight_decay=0.3,
@@ -133,7 +137,10 @@ def test_adamw():
         lr = rate_by_hand(t, 0.01, 3, STEPS)
         m["m"] = 0.8 * m.get("m", 0) + 0.2 * g
         m["v"] = 0.95 * m.get("v", 0) + 0.05 * g**2
-        step = m["m"] / (1 - 0.8 ** (t + 1)) / (np.sqrt(m["v"] / (1 - 0.95 ** (t + 1))) + 1e-8)
+        mean = m["m"] / (1 - 0.8 ** (t + 1))
+        if nesterov:
+            mean = 0.8 * m["m"] / (1 - 0.8 ** (t + 2)) + 0.2 * g / (1 - 0.8 ** (t + 1))
+        step = mean / (np.sqrt(m["v"] / (1 - 0.95 ** (t + 1))) + 1e-8)
         return p - lr * (step + (0.3 * p if p.ndim > 1 else 0))
 
     assert_same(run_optax(config), run_by_hand(rule))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_sources import picture, write_tfds
 
-from common.data import pipeline, presets, sources
+from common.data import draws, pipeline, presets, sources
 from common.errors import UserError
 
 
@@ -140,6 +140,9 @@ def test_starting_late_equals_skipping(kind, folder):
     whole = train(source, c, 7)
     same(train(source, c, 2, start_step=5), whole[5:])
     same(train(source, c, 1, start_step=3), whole[3:4])  # an epoch's first
+    late = pipeline.train_batches(source, c, rows=np.arange(8), start_step=5)
+    next(late)
+    assert late.position == 6  # which the next checkpoint holds, and the next start begins at
 
 
 @pytest.mark.parametrize("kind", ["pixels", "folder"])
@@ -176,6 +179,25 @@ def test_views_depend_on_seed_epoch_and_id_only(kind, folder):
         np.testing.assert_array_equal(pair, other[index])
         assert (pair != next_epoch[index]).any() and (pair[0] != pair[1]).any()
     assert all((pair != views(22, 1, seed=4)[index]).any() for index, pair in list(one.items())[:3])
+
+
+@pytest.mark.parametrize("kind", ["pixels", "folder", "stream"])
+def test_what_the_device_is_to_do_is_left_to_it(kind, folder, stream_dir):
+    """With augment_on="both" the host crops and flips, and says what else was drawn."""
+    if kind == "pixels":
+        source, c = array_source(), config(augment_on="both")
+    elif kind == "folder":
+        c = config(f"folder:{folder}", augment_on="both")
+        source = sources.open_source(c.data, "train")
+    else:
+        source, c = stream(stream_dir, augment_on="both")
+    (found,) = train(source, c, 1)
+    shape = source.image_shape
+    want, _ = draws.draw_pair(presets.resolve_views(c), c.seed, 0, found["ids"], shape)
+    np.testing.assert_array_equal(found.pop("parameters"), want)
+    assert want[..., draws.SOLARISE].any()
+    c.data.augment_on, c.augment.solarise = "host", 0.0  # the rest of this recipe
+    same([found], train(source, c, 1))
 
 
 def test_unlabelled_folder(tmp_path):
@@ -330,13 +352,20 @@ def test_corrupt_image_is_named(own_folder, kind):
         list(pipeline.eval_batches(source, 5, 16, np.arange(5)))
 
 
+def numbered(c):
+    """The folder of a config, each image a class of its own."""
+    source = sources.open_source(c.data, "train")
+    source.labels = np.arange(source.num_examples, dtype=np.int32)
+    return source
+
+
 @pytest.mark.parametrize("kind", ["text", "cut"])
 def test_corrupt_image_is_replaced_and_counted(own_folder, kind, caplog):
     index, path = spoil(own_folder, kind)
     spoil_next = own_folder / f"{index + 1}.jpg"
     spoil_next.write_bytes(b"")
     c = config(f"folder:{own_folder}", batch_size=5, on_corrupt="replace")
-    source = sources.open_source(c.data, "train")
+    source = numbered(c)
     batches = pipeline.train_batches(source, c, rows=np.arange(5))
     with caplog.at_level(logging.WARNING):
         found = take(batches, 6)
@@ -344,15 +373,30 @@ def test_corrupt_image_is_replaced_and_counted(own_folder, kind, caplog):
     assert source.replaced == {index: 6, 5: 6}
     assert path in caplog.text and "2 of 10" in caplog.text
     assert set(np.concatenate([b["ids"] for b in found[:2]])) == set(range(10))
+    for batch in found:  # the label is that of the image
+        np.testing.assert_array_equal(
+            batch["labels"], np.where(np.isin(batch["ids"], [4, 5]), 6, batch["ids"])
+        )
     for late in (1, 3):  # a run that starts again makes the same choice
-        again = sources.open_source(c.data, "train")
+        again = numbered(c)
         same(train(again, c, 6 - late, start_step=late), found[late:])
-    evaluated = list(
-        pipeline.eval_batches(sources.open_source(c.data, "train"), 5, 16, np.arange(5))
-    )
+    evaluated = list(pipeline.eval_batches(numbered(c), 5, 16, np.arange(5)))
     images = np.concatenate([b["images"] for b in evaluated])
+    labels = np.concatenate([b["labels"] for b in evaluated])
+    assert labels.tolist() == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9]
     np.testing.assert_array_equal(images[[4, 5]], images[[6, 6]])
     assert (images[3] != images[6]).any()
+
+
+def test_which_images_are_bad_does_not_depend_on_their_crops(own_folder):
+    """A crop that does not reach the missing part would hide it until a later epoch."""
+    path = own_folder / "4.jpg"
+    Image.fromarray(picture(4, 400, 400)).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:-40])  # of the last of 25 rows of blocks
+    c = config(f"folder:{own_folder}", batch_size=5, on_corrupt="replace")
+    source = sources.open_source(c.data, "train")
+    train(source, c, 2, start_step=2)  # an epoch in which neither crop reaches it
+    assert source.replaced == {4: 5}
 
 
 def test_nothing_but_corrupt_images(own_folder):
@@ -447,13 +491,14 @@ def test_stream_matches_the_set_in_memory(stream_dir):
     assert memory.kind == "pixels"
     # MoCo's crops: of TensorFlow's, only the distribution is the same.
     c.augment = memory_config.augment = presets.default_config("moco_v1")
-    streamed = train(source, c, 6)
-    views, expected = by_id(streamed), by_id(train(memory, memory_config, 6))
+    streamed, expected = train(source, c, 12), train(memory, memory_config, 12)
     for batch in streamed:
         np.testing.assert_array_equal(batch["labels"], memory.labels[batch["ids"]])
-    for index, pair in views.items():
-        assert np.abs(pair.astype(int) - expected[index]).max() <= 1
-    order = [b["ids"].tolist() for b in streamed]
+    for epoch in (slice(6), slice(6, 12)):  # other views in each
+        views = by_id(expected[epoch])
+        for index, pair in by_id(streamed[epoch]).items():
+            assert np.abs(pair.astype(int) - views[index]).max() <= 1
+    order = [b["ids"].tolist() for b in streamed[:6]]
     assert order != [list(range(i, i + 10)) for i in range(0, 60, 10)]
     assert np.abs(np.diff(np.concatenate(order))).mean() > 10
 
@@ -595,5 +640,8 @@ def test_stream_corrupt(stream_dir, on_corrupt, monkeypatch, caplog):
         np.testing.assert_array_equal(ours["ids"], plain["ids"])
         good = ~np.isin(ours["ids"], list(bad))
         np.testing.assert_array_equal(ours["images"][good], plain["images"][good])
+        for row in np.flatnonzero(~good):  # by the next good one, with that one's label
+            stand_in = next(r for r in np.roll(np.arange(10), -row) if good[r])
+            assert ours["labels"][row] == plain["labels"][stand_in]
     source.replaced.clear()
     same(train(source, c, 3, start_step=9), found[9:])

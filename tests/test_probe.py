@@ -149,6 +149,17 @@ def test_default_learning_rate_learns_at_any_scale_and_width(schedule, width, sc
     assert np.mean(predicted == labels) > 0.9
 
 
+def test_the_cosine_comes_to_0_at_the_end_of_the_run():
+    config = ml_collections.ConfigDict({"probe": probe.default_config()})
+    config.probe.update(schedule="cosine", momentum=0.0, learning_rate=3.0)
+    tx, weight = probe.make_probe(config, C, total_steps=8).tx, np.zeros(())
+    state, rates = tx.init(weight), []
+    for _ in range(8):
+        update, state = tx.update(np.ones(()), state, weight)
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, 1.5 * (1 + np.cos(np.pi * np.arange(8) / 8)), rtol=1e-5)
+
+
 def test_unknown_schedule():
     config = ml_collections.ConfigDict({"probe": probe.default_config()})
     config.probe.schedule = "linear"

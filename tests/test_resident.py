@@ -113,6 +113,26 @@ def test_a_dispatch_takes_its_steps(devices):
     assert float(state) == 6
 
 
+def test_a_step_sees_what_the_device_makes_of_cropped_views():
+    """With augment_on="both": colours by the parameters that came along, labels as they came."""
+    c = tiny.config("simclr", batch_size=8, data__augment_on="both", augment__preset="cifar")
+    mesh, a = make_mesh(jax.devices()[:1]), presets.resolve_views(c)
+    batch = tiny.host_batch(c, 0)
+    batch["parameters"], _ = draws.draw_pair(a, c.seed, 0, np.arange(8), (8, 8))
+    assert batch.keys() == dispatch.batch_shapes(c, mesh).keys()
+    loss = jax.jit(dispatch.program(checksum, c, mesh))(0.0, to_global(mesh, batch), None)[1][
+        "loss"
+    ]
+    colour = jax.jit(lambda x, p: augment_device.augment_colour(x, p, a))
+    made = augment_device.to_bytes(colour(batch["images"], batch["parameters"]))
+    want, without = (
+        checksum(0.0, {"images": jnp.asarray(x), "labels": batch["labels"]}, None)[1]["loss"]
+        for x in (made, batch["images"])
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-4)
+    assert abs(want - without) > 1e-2 * abs(want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_a_killed_run_continues_bit_by_bit(method, tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch)
     assert train.class_names == ("class0", "class1") and train.kind == "encoded"
     assert test.labels.tolist() == [1, 1, 1]
     assert pathlib.Path(train.describe(3)).name == "é 2.png"
+    names = sources.open_source(c.data, "train")  # also of those in later shards
+    assert [train.describe(i) for i in range(14)] == [names.describe(i) for i in range(14)]
 
 
 def test_pixels_and_no_labels(tmp_path):

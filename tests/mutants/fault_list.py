@@ -1,0 +1,66 @@
+"""The list of single faults, `*.toml` in this folder, and whether it still fits the checkout."""
+
+import ast
+import dataclasses
+import pathlib
+import tomllib
+
+LISTS = pathlib.Path(__file__).resolve().parent
+ROOT = LISTS.parents[1]
+
+
+class ListError(Exception):
+    """The list, or a test without any fault, is wrong: nothing can be said about the tests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One fault: `line` of `file` becomes `fault`, and then `test` (a pytest id) has to fail."""
+
+    source: str  # name of its list
+    what: str
+    file: str
+    line: str
+    fault: str
+    test: str
+
+
+def read_lists(folder: pathlib.Path = LISTS) -> list[Mutant]:
+    """All faults of the lists in `folder`."""
+    mutants = []
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+            mutants += [Mutant(source=path.name, **entry) for entry in entries]
+        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise ListError(f"{path.name}: {error}") from error
+    return mutants
+
+
+def problems(mutants: list[Mutant], root: pathlib.Path = ROOT) -> list[str]:
+    """What is wrong with the faults as text, without running anything."""
+    found = []
+    for m in mutants:
+        path, at = root / m.file, f"{m.source}: {m.what}: "
+        count = path.read_text(encoding="utf-8").count(m.line) if path.is_file() else 0
+        if count != 1:
+            found.append(f"{at}its line occurs {count} times in {m.file}, expected once")
+        if m.fault == m.line:
+            found.append(f"{at}its fault is the line itself")
+        if not _has_test(root, m.test):
+            found.append(f"{at}there is no test {m.test}")
+    return found
+
+
+def _has_test(root: pathlib.Path, test: str) -> bool:
+    """Whether the file and the function of a pytest id exist; only pytest knows parameters."""
+    file, *names = test.split("[")[0].split("::")
+    if not names or not (root / file).is_file():
+        return False
+    node = ast.parse((root / file).read_text(encoding="utf-8"))
+    for name in names:
+        inner = [x for x in node.body if getattr(x, "name", None) == name]
+        if not inner:
+            return False
+        node = inner[0]
+    return isinstance(node, ast.FunctionDef)
