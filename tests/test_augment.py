@@ -603,6 +603,12 @@ def encode(image, kind, **options):
     return out.getvalue()
 
 
+@functools.cache  # a graph takes two seconds
+def of_encoded(a, whole=False):
+    """Both views of an encoded image, from its draws."""
+    return tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a), whole=whole))
+
+
 PLAIN = {"jitter": 0.0, "grey": 0.0, "blur": 0.0}  # so that resizing shows
 
 
@@ -621,7 +627,7 @@ def test_png_equals_pixels(a):
     ids = np.arange(12) + 100
     batch = run(images, a, ids=ids, seed=5)
     parameters, crops = draws.draw_pair((a, a), 5, 0, ids, None)
-    single = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
+    single = of_encoded(a)
     for i, image in enumerate(images):
         views = single(tf.constant(encode(image, "PNG")), parameters[i], crops[i]).numpy()
         assert np.abs(views.astype(int) - batch[i]).max() <= 1
@@ -632,8 +638,7 @@ def test_jpeg_window_equals_whole(preset):
     """Decoding only what both crops cover gives what decoding everything gives."""
     images, a = noise(12, 90, 120), recipe(preset, 32)
     parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(12), None)
-    part = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a)))
-    full = tf.function(lambda d, p, c: ah.augment_encoded(d, p, c, (a, a), whole=True))
+    part, full = of_encoded(a), of_encoded(a, whole=True)
     for i, image in enumerate(images):
         data = tf.constant(encode(image, "JPEG", quality=90, subsampling=2 * (i % 2)))
         found = part(data, parameters[i], crops[i]).numpy().astype(int)

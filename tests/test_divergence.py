@@ -134,6 +134,7 @@ def poisoned(c, workdir):
     return loop.train(Poisoned, c, workdir, make_mesh(jax.devices()[:1]))
 
 
+@pytest.mark.slow  # `test_replay.py` does it with a method that compiles in no time
 def test_a_run_that_stopped_is_played_again(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="nothing to replay"):
         replay.replay(tmp_path, main.METHODS)
@@ -149,6 +150,7 @@ def test_a_run_that_stopped_is_played_again(tmp_path, capsys, monkeypatch):
     assert "first NaN" in said
 
 
+@pytest.mark.slow  # as does `test_restarts.py`
 def test_a_run_that_skips_ends_and_counts(tmp_path):
     c = small("simclr", on_nonfinite="skip", evaluate__every="0 steps", log_every=1)
     assert poisoned(c, tmp_path)["steps"] == TOTAL

@@ -17,7 +17,7 @@ from common import jsonl
 from common import train as loop
 from common.checkpoint import Checkpoints
 from common.errors import UserError
-from common.metrics import TIMING_KEYS, NonFiniteLossError
+from common.metrics import TIMING_KEYS
 from common.optim import steps_of
 from common.sharding import make_mesh, state_shardings
 
@@ -106,10 +106,8 @@ def kill_before(monkeypatch, step):
     monkeypatch.setattr(loop, "to_global", wrapped)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "simclr_demo" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
     c = importlib.import_module(f"configs.{name}").get_config("smoke")
@@ -132,9 +130,11 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     assert {p.name for p in work.glob("*.png")} == pictures
 
 
-@pytest.mark.parametrize("method", ["simclr", pytest.param("moco", marks=pytest.mark.slow)])
-def test_a_killed_run_continues_bit_by_bit(method, folder, tmp_path, monkeypatch):
-    c = small(method, folder)
+@pytest.mark.parametrize(
+    ("method", "images"), [("simclr", "fake"), pytest.param("moco", "jpeg", marks=pytest.mark.slow)]
+)
+def test_a_killed_run_continues_bit_by_bit(method, images, folder, tmp_path, monkeypatch):
+    c = small(method, folder if images == "jpeg" else None)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = run(c, whole)
     assert [r["step"] for r in lines(whole) if "loss" in r] == [1, 3, 6, 7]
@@ -186,11 +186,6 @@ def test_a_run_goes_on_with_more_devices_and_one_step_left(tmp_path, monkeypatch
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-def test_a_run_of_one_step_knows_its_rate(tmp_path):
-    summary = run(small("simclr", duration="1 step", evaluate__every="0 steps"), tmp_path, 1)
-    assert summary["images_per_second"] > 0
-
-
 @pytest.mark.slow
 def test_data_that_has_grown_is_not_continued(folder, tmp_path, monkeypatch):
     copy = tmp_path / "images"
@@ -233,56 +228,12 @@ def test_after_the_first_scores_and_checkpoint_nothing_compiles(tmp_path, monkey
     assert max(compiled) <= 3
 
 
+@pytest.mark.slow
 def test_a_run_without_labels_or_test_set(tmp_path):
     c = small("simclr", data__fake_classes=0, data__test_split="", duration="3 steps")
     summary = run(c, tmp_path, devices=1)
     assert summary["knn_top1"] is None and summary["probe_top1"] is None
     assert not any("probe_loss" in r for r in lines(tmp_path))
-
-
-def spoil(monkeypatch, change):
-    """Passes what each step returns through `change(step, state, metrics)`."""
-    compile_step, taken = loop.compile_step, iter(range(1, 100))
-
-    def compiled(*arguments):
-        step_fn = compile_step(*arguments)
-
-        def step(state, batch, key):
-            out = step_fn(state, batch, key)
-            with jax.transfer_guard("allow"):
-                return change(next(taken), *out)
-
-        step.cost_analysis = step_fn.cost_analysis
-        return step
-
-    monkeypatch.setattr(loop, "compile_step", compiled)
-
-
-def test_a_bad_loss_between_log_lines_names_its_step(tmp_path, monkeypatch):
-    """The loss of step 5 is made NaN; lines are due at 1, 3, 6, a checkpoint at 2, 4, 6."""
-
-    def change(step, state, metrics):
-        return state, metrics | {"loss": metrics["loss"] * (np.nan if step >= 5 else 1)}
-
-    spoil(monkeypatch, change)
-    with pytest.raises(NonFiniteLossError, match=r"^loss is nan at step 5: .*learning rate"):
-        run(small("simclr", checkpoint__every="2 steps"), tmp_path, devices=1)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
-    assert not (tmp_path / "summary.json").exists()
-
-
-def test_a_broken_state_is_not_saved_though_its_loss_was_finite(tmp_path, monkeypatch):
-    """A step's loss is computed before its update, so it cannot tell what the update did."""
-
-    def change(step, state, metrics):
-        if step == 4:
-            state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
-        return state, metrics
-
-    spoil(monkeypatch, change)
-    with pytest.raises(NonFiniteLossError, match=r"^the state is not finite at step 4: "):
-        run(small("simclr", checkpoint__every="2 steps"), tmp_path, devices=1)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def bad(tmp_path, words, method="simclr", devices=2, **changes):

@@ -91,6 +91,7 @@ def test_without_a_compiler(monkeypatch):
     assert tensorflow_host._xla_works()
 
 
+@pytest.mark.slow
 def test_flags_that_only_jax_knows_are_not_shown_to_tensorflow():
     """TensorFlow's XLA ends the process at an unknown flag."""
     program = (

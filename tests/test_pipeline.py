@@ -415,6 +415,7 @@ def test_vanished_file_is_named(own_folder):
         train(source, c, 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_crashes_ends(own_folder):
     """Python that ends with a pipeline open would wait for ever, more often than not."""
     program = f"""

@@ -28,10 +28,8 @@ def tell_before(monkeypatch, step, times=1):
     monkeypatch.setattr(loop, "to_global", wrapped)
 
 
-@pytest.mark.parametrize(
-    "step",  # scores are due after 4 and 7, nothing after 5
-    [4, pytest.param(5, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # `test_restarts.py` has a default one
+@pytest.mark.parametrize("step", [4, 5, 7])  # scores are due after 4 and 7, nothing after 5
 def test_told_to_stop_and_started_again(step, tmp_path, monkeypatch):
     c = small("moco", data__fake_classes=2)
     whole, told = tmp_path / "whole", tmp_path / "told"

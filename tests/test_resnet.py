@@ -43,8 +43,19 @@ def abstract_init(model, size=64):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), images, False))
 
 
+def test_each_depth_has_its_blocks():
+    assert {depth: [*blocks] for depth, (_, blocks) in resnet.DEPTHS.items()} == BLOCKS
+    assert {depth for depth, (bottleneck, _) in resnet.DEPTHS.items() if bottleneck} == {
+        50, 101, 152, 200}  # fmt: skip
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)  # tracing takes seconds
+
+
 @pytest.mark.parametrize(
-    ("depth", "multiplier"), [(18, 1), (34, 1), (50, 1), (101, 1), (152, 1), (200, 1), (50, 2)]
+    ("depth", "multiplier"),
+    [(18, 1), slow(34, 1), (50, 1), slow(101, 1), slow(152, 1), slow(200, 1), slow(50, 2)],
 )
 def test_number_of_parameters_is_the_published_one(depth, multiplier):
     model = resnet.ResNet(depth=depth, width_multiplier=multiplier)
@@ -66,9 +77,11 @@ def test_number_of_parameters_is_the_published_one(depth, multiplier):
         ("patch4", 28, (7, 7, 4, 2, 1)),
     ],
 )
-@pytest.mark.parametrize("depth", [18, 50])
-def test_sides_and_channels_of_every_stage(depth, stem, size, sides):
-    model = resnet.ResNet(depth=depth, stem=stem, width=8)
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_sides_and_channels_of_every_stage(bottleneck, stem, size, sides, monkeypatch):
+    # a stage is what its first block makes of it
+    monkeypatch.setitem(resnet.DEPTHS, 8, (bottleneck, (1, 1, 1, 1)))
+    model = resnet.ResNet(depth=8, stem=stem, width=8)
 
     def forward():
         images = jnp.zeros((2, size, size, 3))
@@ -77,9 +90,9 @@ def test_sides_and_channels_of_every_stage(depth, stem, size, sides):
 
     features, record = jax.eval_shape(forward)
     record = record["intermediates"]
-    wide = 4 if depth == 50 else 1
+    wide = 4 if bottleneck else 1
     shapes = [record["stem_conv"]["__call__"][0].shape]
-    shapes += [record[f"layer{i + 1}_1"]["__call__"][0].shape for i in range(4)]
+    shapes += [record[f"layer{i + 1}_0"]["__call__"][0].shape for i in range(4)]
     channels = [8, *(8 * 2**i * wide for i in range(4))]
     assert shapes == [(2, s, s, c) for s, c in zip(sides, channels, strict=True)]
     assert features.shape == (2, model.feature_dim) == (2, 64 * wide)
@@ -318,6 +331,7 @@ def loss_and_gradient(model, variables, x, dy):
     return {"y": y, "stats": new, "grads": grads}
 
 
+@pytest.mark.slow  # `test_fold.py` compares one block
 @pytest.mark.parametrize("groups", [1, 4])
 def test_folded_norm_is_the_same_function(groups):
     """Values, statistics and gradients of convolution and batch norm one after the other."""

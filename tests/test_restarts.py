@@ -48,18 +48,20 @@ def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monk
 
 
 def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path, monkeypatch):
-    """SIGTERM arrives in step 4, after which scores are due."""
+    """SIGTERM arrives in step 4, twice, after which scores are due."""
     monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     c = toy.config(evaluate__every="4 steps")
     whole, told = tmp_path / "whole", tmp_path / "told"
     summary = toy.train(c, whole)
 
     def tell(n):
-        if n == 4:
+        for _ in range(2 * (n == 4)):
             os.kill(os.getpid(), signal.SIGTERM)
 
+    handler = signal.getsignal(signal.SIGTERM)
     with toy.before_each_step(tell), pytest.raises(PreemptedError):
         toy.train(c, told)
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert toy.saved_steps(told) == [3, 4]
     assert [r["step"] for r in lines(told) if "knn_top1" in r] == [0]
     assert toy.untimed(toy.train(c, told)) == toy.untimed(summary)

@@ -123,6 +123,51 @@ def test_a_bad_loss_is_seen_while_few_steps_are_in_flight(tmp_path):
     assert toy.reproduction(tmp_path, 2)["checkpoint"] is None
 
 
+def spoil(monkeypatch, change):
+    """Passes what each step returns through `change(step, state, metrics)`."""
+    compile_step, taken = loop.compile_step, iter(range(1, 100))
+
+    def compiled(*arguments):
+        step_fn = compile_step(*arguments)
+
+        def step(state, batch, key):
+            out = step_fn(state, batch, key)
+            with jax.transfer_guard("allow"):
+                return change(next(taken), *out)
+
+        step.cost_analysis = step_fn.cost_analysis
+        return step
+
+    monkeypatch.setattr(loop, "compile_step", compiled)
+
+
+def test_a_bad_loss_between_log_lines_names_its_step(tmp_path, monkeypatch):
+    """The loss of step 5 is made NaN; lines are due at 1, 3, 6, a checkpoint at 2, 4, 6."""
+
+    def change(step, state, metrics):
+        return state, metrics | {"loss": metrics["loss"] * (np.nan if step >= 5 else 1)}
+
+    spoil(monkeypatch, change)
+    with pytest.raises(NonFiniteLossError, match=r"^loss is nan at step 5: .*learning rate"):
+        toy.train(toy.config(checkpoint__every="2 steps"), tmp_path)
+    assert toy.saved_steps(tmp_path) == [2, 4]
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_broken_state_is_not_saved_though_its_loss_was_finite(tmp_path, monkeypatch):
+    """A step's loss is computed before its update, so it cannot tell what the update did."""
+
+    def change(step, state, metrics):
+        if step == 4:
+            state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+        return state, metrics
+
+    spoil(monkeypatch, change)
+    with pytest.raises(NonFiniteLossError, match=r"^the state is not finite at step 4: "):
+        toy.train(toy.config(checkpoint__every="2 steps"), tmp_path)
+    assert toy.saved_steps(tmp_path) == [2]
+
+
 def test_the_method_gets_the_key_and_the_schedule_of_the_run(tmp_path):
     c = toy.config(log_every=1, optimizer__warmup="1 epoch")
     toy.train(c, tmp_path)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import tomllib
 
@@ -54,13 +55,12 @@ def problems(mutants: list[Mutant], root: pathlib.Path = ROOT) -> list[str]:
 
 def _has_test(root: pathlib.Path, test: str) -> bool:
     """Whether the file and the function of a pytest id exist; only pytest knows parameters."""
-    file, *names = test.split("[")[0].split("::")
-    if not names or not (root / file).is_file():
-        return False
-    node = ast.parse((root / file).read_text(encoding="utf-8"))
-    for name in names:
-        inner = [x for x in node.body if getattr(x, "name", None) == name]
-        if not inner:
-            return False
-        node = inner[0]
-    return isinstance(node, ast.FunctionDef)
+    file, _, name = test.split("[")[0].partition("::")
+    return (root / file).is_file() and name in _functions(root / file)
+
+
+@functools.cache
+def _functions(path: pathlib.Path) -> set[str]:
+    """Names of the functions of a file."""
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
