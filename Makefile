@@ -6,31 +6,39 @@ SEED ?= 0
 PYTEST_MARK ?=
 TORCH_OPTIONS ?=
 MUTANTS ?=
+# Several processes share the tests, a file at a time. A fifth one would take memory and no time off.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder $(PYTEST_OPTIONS)
+PYTEST_OPTIONS ?=
+# uv installs in 15 s what takes pip 90; pip where there is no uv.
+UV := $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP_INSTALL))
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 # Large arrays in pages of 2 MB where Linux hands them out on request: training on a CPU and the
 # input pipeline are a fifth faster (docs/benchmarks.md). Other systems pay no attention to it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo demo-moco pod-sim test test-all test-tpu test-notebook test-torch mutants lint docs clean
+.PHONY: demo demo-moco pod-sim test test-all test-long test-tpu test-notebook test-torch mutants lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 # The TPU compiler of this jax, 200 MB: it plans for TPU slices on any Linux machine.
 $(VENV)/tpu: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check "jax[tpu]"
+	$(INSTALL) "jax[tpu]"
 	touch $@
 
 $(VENV)/notebook: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check nbclient ipykernel
+	$(INSTALL) nbclient ipykernel
 	touch $@
 
 # Only the CPU part is used. The wheels for Linux bring CUDA (gigabytes) unless TORCH_OPTIONS leads
 # pip to PyTorch's own index of CPU builds (190 MB).
 $(VENV)/torch: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_OPTIONS)
+	$(PIP_INSTALL) torch==2.13.0 $(TORCH_OPTIONS)
 	touch $@
 
 demo: $(VENV)/ready
@@ -47,10 +55,14 @@ pod-sim: $(VENV)/ready
 	    --config=configs/moco_demo.py --config.duration="1 epoch" --workdir=runs/pod_sim
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -m "$(PYTEST_MARK)"
+	$(PYTEST) -m "$(PYTEST_MARK)"
+
+# All that `make test` leaves out, in one go, so that it is compiled once.
+test-long: $(VENV)/notebook $(VENV)/torch $(VENV)/tpu
+	$(PYTEST) -m "slow or multiprocess or notebook or torch or tpu"
 
 # Compiles small train steps for TPU slices.
 test-tpu: $(VENV)/tpu
@@ -76,7 +88,7 @@ lint: $(VENV)/ready
 # The documentation site, into site/; needs no network once the packages are there.
 $(VENV)/docs: docs/requirements.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(INSTALL) -r docs/requirements.txt
 	touch $@
 
 docs: $(VENV)/docs

@@ -5,6 +5,7 @@ All processes of a run share what they compile, and no test may take for ever.
 
 import os
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -15,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 # Nearly all of the time of the tests is compiling. What one process has compiled, every other takes
 # from here: pytest's workers, each `main.py` that a test starts, and the next run of the tests.
 # Environment variables, since they reach all of these; before JAX is imported, which reads them.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+COMPILED = ROOT / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
@@ -28,12 +30,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A [b] array that meets a [b, d] one by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: then it starts anew
 LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
 LONG_SECONDS = 1500  # their time limit; pyproject.toml has that of all others
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
     "multiprocess", "faults", "main", "end_to_end", "preemption", "steps", "microbatch",
 )  # fmt: skip
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keeps the folder of compiled programs from growing with every change of the code."""
+    is_worker = hasattr(session.config, "workerinput")
+    if COMPILED.is_dir() and not is_worker:
+        if sum(path.stat().st_size for path in COMPILED.iterdir()) > COMPILED_BYTES:
+            shutil.rmtree(COMPILED)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,11 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """XLA takes less care of the programs of the quick tests, which halves the time of compiling.
+    """XLA takes less care of programs that are only run, which saves a third of compiling them.
 
-    What looks at a compiled program says so (`optimised`); the long tests run what users run.
+    What looks at a compiled program says so (`optimised`), and the processes that tests start run
+    what users run.
     """
-    careful = is_long(item) or bool(item.get_closest_marker("optimised"))
+    careful = item.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not careful)
 
 

@@ -51,6 +51,7 @@ def test_the_device_makes_the_views_of_the_host(preset):
     assert want.std() > 10
 
 
+@pytest.mark.optimised
 def test_devices_and_pieces_change_nothing(monkeypatch):
     """16 images on 1 device and on 8, at once and in pieces of 4; nothing is sent.
 

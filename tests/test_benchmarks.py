@@ -11,7 +11,7 @@ from benchmarks import loss, methods, moco_queue, resident, scaling, side_by_sid
 from common.contrast import normalize
 from moco_jax import queue as queues
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 
 def test_the_losses_that_are_timed_are_one_loss():

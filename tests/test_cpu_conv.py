@@ -69,6 +69,7 @@ def test_what_is_not_ordinary_is_left_to_xla(options, monkeypatch):
     assert text(cpu_conv.conv_general_dilated) == text(jax.lax.conv_general_dilated)
 
 
+@pytest.mark.optimised
 def test_in_a_loop_every_convolution_has_the_fast_form(monkeypatch):
     """XLA brings only those outside of loops into it."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)

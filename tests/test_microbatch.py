@@ -111,6 +111,7 @@ def compiled(batch, size):
     return tiny.compile_step(method, c, method.setup.mesh, abstract, shardings)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_memory_grows_with_the_part_and_not_with_the_batch(monkeypatch):
     """512 images in parts of 16 take an eighth of what 128 take at once, and a little more."""

@@ -184,6 +184,7 @@ def test_zero_queries_have_finite_gradients_and_bfloat16_is_scored_in_float32():
     np.testing.assert_allclose(value, want[0], rtol=1e-5)
 
 
+@pytest.mark.optimised
 def test_no_collective_moves_the_queue():
     """Compiled for 8 devices: the shapes of all collectives, with a queue of 128 batches."""
     b, slots, d = 16, 128, 8

@@ -245,6 +245,7 @@ def test_no_collective_of_the_compiled_step_is_as_large_as_a_share_of_the_queue(
     assert moved and {dtype for _, dtype, _ in moved} == {"u8"}, moved
 
 
+@pytest.mark.optimised
 def test_the_parser_sees_a_queue_that_does_travel():
     """What the test above would find if the queue were gathered."""
     mesh = make_mesh()
@@ -273,6 +274,7 @@ def test_shuffling_is_the_same_on_any_number_of_devices(b, groups, devices):
     np.testing.assert_array_equal(back, images)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("b", "groups"), SPREADS[:-2])
 def test_shuffling_moves_a_local_batch_twice_at_most(b, groups):
     mesh = make_mesh()

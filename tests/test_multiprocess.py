@@ -4,6 +4,7 @@ Started by pytest, this file starts itself twice: `test_multiprocess.py PORT IND
 """
 
 import json
+import os
 import pathlib
 import shutil
 import socket
@@ -61,7 +62,6 @@ def long_config():
 
 def told(workdir, index):
     """Trains with slow steps; process 1 alone gets SIGTERM, twice, before step 10."""
-    import os
     import signal
 
     import tiny
@@ -178,7 +178,10 @@ def outcome(tmp_path_factory):
             logs.append(open(directory / f"{i}.log", "w"))  # noqa: SIM115
             argv = [sys.executable, "-W", "error::DeprecationWarning:common", str(HERE)]
             argv += [str(port), str(i), str(directory)]
-            children.append(subprocess.Popen(argv, stdout=logs[i], stderr=subprocess.STDOUT))
+            env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            children.append(
+                subprocess.Popen(argv, env=env, stdout=logs[i], stderr=subprocess.STDOUT)
+            )
         deadline = time.monotonic() + LIMIT
         while any(c.poll() is None for c in children):
             # one that has failed leaves the other waiting for it

@@ -196,6 +196,7 @@ def test_temperature_has_a_gradient():
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.optimised
 def test_memory_of_the_gradient_is_the_embeddings_and_a_tile():
     """2N = 131,072, d = 128 on one device: full logits would be 69 GB. Compiled, not run."""
     z = jax.ShapeDtypeStruct((65_536, 2, 128), jnp.float32)
@@ -205,6 +206,7 @@ def test_memory_of_the_gradient_is_the_embeddings_and_a_tile():
     assert memory.temp_size_in_bytes <= allowed, memory.temp_size_in_bytes
 
 
+@pytest.mark.optimised
 def test_what_travels_is_the_embeddings_once():
     """Compiled for 8 devices: one gather of z, nothing else of its size, no all-to-all."""
     n, d = 64, 32

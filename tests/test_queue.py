@@ -87,6 +87,7 @@ def test_same_values_on_any_number_of_devices_and_each_holds_its_share(devices):
     assert shares == [(3, rows // devices, dim)] * devices
 
 
+@pytest.mark.optimised
 def test_push_communicates_nothing():
     mesh = make_mesh(jax.devices()[:8])
     queue = jax.eval_shape(lambda: queue_lib.init(jax.random.key(0), 64, 16, 4))

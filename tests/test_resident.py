@@ -78,6 +78,7 @@ def checksum(state, batch, key):
     return state + 1, {"loss": loss, "state": state * 1.0}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_dispatch_takes_its_steps(devices):
     """Each step sees the views of its own ids; what it was not told to take, it does not."""

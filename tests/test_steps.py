@@ -39,6 +39,7 @@ def test_steps_do_not_depend_on_the_number_of_devices(variant, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_the_first_step_in_float32_is_the_same_on_several_devices(variant, devices):

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.export import formats, layout, start, weights
 from common.models import resnet
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.optimised]
 
 CASES = {
     "basic": {"stages": (2, 2), "width": 8, "stem": "imagenet"},

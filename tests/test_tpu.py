@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.plan import measure
 from common.plan.collectives import Collective
 
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.optimised]
 DEVICES, BATCH, DIM = 8, 256, 128
 
 

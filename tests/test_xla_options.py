@@ -34,6 +34,7 @@ def test_they_reach_the_compiler(monkeypatch):
         tiny.run(tiny.build(tiny.config("simclr")))
 
 
+@pytest.mark.optimised
 def test_the_encoder_has_its_features_with_and_without(monkeypatch):
     """Eigen's convolution and YNNPACK's, where XLA has a choice, agree."""
 

@@ -41,6 +41,9 @@ class Pytest:
         temporary.mkdir(exist_ok=True)
         # Python would take the .pyc of a source for that of another of its size and second.
         ours = {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": "", "TMPDIR": str(temporary)}
+        # A fault changes few programs: all others were compiled by the run without any.
+        compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(copy.with_name("compiled")))
+        ours["JAX_COMPILATION_CACHE_DIR"] = compiled
         with tempfile.TemporaryFile(dir=temporary) as output:
             with self._lock:
                 if self._stopped:
