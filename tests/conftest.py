@@ -41,9 +41,9 @@ LONGEST_FILES = (
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Keeps the folder of compiled programs from growing with every change of the code."""
-    is_worker = hasattr(session.config, "workerinput")
-    if COMPILED.is_dir() and not is_worker:
-        if sum(path.stat().st_size for path in COMPILED.iterdir()) > COMPILED_BYTES:
+    if not hasattr(session.config, "workerinput") and COMPILED.is_dir():  # no worker
+        total = sum(path.stat().st_size for path in COMPILED.iterdir())
+        if total > COMPILED_BYTES:
             shutil.rmtree(COMPILED)
 
 

@@ -134,7 +134,7 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     ("method", "images"), [("simclr", "fake"), pytest.param("moco", "jpeg", marks=pytest.mark.slow)]
 )
 def test_a_killed_run_continues_bit_by_bit(method, images, folder, tmp_path, monkeypatch):
-    c = small(method, folder if images == "jpeg" else None)
+    c = small(method, folder if images == "jpeg" else None, data__fake_classes=2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = run(c, whole)
     assert [r["step"] for r in lines(whole) if "loss" in r] == [1, 3, 6, 7]
@@ -206,6 +206,7 @@ def test_other_files_of_the_same_number_are_not_continued(folder):
         loop.same_data(noted | {"listing": "another"}, source)
 
 
+@pytest.mark.slow
 def test_after_the_first_scores_and_checkpoint_nothing_compiles(tmp_path, monkeypatch):
     """Every function of the loop, of the evaluation and of the checkpoints, not only the step."""
     compiled, step, to_global = [], [0], loop.to_global
