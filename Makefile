@@ -6,9 +6,10 @@ SEED ?= 0
 PYTEST_MARK ?=
 TORCH_OPTIONS ?=
 MUTANTS ?=
-# Several processes share the tests, a file at a time. A fifth one would take memory and no time off.
+# Several processes share the tests, a file at a time; each takes up to 4 GB. When one crashes, the
+# run ends with the name of its test.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
-    --no-loadscope-reorder $(PYTEST_OPTIONS)
+    --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_OPTIONS)
 PYTEST_OPTIONS ?=
 # uv installs in 15 s what takes pip 90; pip where there is no uv.
 UV := $(shell command -v uv)

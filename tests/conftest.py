@@ -32,7 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: then it starts anew
 LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
-LONG_SECONDS = 1500  # their time limit; pyproject.toml has that of all others
+LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
     "multiprocess", "faults", "main", "end_to_end", "preemption", "steps", "microbatch",
