@@ -35,7 +35,8 @@ LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests 
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
-    "multiprocess", "faults", "main", "end_to_end", "preemption", "steps", "microbatch",
+    "multiprocess", "faults", "distributed", "main", "preemption", "end_to_end", "resident", "tpu",
+    "microbatch", "steps", "benchmarks", "torch", "pipeline", "augment",
 )  # fmt: skip
 
 
