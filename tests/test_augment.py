@@ -633,7 +633,7 @@ def test_png_equals_pixels(a):
         assert np.abs(views.astype(int) - batch[i]).max() <= 1
 
 
-@pytest.mark.parametrize("preset", ["simclr", "moco_v2"])
+@pytest.mark.parametrize("preset", [pytest.param("simclr", marks=pytest.mark.slow), "moco_v2"])
 def test_jpeg_window_equals_whole(preset):
     """Decoding only what both crops cover gives what decoding everything gives."""
     images, a = noise(12, 90, 120), recipe(preset, 32)

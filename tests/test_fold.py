@@ -45,6 +45,7 @@ def test_the_same_function_in_float64(groups, train):
     tiny.assert_close(got, want, 1e-11, 1e-11)
 
 
+@pytest.mark.slow
 def test_bfloat16_costs_no_more_than_without():
     """Each against float64, tensor by tensor: not twice as far away, but for the smallest."""
     with jax.enable_x64(True):

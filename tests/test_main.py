@@ -69,6 +69,7 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow  # `test_mistakes.py` makes all of these within one process
 def test_unknown_key_is_one_line():
     done = call(DEMO, "--workdir=unused", "--config.batch_sze=3")
     assert_one_error(done, "batch_sze", "did you mean 'batch_size'")

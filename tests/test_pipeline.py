@@ -304,6 +304,7 @@ def test_eval_of_a_folder_cuts_the_centre(folder):
             assert np.abs(found - expected).mean() < 1.5  # JPEG decoders differ a little
 
 
+@pytest.mark.slow
 def test_tensorflow_leaves_the_accelerators_alone():
     """In a process of its own: here TensorFlow is imported already."""
     code = (

@@ -54,7 +54,9 @@ def test_the_first_step_in_float32_is_the_same_on_several_devices(variant, devic
     np.testing.assert_allclose(one.metrics[0]["loss"], exact.metrics[0]["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["simclr", "moco", "moco_symmetric"])
+@pytest.mark.parametrize(
+    "variant", ["simclr", pytest.param("moco", marks=pytest.mark.slow), "moco_symmetric"]
+)
 def test_a_step_compiles_once_and_leaves_its_state_as_it_was(variant):
     """Shape, dtype, weak type, sharding: the same before and after, or `jit` would compile anew."""
     run = tiny.cached_run(variant, 8)
