@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 
+NOT_SOURCE = ("__pycache__", "runs", "site")  # as in .gitignore
+
 
 def copy_checkout(root: pathlib.Path, target: pathlib.Path) -> None:
     """Copies the working tree: what git has or would add; else what is neither hidden nor built."""
@@ -27,5 +29,5 @@ def _without_git(root: pathlib.Path) -> Iterator[str]:
     for folder, inner, files in os.walk(root):
         here = pathlib.Path(folder)
         environments = {name for name in inner if (here / name / "pyvenv.cfg").exists()}
-        inner[:] = {x for x in inner if not x.startswith((".", "__pycache__"))} - environments
+        inner[:] = {x for x in inner if not x.startswith((".", *NOT_SOURCE))} - environments
         yield from (str((here / x).relative_to(root)) for x in files if not x.startswith("."))

@@ -40,17 +40,33 @@ def read_lists(folder: pathlib.Path = LISTS) -> list[Mutant]:
 
 def problems(mutants: list[Mutant], root: pathlib.Path = ROOT) -> list[str]:
     """What is wrong with the faults as text, without running anything."""
-    found = []
+    found, seen = [], set()
     for m in mutants:
         path, at = root / m.file, f"{m.source}: {m.what}: "
+        if not path.resolve().is_relative_to(root.resolve()):
+            found.append(f"{at}{m.file} is not in the checkout")
+            continue
         count = path.read_text(encoding="utf-8").count(m.line) if path.is_file() else 0
         if count != 1:
             found.append(f"{at}its line occurs {count} times in {m.file}, expected once")
         if m.fault == m.line:
             found.append(f"{at}its fault is the line itself")
+        elif count == 1 and not _is_python(path, m):
+            found.append(f"{at}with it {m.file} is no Python: any test would fail")
+        if (m.file, m.line, m.fault) in seen:
+            found.append(f"{at}it is in the list twice")
+        seen.add((m.file, m.line, m.fault))
         if not _has_test(root, m.test):
             found.append(f"{at}there is no test {m.test}")
     return found
+
+
+def _is_python(path: pathlib.Path, m: Mutant) -> bool:
+    try:
+        ast.parse(path.read_text(encoding="utf-8").replace(m.line, m.fault))
+    except SyntaxError:
+        return False
+    return True
 
 
 def _has_test(root: pathlib.Path, test: str) -> bool:

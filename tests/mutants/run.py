@@ -23,7 +23,7 @@ sys.dont_write_bytecode = True  # nothing is written into the checkout
 from checkout import copy_checkout  # noqa: E402
 from fault_list import ROOT, ListError, Mutant, problems, read_lists  # noqa: E402
 
-SECONDS = 300.0  # that a test may take
+SECONDS = 300  # that a test may take
 PASSED, FAILED = 0, 1  # exit statuses of pytest; with any other the test did not run
 
 
@@ -94,14 +94,17 @@ def try_fault(pytest: Pytest, copy: pathlib.Path, m: Mutant, seconds: float) -> 
     """
     path = copy / m.file
     source = path.read_bytes()
-    path.write_bytes(source.replace(m.line.encode(), m.fault.encode()))
+    changed = source.replace(m.line.encode(), m.fault.encode())
+    if changed == source:  # lines that end in another way, say
+        return "error", f"\n    {m.source}: the bytes of {m.file} do not have its line"
+    path.write_bytes(changed)
     try:
         status, output = pytest.run(copy, [m.test], seconds)
     finally:
         path.write_bytes(source)
     if status is None:
         return "timed out", ""
-    if status == FAILED:
+    if status == FAILED or status < 0:  # the second: the process itself was, by a signal
         return "killed", ""
     if status == PASSED:
         return "survived", f"\n    {m.test} ({m.source})"
@@ -115,7 +118,7 @@ def _last_lines(output: str) -> str:
 def try_all(scratch: pathlib.Path, mutants: list[Mutant], jobs: int, seconds: float) -> list[str]:
     """The verdicts on all faults, which are also printed as they come."""
     pytest, copies = Pytest(), queue.Queue()
-    folders = [scratch / str(number) for number in range(max(1, min(jobs, len(mutants))))]
+    folders = [scratch / str(number) for number in range(min(jobs, len(mutants)))]
     for folder in folders:
         copy_checkout(ROOT, folder)
         copies.put(folder)
@@ -140,13 +143,21 @@ def try_all(scratch: pathlib.Path, mutants: list[Mutant], jobs: int, seconds: fl
             raise
 
 
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="faults whose `what` or `file` contains this")
-    parser.add_argument("--every", type=int, default=1, help="a sample: each so many-th of them")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time")
-    parser.add_argument("--timeout", type=float, default=SECONDS, help="of a fault, in seconds")
+    parser.add_argument("--every", type=positive, default=1, help="a sample: every N-th of them")
+    jobs = min(4, os.cpu_count() or 1)  # each takes gigabytes
+    parser.add_argument("--jobs", type=positive, default=jobs, help="faults at a time")
+    parser.add_argument("--timeout", type=positive, default=SECONDS, help="of a fault, in seconds")
     parser.add_argument("--list", action="store_true", help="say which, and run nothing")
     return parser.parse_args()
 
@@ -157,7 +168,7 @@ def main() -> int:
     if wrong := problems(mutants):
         raise ListError("\n".join(wrong))
     chosen = [m for m in mutants if options.only in m.what or options.only in m.file]
-    chosen = chosen[:: max(1, options.every)]
+    chosen = chosen[:: options.every]
     if not chosen:
         raise ListError(f"no fault has {options.only!r} in its `what` or `file`")
     if options.list:
@@ -166,15 +177,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         verdicts = try_all(pathlib.Path(scratch), chosen, options.jobs, options.timeout)
     killed = sum(verdict in ("killed", "timed out") for verdict in verdicts)
-    print(f"{killed} of {len(chosen)} faults killed in {time.monotonic() - begin:.0f} s")
+    late = verdicts.count("timed out")
+    how = f", {late} of them by the time limit" if late else ""
+    seconds = time.monotonic() - begin
+    print(f"{killed} of {len(chosen)} faults killed in {seconds:.0f} s{how}")
     return 2 if "error" in verdicts else int(killed < len(chosen))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
-    except ListError as error:
+    except (ListError, OSError, UnicodeError, SyntaxError) as error:  # 1 means a survivor
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
