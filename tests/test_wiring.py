@@ -40,11 +40,20 @@ class Halves(sources.FakeSource):
 def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_path, monkeypatch):
     """Test labels are the opposite of those of training: by their votes kNN is always wrong."""
     monkeypatch.setattr(sources, "FakeSource", Halves)
+    handed = []
+
+    class Evaluator(loop.Evaluator):
+        def __init__(self, *arguments):
+            handed.extend(source.split for source in arguments[-2:])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(loop, "Evaluator", Evaluator)
     c = toy.config(
         data__test_split="test", data__bank_split=bank_split, data__fake_classes=2,
         duration="1 step", evaluate__every="1 step",
     )  # fmt: skip
     summary = toy.train(c, tmp_path)
+    assert handed == [bank_split or "train", "test"]  # the other way round the scores are the same
     scores = [summary[f"knn_top1{name}"] for name in ("", "_at_init", "_raw_pixels")]
     assert scores == [right] * 3
 
