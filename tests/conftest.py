@@ -3,10 +3,11 @@
 All processes of a run share what they compile, and no test may take for ever.
 """
 
+import faulthandler
 import os
 import pathlib
-import shutil
 import sys
+from collections.abc import Generator
 
 import pytest
 
@@ -30,8 +31,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A [b] array that meets a [b, d] one by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: then it starts anew
+COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: the oldest go
 LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
+TEARDOWN_SECONDS = 300
+STDERR = os.dup(2)  # pytest has another one while a test runs
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
@@ -43,9 +46,11 @@ LONGEST_FILES = (
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Keeps the folder of compiled programs from growing with every change of the code."""
     if not hasattr(session.config, "workerinput") and COMPILED.is_dir():  # no worker
-        total = sum(path.stat().st_size for path in COMPILED.iterdir())
-        if total > COMPILED_BYTES:
-            shutil.rmtree(COMPILED)
+        total = 0
+        for path in sorted(COMPILED.iterdir(), key=os.path.getmtime, reverse=True):
+            total += path.stat().st_size
+            if total > COMPILED_BYTES:
+                path.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +75,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     careful = item.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not careful)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """A test that has failed lost its time limit: its fixtures have one of their own."""
+    faulthandler.dump_traceback_later(TEARDOWN_SECONDS, exit=True, file=STDERR)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_long(item: pytest.Item) -> bool:
