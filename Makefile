@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 0
-PYTEST_MARK ?=
 TORCH_OPTIONS ?=
 MUTANTS ?=
 # Several processes share the tests, a file at a time; each takes up to 4 GB. When one crashes, the
@@ -19,7 +18,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 # input pipeline are a fifth faster (docs/benchmarks.md). Other systems pay no attention to it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo demo-moco pod-sim test test-all test-long test-tpu test-notebook test-torch mutants lint docs clean
+.PHONY: demo demo-moco pod-sim test test-long test-tpu test-notebook test-torch mutants lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/ready: requirements.txt
@@ -58,10 +57,8 @@ pod-sim: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST)
 
-test-all: $(VENV)/ready
-	$(PYTEST) -m "$(PYTEST_MARK)"
-
-# All that `make test` leaves out, in one go, so that it is compiled once.
+# All that `make test` leaves out, in one go, so that it is compiled once. With `make test` that is
+# every test.
 test-long: $(VENV)/notebook $(VENV)/torch $(VENV)/tpu
 	$(PYTEST) -m "slow or multiprocess or notebook or torch or tpu"
 
