@@ -41,9 +41,9 @@ def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monk
     assert toy.untimed(resumed) == toy.untimed(summary) and lines(broken) == lines(whole)
     assert toy.weight(broken, TOTAL) == toy.weight(whole, TOTAL)
     assert resumed["seconds"] == 70.0
-    # of one step alone nothing can be told
+    # one step gives no rate, so the saved one is kept
     assert resumed["images_per_second"] == toy.progress(broken, 6)["images_per_second"]
-    monkeypatch.setattr(loop, "compile_step", None)  # minutes, to say what is known
+    monkeypatch.setattr(loop, "compile_step", None)  # a finished run must not compile again
     assert toy.train(c, broken) == resumed
 
 
