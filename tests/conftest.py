@@ -33,9 +33,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: the oldest go
 LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
-TEARDOWN_SECONDS = 300
-STDERR = os.dup(2)  # pytest has another one while a test runs
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
+TEARDOWN_SECONDS = 300  # for the fixtures of any test
+STDERR = os.dup(2)  # pytest has another one while a test runs
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
     "multiprocess", "faults", "distributed", "main", "preemption", "end_to_end", "resident", "tpu",
