@@ -22,11 +22,8 @@ import jax
 import numpy as np
 
 from benchmarks import scaling, side_by_side
-from common.compiling import compile_step
-from common.data import pipeline, resident, sources
-from common.method import make_setup, root_keys
+from benchmarks.running import Running, flops
 from common.plan import chips
-from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 
 IMAGES, QUEUE, DISPATCHES = 50_000, 4096, 2
 
@@ -43,27 +40,16 @@ def config(flags: argparse.Namespace) -> Any:
     return c
 
 
-def ours(c: Any) -> tuple[Callable[[], Any], float | None]:
-    """A turn, and the floating-point operations of a step as XLA counts them."""
-    mesh = make_mesh(jax.devices()[:1])
-    source = sources.open_source(c.data, "train")
-    data = resident.load(source, mesh)
-    batches = pipeline.train_batches(source, c, rows=local_rows(mesh, c.batch_size))
-    method = scaling.METHODS[c.method](make_setup(c, mesh, 100, 10, 10))
-    init_key, key = root_keys(0)
-    abstract = jax.eval_shape(method.init, init_key)
-    shardings = state_shardings(mesh, abstract)
-    step = compile_step(method, c, mesh, abstract, shardings, data)
-    held = [jax.jit(method.init, out_shardings=shardings)(init_key)]
-    key = jax.device_put(key, replicated(mesh))
+def ours(c: Any) -> Callable[[], Any]:
+    """A turn."""
+    run = Running(c)
 
     def turn() -> Any:
         for _ in range(DISPATCHES):
-            _, batch = batches.take(c.steps_per_dispatch)
-            held[0], metrics = step(held[0], to_global(mesh, batch) | data, key)
+            metrics = run.dispatch()
         return metrics
 
-    return turn, (step.cost_analysis() or {}).get("flops")
+    return turn
 
 
 def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
@@ -98,6 +84,29 @@ def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
     return turn
 
 
+def measured(c: Any, repeats: int) -> dict[str, dict[str, float | None]]:
+    """Ours, and PyTorch where it is installed, in turns.
+
+    Returns:
+        For each: `images_per_second`, `ms` a step, `time_of_ours`, and `of_peak`, the share of the
+        device's peak that our floating-point operations are (None where that is not known).
+    """
+    programs = {"ours": ours(c)}
+    if importlib.util.find_spec("torch"):
+        programs["PyTorch"] = pytorchs(c, amp=c.model.dtype == "bfloat16")
+    times = side_by_side.seconds(programs, repeats)
+    steps, work, found = DISPATCHES * c.steps_per_dispatch, flops(c), {}
+    for name, taken in times.items():
+        middle = statistics.median(taken) / steps
+        found[name] = {
+            "images_per_second": c.batch_size / middle,
+            "ms": 1e3 * middle,
+            "time_of_ours": side_by_side.ratio(taken, times["ours"]),
+            "of_peak": chips.share_of_peak(work, middle, jax.devices()[0].device_kind),
+        }
+    return found
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,21 +116,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     flags = parser.parse_args()
-    c = config(flags)
-    turn, flops = ours(c)
-    programs = {"ours": turn}
-    if importlib.util.find_spec("torch"):
-        programs["PyTorch"] = pytorchs(c, amp=flags.dtype == "bfloat16")
-    times = side_by_side.seconds(programs, flags.repeats)
-    device = chips.of_kind(jax.devices()[0].device_kind)
-    steps, rows = DISPATCHES * flags.steps, []
-    for name, taken in times.items():
-        middle = statistics.median(taken) / steps
-        share = f"{flops / middle / device.tflops / 1e12:.0%}" if device and flops else None
-        rows.append([
-            name, f"{flags.batch / middle:,.0f}", f"{1e3 * middle:.2f}",
-            f"{side_by_side.ratio(taken, times['ours']):.2f}", share,
-        ])  # fmt: skip
+    rows = [
+        [name, f"{x['images_per_second']:,.0f}", f"{x['ms']:.2f}", f"{x['time_of_ours']:.2f}",
+         None if x["of_peak"] is None else f"{x['of_peak']:.0%}"]
+        for name, x in measured(config(flags), flags.repeats).items()
+    ]  # fmt: skip
     side_by_side.show(
         f"{flags.method}, ResNet-18 of width {flags.width}, batch {flags.batch}, {flags.dtype}, "
         f"data on the device",

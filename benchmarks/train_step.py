@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import scaling, side_by_side
+from benchmarks import running, scaling, side_by_side
 from common import xla_options
 from common.models import cpu_conv
 from common.plan import chips
@@ -69,36 +69,38 @@ def torch_step(flags: argparse.Namespace, width: int, length: int) -> Callable[[
     return torch_steps.moco(views, width, images.device, length)
 
 
-def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
-    """One for each contestant; the last two columns are against the first and of the peak."""
+def measured(flags: argparse.Namespace, width: int) -> dict[str, dict[str, Any]]:
+    """Each contestant's `pairs_per_second`, `times` of its turns, `time_of_ours`, `of_peak`."""
     c, cpu = config(flags, width), jax.devices()[0].platform == "cpu"
-    ours, flops = step_of(c)
-    programs = {"ours": ours}
+    programs = {"ours": scaling.ready(c)[0]}
     if cpu:
         with xla_alone():
-            programs["ours, XLA alone"] = step_of(c)[0]
+            programs["ours, XLA alone"] = scaling.ready(c)[0]
         if flags.depth == 18 and flags.size <= 64 and importlib.util.find_spec("torch"):
             length = c.moco.queue_length if flags.method == "moco" else 0
             programs["PyTorch, channels_last"] = torch_step(flags, width, length)
     times = side_by_side.seconds(programs, flags.repeats)
-    device = chips.of_kind(jax.devices()[0].device_kind)
-    found = []
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        # the whole peak is that of bfloat16
-        share = f"{flops / middle / device.tflops / 1e12:.0%}" if device and flops else None
-        found.append(
-            [f"{flags.method}, width {width}: {name}", f"{flags.batch / middle:,.0f}",
-             side_by_side.milliseconds(taken),
-             f"{side_by_side.ratio(taken, times['ours']):.2f}", share]
-        )  # fmt: skip
-    return found
+    kind, work = jax.devices()[0].device_kind, running.flops(c)
+    return {
+        name: {
+            "pairs_per_second": flags.batch / statistics.median(taken),
+            "times": taken,
+            "time_of_ours": side_by_side.ratio(taken, times["ours"]),
+            # the whole peak is that of bfloat16
+            "of_peak": chips.share_of_peak(work, statistics.median(taken), kind),
+        }
+        for name, taken in times.items()
+    }
 
 
-def step_of(c: Any) -> tuple[Callable[[], Any], float | None]:
-    """Our program, and its floating-point operations as XLA counts them."""
-    program, compiled = scaling.ready(c)
-    return program, (compiled.cost_analysis() or {}).get("flops")
+def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
+    """One for each contestant; the last two columns are against the first and of the peak."""
+    return [
+        [f"{flags.method}, width {width}: {name}", f"{x['pairs_per_second']:,.0f}",
+         side_by_side.milliseconds(x["times"]), f"{x['time_of_ours']:.2f}",
+         None if x["of_peak"] is None else f"{x['of_peak']:.0%}"]
+        for name, x in measured(flags, width).items()
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -39,6 +39,28 @@ def compile_step(
         `divergence.WATCHED` of all steps.
     """
 
+    lowered = lower_step(method, config, mesh, abstract, shardings, data)
+    options = compiler_options(mesh.devices.flat[0].platform, config.tpu_compiler_options)
+    return lowered.compile(compiler_options=options)
+
+
+def lower_step(
+    method: Method,
+    config: ConfigDict,
+    mesh: Mesh,
+    abstract: Any,
+    shardings: Any,
+    data: dict | None = None,
+    platforms: tuple[str, ...] | None = None,
+) -> jax.stages.Lowered:
+    """What `compile_step` compiles.
+
+    Args:
+        method, config, mesh, abstract, shardings, data: as there.
+        platforms: "cpu", "cuda", "tpu": what to lower for instead of the mesh's own; no such device
+            need be there.
+    """
+
     def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
@@ -49,9 +71,8 @@ def compile_step(
         donate_argnames=("state",),
         out_shardings=(shardings, replicated(mesh)),
     )
-    lowered = step.lower(jax.tree.map(place, abstract, shardings), batch, key)
-    options = compiler_options(mesh.devices.flat[0].platform, config.tpu_compiler_options)
-    return lowered.compile(compiler_options=options)
+    traced = step.trace(jax.tree.map(place, abstract, shardings), batch, key)
+    return traced.lower(lowering_platforms=platforms)
 
 
 def cost(compiled: jax.stages.Compiled, microbatches: int = 1) -> dict[str, float]:

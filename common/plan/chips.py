@@ -62,3 +62,15 @@ def of_kind(kind: str) -> Device | None:
     if kind.startswith("TPU "):
         return TPUS.get(kind.removeprefix("TPU "))
     return next((device for name, device in GPUS.items() if name in kind), None)
+
+
+def share_of_peak(flops: float | None, seconds: float, kind: str) -> float | None:
+    """What part of a device's bfloat16 peak `flops` in so many seconds are.
+
+    Args:
+        flops: floating-point operations on one device; None where the compiler does not tell.
+        seconds: > 0.
+        kind: `jax.Device.device_kind`; the share is None for a device that is not listed here.
+    """
+    device = of_kind(kind)
+    return flops / seconds / device.tflops / 1e12 if device and flops else None
