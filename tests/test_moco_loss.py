@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,31 +21,12 @@ D = 6
 QUEUES = [(75, 16), (64, 16), (1, 16), (75, 32)]
 
 
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def oracle(queries, keys, negatives, temperature):
-    """He et al. eq. 1 averaged over the batch and its gradient by `queries`, with all logits."""
-    queries, keys, negatives = (np.asarray(x, np.float64) for x in (queries, keys, negatives))
-    length = np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-6)
-    q, k = queries / length, unit(keys)
-    logits = np.concatenate([(q * k).sum(axis=1, keepdims=True), q @ negatives.T], axis=1)
-    logits /= temperature
-    logits -= logits.max(axis=1, keepdims=True)
-    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    probs = np.exp(log_probs)
-    d_q = (probs[:, :1] - 1) * k + probs[:, 1:] @ negatives
-    d_q /= temperature * len(q)
-    return -log_probs[:, 0].mean(), (d_q - q * (q * d_q).sum(axis=1, keepdims=True)) / length
-
-
 def example(length=75, rows=16, b=16, noise=1.0, seed=0):
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(b, D))
     queries, keys = (base + noise * rng.normal(size=(b, D)) for _ in range(2))
     shape = queue_lib.slots(length, rows), rows, D
-    negatives = unit(rng.normal(size=shape).reshape(-1, D)).reshape(shape)
+    negatives = oracles.unit(rng.normal(size=shape).reshape(-1, D)).reshape(shape)
     return (2 * queries).astype(np.float32), keys.astype(np.float32), negatives.astype(np.float32)
 
 
@@ -85,11 +67,11 @@ def assert_close(value, gradient, want, rtol=1e-5, grad_rtol=1e-4):
 def test_the_oracle_agrees_with_finite_differences():
     queries, keys, negatives = (x.astype(np.float64) for x in example(b=3))
     negatives = negatives.reshape(-1, D)
-    gradient = oracle(queries, keys, negatives, 0.3)[1]
+    gradient = oracles.info_nce(queries, keys, negatives, 0.3)[1]
     for i, j in np.ndindex(*queries.shape):
         step = np.zeros_like(queries)
         step[i, j] = 1e-5
-        up, down = (oracle(queries + s, keys, negatives, 0.3)[0] for s in (step, -step))
+        up, down = (oracles.info_nce(queries + s, keys, negatives, 0.3)[0] for s in (step, -step))
         assert abs((up - down) / 2e-5 - gradient[i, j]) < 1e-8
 
 
@@ -102,7 +84,7 @@ def test_against_numpy(devices, length, rows):
     run = value_and_grad(devices, length, block=7)
     for temperature, noise, step in [(0.05, 1, 0), (0.05, 0.05, 7), (0.2, 1, 3), (1.0, 1, 9)]:
         queries, keys, negatives = example(length, rows, noise=noise)
-        want = oracle(queries, keys, last_keys(negatives, length, step), temperature)
+        want = oracles.info_nce(queries, keys, last_keys(negatives, length, step), temperature)
         (value, _), gradients = run(queries, keys, negatives, step, temperature)
         assert_close(value, gradients[0], want)
         np.testing.assert_array_equal(gradients[1], 0)  # keys carry no gradient
@@ -114,7 +96,7 @@ def test_float64_is_the_same_on_any_number_of_devices():
     with jax.enable_x64(True):
         (value, _), gradients = value_and_grad(1, 75, 7)(*args)
         assert value.dtype == np.float64
-        want = oracle(*args[:2], last_keys(args[2], 75, 3), 0.1)
+        want = oracles.info_nce(*args[:2], last_keys(args[2], 75, 3), 0.1)
         assert_close(value, gradients[0], want, 1e-12, 1e-12)
         for devices in (2, 8):
             (other, _), other_gradients = value_and_grad(devices, 75, 7)(*args)
@@ -136,7 +118,7 @@ def test_gradient_of_shared_parameters_is_not_scaled_by_the_device_count():
         queries = jax.device_put(x.astype(np.float32), batch_sharding(mesh))
         return np.asarray(jax.jit(jax.grad(loss))(w.astype(np.float32), queries))
 
-    want = x.T @ oracle(x @ w, keys, negatives.reshape(-1, D), 0.2)[1]
+    want = x.T @ oracles.info_nce(x @ w, keys, negatives.reshape(-1, D), 0.2)[1]
     for devices in (1, 8):
         np.testing.assert_allclose(gradient(devices), want, atol=1e-5 * np.linalg.norm(want))
 
@@ -146,7 +128,7 @@ def test_metrics_against_numpy(devices):
     length, step = 75, 7
     queries, keys, negatives = example(length, noise=0.6)
     (_, got), _ = value_and_grad(devices, length, 7)(queries, keys, negatives, step, 0.2)
-    q, k = unit(queries.astype(np.float64)), unit(keys.astype(np.float64))
+    q, k = oracles.unit(queries.astype(np.float64)), oracles.unit(keys.astype(np.float64))
     cosine, positive = q @ last_keys(negatives, length, step).T, (q * k).sum(axis=1)
     rank = (cosine >= positive[:, None]).sum(axis=1)
     want = {
@@ -180,7 +162,7 @@ def test_zero_queries_have_finite_gradients_and_bfloat16_is_scored_in_float32():
     (value, _), gradients = value_and_grad(4, 75, 7)(queries, keys, negatives, 2, 0.05)
     assert value.dtype == jnp.float32
     assert np.isfinite(np.asarray(gradients[0], np.float32)).all()
-    want = oracle(queries, keys, last_keys(negatives, 75, 2), 0.05)
+    want = oracles.info_nce(queries, keys, last_keys(negatives, 75, 2), 0.05)
     np.testing.assert_allclose(value, want[0], rtol=1e-5)
 
 

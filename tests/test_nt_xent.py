@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 
 from common import contrast
@@ -15,25 +16,6 @@ from common.sharding import batch_sharding, make_mesh
 from simclr_jax.loss import nt_xent, nt_xent_with_metrics
 
 TEMPERATURES = (0.05, 0.1, 0.5, 1.0)
-
-
-def oracle(z1, z2, temperature):
-    """Chen et al. eq. 1 averaged over 2N rows, and its gradient, with full logits."""
-    z = np.concatenate([z1, z2]).astype(np.float64)
-    n = len(z1)
-    length = np.linalg.norm(z, axis=1, keepdims=True)
-    unit = z / length
-    logits = unit @ unit.T / temperature
-    np.fill_diagonal(logits, -np.inf)
-    positive = np.roll(np.arange(2 * n), n)
-    own = np.arange(2 * n), positive
-    top = logits.max(axis=1, keepdims=True)
-    log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
-    d_logits = np.exp(log_probs) / (2 * n)
-    d_logits[own] -= 1 / (2 * n)
-    d_unit = (d_logits + d_logits.T) @ unit / temperature
-    d_z = (d_unit - unit * (unit * d_unit).sum(axis=1, keepdims=True)) / length
-    return -log_probs[own].mean(), np.split(d_z, 2)
 
 
 def views(n, d=8, seed=0, noise=1.0):
@@ -73,11 +55,11 @@ def assert_close(got, want, rtol=1e-5, grad_rtol=1e-4):
 
 def test_the_oracle_agrees_with_finite_differences():
     z1, z2 = (z.astype(np.float64) for z in views(5, d=3))
-    gradient = oracle(z1, z2, 0.3)[1][0]
+    gradient = oracles.nt_xent(z1, z2, 0.3)[1][0]
     for i, j in np.ndindex(*z1.shape):
         step = np.zeros_like(z1)
         step[i, j] = 1e-5
-        difference = oracle(z1 + step, z2, 0.3)[0] - oracle(z1 - step, z2, 0.3)[0]
+        difference = oracles.nt_xent(z1 + step, z2, 0.3)[0] - oracles.nt_xent(z1 - step, z2, 0.3)[0]
         assert abs(difference / 2e-5 - gradient[i, j]) < 1e-8
 
 
@@ -92,7 +74,7 @@ def test_against_numpy_and_optax(devices, n, block):
         for noise in (1.0, 0.05):  # 0.05: almost aligned views, the loss is small
             z1, z2 = views(n, noise=noise)
             got = run(z1, z2, temperature)
-            assert_close(got, oracle(z1, z2, temperature))
+            assert_close(got, oracles.nt_xent(z1, z2, temperature))
             if noise == 1:  # a loss near 0 is a difference of large logits there
                 assert_close(got, optax_value_and_grad(z1, z2, temperature))
 
@@ -102,7 +84,7 @@ def test_float64_is_the_same_on_any_number_of_devices():
     with jax.enable_x64(True):
         one = value_and_grad(1, 5)(z1, z2, 0.1)
         assert one[0].dtype == np.float64
-        assert_close(one, oracle(z1, z2, 0.1), 1e-12, 1e-12)
+        assert_close(one, oracles.nt_xent(z1, z2, 0.1), 1e-12, 1e-12)
         for devices in (2, 8):
             assert_close(value_and_grad(devices, 5)(z1, z2, 0.1), one, 1e-12, 1e-9)
 
@@ -118,7 +100,7 @@ def test_gradient_of_shared_parameters_is_not_scaled_by_the_device_count():
         loss = jax.grad(lambda w, x: nt_xent_with_metrics(x @ w, 0.2, mesh=mesh)[0])
         return np.asarray(jax.jit(loss)(w.astype(np.float32), images))
 
-    d_z = np.stack(oracle(x[:, 0] @ w, x[:, 1] @ w, 0.2)[1], axis=1)
+    d_z = np.stack(oracles.nt_xent(x[:, 0] @ w, x[:, 1] @ w, 0.2)[1], axis=1)
     want = np.einsum("bvi,bvo->io", x, d_z)
     for devices in (1, 8):
         np.testing.assert_allclose(gradient(devices), want, atol=1e-5 * np.linalg.norm(want))
@@ -151,7 +133,7 @@ def test_metrics_against_numpy(devices):
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(got_loss, oracle(z1, z2, temperature)[0], rtol=1e-5)
+    np.testing.assert_allclose(got_loss, oracles.nt_xent(z1, z2, temperature)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7])
@@ -182,7 +164,7 @@ def test_bfloat16_embeddings_are_scored_in_float32():
     z1, z2 = (jnp.asarray(z, jnp.bfloat16) for z in views(16))
     value, gradients = value_and_grad(1)(z1, z2, 0.1)
     assert value.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16
-    want, want_gradients = oracle(*(np.asarray(z, np.float64) for z in (z1, z2)), 0.1)
+    want, want_gradients = oracles.nt_xent(*(np.asarray(z, np.float64) for z in (z1, z2)), 0.1)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     got = np.asarray(gradients[0], np.float64)
     assert np.linalg.norm(got - want_gradients[0]) < 1e-2 * np.linalg.norm(want_gradients[0])
@@ -192,7 +174,7 @@ def test_temperature_has_a_gradient():
     z1, z2 = views(8)
     loss = jax.grad(lambda t: nt_xent(z1, z2, t, mesh=mesh_of(2), block_size=5))
     got = jax.jit(loss)(0.2)
-    want = (oracle(z1, z2, 0.2 + 1e-5)[0] - oracle(z1, z2, 0.2 - 1e-5)[0]) / 2e-5
+    want = (oracles.nt_xent(z1, z2, 0.2 + 1e-5)[0] - oracles.nt_xent(z1, z2, 0.2 - 1e-5)[0]) / 2e-5
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 

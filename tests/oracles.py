@@ -1,0 +1,41 @@
+"""The losses in NumPy, in float64 and with all their logits: values and gradients by hand."""
+
+import numpy as np
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def nt_xent(z1, z2, temperature):
+    """Chen et al. eq. 1 averaged over 2N rows, and its gradient, with full logits."""
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n = len(z1)
+    length = np.linalg.norm(z, axis=1, keepdims=True)
+    unit = z / length
+    logits = unit @ unit.T / temperature
+    np.fill_diagonal(logits, -np.inf)
+    positive = np.roll(np.arange(2 * n), n)
+    own = np.arange(2 * n), positive
+    top = logits.max(axis=1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    d_logits = np.exp(log_probs) / (2 * n)
+    d_logits[own] -= 1 / (2 * n)
+    d_unit = (d_logits + d_logits.T) @ unit / temperature
+    d_z = (d_unit - unit * (unit * d_unit).sum(axis=1, keepdims=True)) / length
+    return -log_probs[own].mean(), np.split(d_z, 2)
+
+
+def info_nce(queries, keys, negatives, temperature):
+    """He et al. eq. 1 averaged over the batch and its gradient by `queries`, with all logits."""
+    queries, keys, negatives = (np.asarray(x, np.float64) for x in (queries, keys, negatives))
+    length = np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-6)
+    q, k = queries / length, unit(keys)
+    logits = np.concatenate([(q * k).sum(axis=1, keepdims=True), q @ negatives.T], axis=1)
+    logits /= temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    probs = np.exp(log_probs)
+    d_q = (probs[:, :1] - 1) * k + probs[:, 1:] @ negatives
+    d_q /= temperature * len(q)
+    return -log_probs[:, 0].mean(), (d_q - q * (q * d_q).sum(axis=1, keepdims=True)) / length
