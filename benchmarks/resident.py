@@ -84,15 +84,15 @@ def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
     return turn
 
 
-def measured(c: Any, repeats: int) -> dict[str, dict[str, float | None]]:
-    """Ours, and PyTorch where it is installed, in turns.
+def measured(c: Any, repeats: int, torch: bool = True) -> dict[str, dict[str, float | None]]:
+    """Ours and, unless told not to, PyTorch where it is installed, in turns.
 
     Returns:
         For each: `images_per_second`, `ms` a step, `time_of_ours`, and `of_peak`, the share of the
         device's peak that our floating-point operations are (None where that is not known).
     """
     programs = {"ours": ours(c)}
-    if importlib.util.find_spec("torch"):
+    if torch and importlib.util.find_spec("torch"):
         programs["PyTorch"] = pytorchs(c, amp=c.model.dtype == "bfloat16")
     times = side_by_side.seconds(programs, repeats)
     steps, work, found = DISPATCHES * c.steps_per_dispatch, flops(c), {}

@@ -69,16 +69,16 @@ def torch_step(flags: argparse.Namespace, width: int, length: int) -> Callable[[
     return torch_steps.moco(views, width, images.device, length)
 
 
-def measured(flags: argparse.Namespace, width: int) -> dict[str, dict[str, Any]]:
+def measured(flags: argparse.Namespace, c: Any) -> dict[str, dict[str, Any]]:
     """Each contestant's `pairs_per_second`, `times` of its turns, `time_of_ours`, `of_peak`."""
-    c, cpu = config(flags, width), jax.devices()[0].platform == "cpu"
+    cpu = jax.devices()[0].platform == "cpu"
     programs = {"ours": scaling.ready(c)[0]}
     if cpu:
         with xla_alone():
             programs["ours, XLA alone"] = scaling.ready(c)[0]
         if flags.depth == 18 and flags.size <= 64 and importlib.util.find_spec("torch"):
             length = c.moco.queue_length if flags.method == "moco" else 0
-            programs["PyTorch, channels_last"] = torch_step(flags, width, length)
+            programs["PyTorch, channels_last"] = torch_step(flags, c.model.width, length)
     times = side_by_side.seconds(programs, flags.repeats)
     kind, work = jax.devices()[0].device_kind, running.flops(c)
     return {
@@ -99,7 +99,7 @@ def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
         [f"{flags.method}, width {width}: {name}", f"{x['pairs_per_second']:,.0f}",
          side_by_side.milliseconds(x["times"]), f"{x['time_of_ours']:.2f}",
          None if x["of_peak"] is None else f"{x['of_peak']:.0%}"]
-        for name, x in measured(flags, width).items()
+        for name, x in measured(flags, config(flags, width)).items()
     ]  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""The command line: see `benchmarks/record/__init__.py`."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import benchmarks.record as package
+from benchmarks.record import items, steps
+from benchmarks.record.ledger import TABLE, Ledger
+from benchmarks.record.schedule import Schedule
+from benchmarks.record.setting import Setting
+from common import files
+from common.data.shards import INDEX
+from common.errors import UserError
+
+SETTING, LOCK = "setting.json", "lock"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.record", description=package.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--minutes", type=float, required=True, help="that this call may take, all in all")
+    add("--out", type=pathlib.Path, required=True, help="folder of the records and runs")
+    add("--data", default="", help="shards of CIFAR-10 (main.py --mode=prepare), for quality")
+    add("--stages", default="sanity,rates,quality", help="of these, or single items, with commas")
+    add("--tiny", action="store_true", help="tiny networks and runs: to try the kit on a CPU")
+    add("--patience", type=float, default=5, help="an item that takes so often its time hangs")
+    return parser.parse_args(argv)
+
+
+def wanted(flags: argparse.Namespace, every: list[items.Item]) -> list[items.Item]:
+    """The items that were asked for; without data, those of quality only if they need none.
+
+    Raises:
+        UserError: an unknown name, or no data for what was asked for by name.
+    """
+    names = [name.strip() for name in flags.stages.split(",") if name.strip()]
+    known = [*items.STAGES, *(item.name for item in every)]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--stages={unknown[0]} is unknown: expected some of {', '.join(known)}")
+    chosen = [item for item in every if item.stage in names or item.name in names]
+    needy = [item for item in chosen if item.stage == "quality" and not flags.tiny]
+    if flags.data and not (pathlib.Path(flags.data) / INDEX).exists():
+        raise UserError(
+            f"--data={flags.data} holds no {INDEX}: expected what main.py --mode=prepare wrote, or "
+            "benchmarks.pieces put together"
+        )
+    if needy and not flags.data:
+        if "sanity" not in names and "rates" not in names:
+            raise UserError(
+                "quality needs --data=DIR, CIFAR-10 as main.py --mode=prepare writes it"
+            )
+        print("quality is left out: it needs --data=DIR", file=sys.stderr)
+        chosen = [item for item in chosen if item not in needy]
+    return chosen
+
+
+@contextlib.contextmanager
+def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
+    """Keeps a second call out of the folder, and other sizes.
+
+    Raises:
+        UserError: if there is either.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to --out={out}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another call is writing into {out}: wait for its end") from error
+        path = out / SETTING
+        before = json.loads(path.read_text())["sizes"] if path.exists() else sizes.name
+        if before != sizes.name:
+            raise UserError(
+                f"{out} holds records of the {before} sizes, and these are the {sizes.name} ones: "
+                "give another --out"
+            )
+        files.write_text(path, json.dumps({"sizes": sizes.name}) + "\n")
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what fits into the time; 0 if nothing has failed, 1 if something has."""
+    begin = time.time()
+    flags = parse(argv)
+    if flags.minutes <= 0 or flags.patience <= 0:
+        raise UserError("--minutes and --patience: expected more than 0")
+    sizes = steps.TINY if flags.tiny else steps.FULL
+    out, data = flags.out.expanduser().resolve(), flags.data
+    data = str(pathlib.Path(data).expanduser().resolve()) if data else ""
+    chosen = wanted(flags, items.every(sizes))
+    with claimed(out, sizes):
+        ledger = Ledger(out)
+        deadline = begin + 60 * flags.minutes
+        schedule = Schedule(Setting(out, data, sizes), ledger, chosen, deadline, flags.patience)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, schedule.stop)
+        schedule.run()
+        states = [ledger.state_of(item.name) for item in chosen]
+    failed, done = states.count("failed"), states.count("ok")
+    left = len(states) - done - failed
+    more = f", {left} left: the same command goes on" if left else ""
+    print(f"{done} of {len(states)} ok, {failed} failed{more}. {out / TABLE}", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

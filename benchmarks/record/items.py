@@ -1,0 +1,113 @@
+"""What the kit does, in order. An item is work in a worker process, or a command of its own."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from benchmarks.record import processes, quality, rates, sanity, steps
+from benchmarks.record.ledger import Found
+from benchmarks.record.setting import Setting
+from benchmarks.record.steps import Sizes
+
+STAGES = ("sanity", "rates", "quality")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One row of the table.
+
+    Attributes:
+        name: unique.
+        stage: one of `STAGES`.
+        seconds: that it needs on one H100 at most, compiling included: an estimate. With less time
+            left it is not begun.
+        work: done by the worker.
+        command: of a process of its own; then `read` says what it found.
+        read: as `work`.
+        training: whether the process saves and leaves on SIGTERM, and carries on another time.
+        after: an item that must be ok before.
+    """
+
+    name: str
+    stage: str
+    seconds: float
+    work: Callable[[Setting], Found] | None = None
+    command: Callable[[Setting], list[str]] | None = None
+    read: Callable[[Setting], Found] | None = None
+    training: bool = False
+    after: str = ""
+
+
+def every(sizes: Sizes) -> list[Item]:
+    """All items, in the order in which they are tried."""
+    found = [*_sanity(sizes), *_rates(sizes), *_quality()]
+    if sizes.name == "tiny":  # on a CPU, where other things take long
+        found = [dataclasses.replace(item, seconds=min(item.seconds, 20)) for item in found]
+    return found
+
+
+def _sanity(sizes: Sizes) -> list[Item]:
+    item = functools.partial(Item, stage="sanity")
+    found = [item("device", seconds=20, work=sanity.device)]
+    for name in ("nt_xent", "info_nce"):
+        found.append(item(name, seconds=30, work=functools.partial(sanity.losses, name=name)))
+    found.append(item("knn", seconds=40, work=sanity.neighbours))
+    for method in steps.METHODS:
+        for name in steps.sanity(method, sizes):
+            found.append(item(name, seconds=40, work=functools.partial(sanity.step, name=name)))
+        work = functools.partial(sanity.same_as_cpu, method=method)
+        found.append(item(f"{method}_same_as_cpu", seconds=120, work=work))
+    for method in steps.METHODS:
+        work = functools.partial(processes.resume, method=method)
+        found.append(item(f"{method}_resume", seconds=120, work=work))
+    found.append(
+        item("export", seconds=60, work=functools.partial(processes.exported, method="moco"))
+    )
+    return found
+
+
+def _rates(sizes: Sizes) -> list[Item]:
+    item = functools.partial(Item, stage="rates")
+    found = []
+    for batch in sizes.batches:
+        for method in steps.METHODS:
+            work = functools.partial(rates.in_memory, method=method, batch=batch)
+            found.append(item(f"{method}_{batch}", seconds=100, work=work))
+    for method in steps.METHODS:
+        work = functools.partial(rates.large, method=method)
+        found.append(item(f"{method}_large", seconds=120, work=work))
+    for what in (*steps.METHODS, "large"):
+        found.append(
+            item(f"profile_{what}", seconds=90, work=functools.partial(rates.profile, what=what))
+        )
+    found.append(item("fold_norm", seconds=150, work=rates.fold_norm))
+    found.append(
+        item("dispatch", seconds=100, work=functools.partial(rates.dispatch, method="simclr"))
+    )
+    for rows in sizes.losses:
+        for what in (rates.loss_precision, rates.loss_tiles):
+            work = functools.partial(what, rows=rows)
+            found.append(item(f"{what.__name__}_{rows}", seconds=40, work=work))
+    return found
+
+
+def _quality() -> list[Item]:
+    found = []
+    for name in quality.RUNS:
+        found.append(
+            Item(
+                name, "quality", seconds=100, training=True,
+                command=functools.partial(quality.train, name=name),
+                read=functools.partial(quality.trained, name=name),
+            )
+        )  # fmt: skip
+        for protocol in quality.PROTOCOLS:
+            found.append(
+                Item(
+                    f"{name}_{protocol}", "quality", after=name,
+                    seconds=300 if protocol == "linear_augmented" else 45,
+                    command=functools.partial(quality.evaluate, name=name, protocol=protocol),
+                    read=functools.partial(quality.scored, name=name),
+                )
+            )  # fmt: skip
+    return found

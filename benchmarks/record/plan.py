@@ -1,0 +1,72 @@
+"""The kit's steps, compiled for a TPU slice that is not there: does each fit, what does it do?
+
+    python -m benchmarks.record.plan [--topology=v5e:1x1] [--steps=NAME,...]
+
+Needs libtpu (`pip install "jax[tpu]"`), and no TPU. A JSON line for each step goes to --out.
+"""
+
+import argparse
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from benchmarks.record import quality, steps
+from benchmarks.scaling import METHODS
+from common.errors import UserError
+from common.plan import measure
+
+GIB = 2**30
+
+
+def every(sizes: steps.Sizes) -> dict[str, ConfigDict]:
+    """Every train step of the kit by name, those of its training runs among them."""
+    runs = {f"run_{name}": quality.config(run, sizes) for name, run in quality.RUNS.items()}
+    return steps.every(sizes) | runs
+
+
+def planned(c: ConfigDict, topology: str) -> dict:
+    """What `common.plan.measure.for_mesh` says of a step on a described slice."""
+    per_epoch = max(1, c.data.fake_examples // c.batch_size)
+    return measure.for_topology(
+        measure.Task(METHODS[c.method], c, (100 * per_epoch, per_epoch), 10), topology
+    )
+
+
+def row(name: str, c: ConfigDict, found: dict) -> str:
+    """Of the table."""
+    if "out_of_memory" in found:
+        used, there = (found["out_of_memory"][x] / GIB for x in ("peak", "capacity"))
+        words = f"{used:.1f} | does not fit into {there:.1f} GiB | - "
+    else:
+        work, moved = found["flops"], found["hbm_bytes"]
+        words = f"{found['peak'] / GIB:.2f} | {work / 1e9:,.0f} | {moved / 1e9:.2f} "
+    return f"| {name} | {c.batch_size:,} | {words}| {found['compile_seconds']:.0f} |"
+
+
+def main() -> None:
+    """Prints a row for each step as it comes."""
+    parser = argparse.ArgumentParser("python -m benchmarks.record.plan", description=__doc__)
+    parser.add_argument("--topology", default="v5e:1x1")
+    parser.add_argument("--steps", default="", help="names with commas; default all")
+    parser.add_argument("--out", type=pathlib.Path)
+    flags = parser.parse_args()
+    known = every(steps.FULL)
+    names = [n for n in flags.steps.split(",") if n] or list(known)
+    if unknown := [n for n in names if n not in known]:
+        raise SystemExit(f"error: no step {unknown[0]!r}: expected some of {', '.join(known)}")
+    print(f"{flags.topology}\n\n| step | batch | peak GiB | GFLOP | GB of memory traffic | s |")
+    print("| --- | --: | --: | --: | --: | --: |", flush=True)
+    for name in names:
+        try:
+            found = planned(known[name], flags.topology)
+        except UserError as error:
+            raise SystemExit(f"error: {name}: {error}") from error
+        print(row(name, known[name], found), flush=True)
+        if flags.out:
+            with flags.out.open("a") as file:
+                file.write(json.dumps({"step": name, "topology": flags.topology} | found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

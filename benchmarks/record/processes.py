@@ -1,0 +1,116 @@
+"""Sanity of what needs whole runs of `main.py`: SIGTERM and resume, and the exported encoder."""
+
+import itertools
+import pathlib
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+from jax import export
+
+from benchmarks.record.ledger import Found
+from benchmarks.record.sanity import relative
+from benchmarks.record.setting import ROOT, Setting, environment
+from common import jsonl
+from common.preemption import EXIT_STATUS
+
+# Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same;
+# on a GPU sums run in another order each time, and the differences grow with the steps: so many
+# after the one at which it was stopped are compared.
+RESUMED, STEPS_AFTER = 0.02, 50
+# Features of one encoder here and on a CPU: a GPU multiplies in TF32, of 10 bits, through 6 layers.
+EXPORTED = 0.02
+
+
+def resume(setting: Setting, method: str) -> Found:
+    """A run that is told to stop, and carried on, has the losses of one that was left alone."""
+    total, stop = setting.sizes.resume
+    whole, stopped = (setting.out / "sanity" / f"{method}_{x}" for x in ("whole", "stopped"))
+    _call(setting, method, whole, total)
+    status, seconds = _stopped(setting, method, stopped, stop)
+    at = max([r["step"] for r in jsonl.read(stopped / jsonl.FILE)], default=0)
+    _call(setting, method, stopped, total)
+    lines = [
+        {r["step"]: r["loss"] for r in jsonl.read(workdir / jsonl.FILE) if "loss" in r}
+        for workdir in (whole, stopped)
+    ]
+    same = lines[0].keys() == lines[1].keys() and total in lines[0]
+    compared = [s for s in lines[0] if s <= at + STEPS_AFTER]
+    off = max((relative(lines[1].get(s, np.nan), lines[0][s]) for s in compared), default=np.nan)
+    return Found(
+        f"told to stop at step {at} of {total}: exit status {status} after {seconds:.1f} s; losses "
+        f"until step {compared[-1]} within {off:.1e} of a run that was left alone",
+        {"status": status, "stopped_at": at, "seconds_to_stop": seconds, "difference": off},
+        ok=status == EXIT_STATUS and stop <= at < total and same and off < RESUMED,
+    )
+
+
+def exported(setting: Setting, method: str) -> Found:
+    """The encoder as StableHLO runs here, and gives the features that it gives on a CPU."""
+    workdir = setting.out / "sanity" / f"{method}_whole"
+    _call(setting, method, workdir, setting.sizes.resume[0])
+    _run(setting.main_py(
+        "--mode=export", f"--workdir={workdir}", "--eval.export.format=stablehlo"
+    ), workdir)  # fmt: skip
+    data = (workdir / "export" / "encoder.stablehlo").read_bytes()
+    encode = export.deserialize(bytearray(data)).call
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    here, there = (
+        np.asarray(jax.jit(encode)(jax.device_put(images, on)))
+        for on in (jax.devices()[0], jax.devices("cpu")[0])
+    )
+    off, spread = relative(here, there), float(there.std(0).mean())
+    return Found(
+        f"{len(data) / 1e6:.1f} MB, features {list(here.shape)}, relative difference from a CPU's "
+        f"{off:.1e}",
+        {"bytes": len(data), "difference": off, "spread": spread},
+        ok=off < EXPORTED and spread > 0,
+    )
+
+
+def _arguments(setting: Setting, method: str, workdir: pathlib.Path, total: int) -> list[str]:
+    """Of a small run on random images, made and augmented on the device."""
+    return setting.main_py(
+        f"--config={ROOT}/configs/{method}_cifar10.py:smoke", f"--workdir={workdir}",
+        f"--config.duration={total} steps", "--config.steps_per_dispatch=5",
+        "--config.data.augment_on=device", "--config.augment.size=32",
+        "--config.log_every=5", "--config.evaluate.every=0 steps",
+        "--config.evaluate.pictures=false", f"--config.checkpoint.every={total // 2} steps",
+    )  # fmt: skip
+
+
+def _call(setting: Setting, method: str, workdir: pathlib.Path, total: int) -> None:
+    _run(_arguments(setting, method, workdir, total), workdir)
+
+
+def _run(command: list[str], workdir: pathlib.Path) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no output"]
+        raise RuntimeError(f"{workdir.name}: exit status {done.returncode}: {last[0]}")
+
+
+def _stopped(setting: Setting, method: str, workdir: pathlib.Path, stop: int) -> tuple[int, float]:
+    """Exit status of a run that gets SIGTERM once it has logged a step, and how long it took."""
+    total = setting.sizes.resume[0]
+    process = subprocess.Popen(
+        _arguments(setting, method, workdir, total), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    path = workdir / jsonl.FILE
+    try:
+        for _ in itertools.count():
+            logged = max([r["step"] for r in jsonl.read(path)], default=0) if path.exists() else 0
+            if logged >= stop or process.poll() is not None:
+                break
+            time.sleep(0.01)
+        begin = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        return process.wait(), time.perf_counter() - begin
+    finally:
+        process.kill()
+        process.wait()

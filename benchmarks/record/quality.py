@@ -1,0 +1,181 @@
+"""How good the encoders of CIFAR-10 get, and in how many seconds of training.
+
+Each run is the recipe of `configs/`, with its data in device memory, many steps a dispatch and
+bfloat16. Its figures are those of the last epoch. The seconds are summed over all its starts.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from benchmarks.record.ledger import Found
+from benchmarks.record.setting import ROOT, Setting
+from benchmarks.record.steps import Sizes
+from common import config as configs
+from common import jsonl
+from configs import moco_cifar10, simclr_cifar10
+
+CONFIGS = {"simclr": simclr_cifar10, "moco": moco_cifar10}
+TARGET = 0.9  # kNN (k = 10): the time until a run reaches it
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        method: "simclr" or "moco".
+        epochs: of the whole run.
+        every: epochs between two scores.
+        knn_k: neighbours of these scores; 0: 200.
+    """
+
+    method: str
+    epochs: int
+    every: int = 50
+    knn_k: int = 0
+
+
+RUNS = {
+    "simclr_200": Run("simclr", 200),
+    "moco_200": Run("moco", 200),
+    "simclr_500": Run("simclr", 500, every=25, knn_k=10),
+}
+
+
+def changes(run: Run, sizes: Sizes) -> dict[str, Any]:
+    """What differs from the config file, by dotted names."""
+    found = {
+        "data.augment_on": "device",
+        "steps_per_dispatch": sizes.steps,
+        "model.dtype": "bfloat16",
+        "duration": sizes.duration or f"{run.epochs} epochs",
+        "evaluate.every": f"{run.every} epochs",
+        "evaluate.knn_k": run.knn_k,
+        "checkpoint.every": "10 %",
+        "checkpoint.keep": 1,  # small enough to be carried away
+    }
+    if sizes.name == "tiny":
+        found |= {
+            "data.source": "embedded", "data.image_size": 28, "batch_size": 64,
+            "model.stages": "(1,)", "model.width": sizes.width, "evaluate.every": "50 %",
+            "head.hidden": 16, "head.dim": 16, "log_every": 10, "evaluate.knn_examples": 1000,
+        }  # fmt: skip
+        if run.method == "moco":
+            found["moco.queue_length"] = 256
+    return found
+
+
+def config(run: Run, sizes: Sizes) -> ConfigDict:
+    """The config of a run, on random images of the same number and shape."""
+    c = CONFIGS[run.method].get_config()
+    flat = {name: (1,) if value == "(1,)" else value for name, value in changes(run, sizes).items()}
+    configs.update(c, flat, "the run")
+    c.data.source, c.data.fake_examples = "fake", sizes.images
+    return c
+
+
+def train(setting: Setting, name: str) -> list[str]:
+    """The command of a run; the same one carries on."""
+    run, sizes = RUNS[name], setting.sizes
+    given = changes(run, sizes)
+    given.setdefault("data.source", f"shards:{setting.data}")
+    return setting.main_py(
+        f"--config={ROOT}/configs/{run.method}_cifar10.py", f"--workdir={workdir(setting, name)}",
+        *(f"--config.{field}={value}" for field, value in given.items()),
+    )  # fmt: skip
+
+
+def workdir(setting: Setting, name: str) -> pathlib.Path:
+    """Of a run."""
+    return setting.out / "runs" / name
+
+
+def trained(setting: Setting, name: str) -> Found:
+    """Of a run that has ended: its last kNN, its seconds, and when it reached the target."""
+    path = workdir(setting, name)
+    summary = json.loads((path / "summary.json").read_text())
+    records = jsonl.read(path / jsonl.FILE)
+    k = RUNS[name].knn_k or 200
+    reached = seconds_to(records, TARGET) if k == 10 else None
+    rate = summary["images_per_second"]
+    words = (
+        f"kNN in training (k = {k}) {summary['knn_top1']:.2%} after the last of "
+        f"{summary['steps']:,} steps (untrained {summary['knn_top1_at_init']:.2%}); "
+        f"{summary['seconds']:,.0f} s in all, "
+        f"{summary['steps'] * summary['batch_size'] / rate:,.0f} s of them in steps, "
+        f"{rate:,.0f} images/s"
+    )
+    if k == 10:
+        words += f"; {TARGET:.0%} " + (
+            f"after {reached[0]:,.0f} s of steps (step {reached[1]:,})"
+            if reached
+            else "not reached"
+        )
+    loss = [r["loss"] for r in records if "loss" in r][-1]
+    return Found(
+        f"{words}; loss {loss:.3f}",
+        {"summary": summary, "loss": loss, "seconds_to_target": reached and reached[0]},
+    )
+
+
+def progress(setting: Setting, name: str) -> str:
+    """How far a run has come, in words."""
+    path = workdir(setting, name) / jsonl.FILE
+    steps = [r["step"] for r in jsonl.read(path)] if path.exists() else []
+    return f"saved after step {max(steps):,}" if steps else "no step yet"
+
+
+def seconds_to(records: list[dict[str, Any]], target: float) -> tuple[float, int] | None:
+    """Seconds of training steps until the first score that reaches a target, and its step.
+
+    Compiling, evaluations and checkpoints are left out, as in images/s. A line after a restart has
+    no time of its own: its steps count as the others do on average.
+
+    Args:
+        records: of `metrics.jsonl`.
+        target: of `knn_top1`, in [0, 1].
+    """
+    scored = [r["step"] for r in records if r.get("knn_top1", 0) >= target and r["step"] > 0]
+    if not scored:
+        return None
+    timed = [r for r in records if "seconds_step" in r and r["step"] <= scored[0]]
+    before = [0, *(r["step"] for r in records if "loss" in r)]
+    weights = [r["step"] - max(s for s in before if s < r["step"]) for r in timed]
+    seconds = sum(w * r["seconds_step"] for w, r in zip(weights, timed, strict=True))
+    return (seconds / sum(weights) * scored[0], scored[0]) if timed else None
+
+
+# What is asked of each trained run: protocol, and the flags of `main.py`.
+PROTOCOLS = {
+    # as in MoCo's notebook, lightly and others
+    "knn200": ["--mode=knn", "--eval.knn.k=200", "--eval.knn.temperature=0.1"],
+    # equal votes of the 10 nearest by cosine, as in github.com/dkobak/simclr-cifar10; the small
+    # part of a vote that is left to the similarity decides ties only
+    "knn10": ["--mode=knn", "--eval.knn.k=10", "--eval.knn.temperature=1000"],
+    "linear_cached": ["--mode=linear_eval", "--eval.linear.variant=cached"],
+    "linear_augmented": ["--mode=linear_eval", "--eval.linear.variant=augmented"],
+}
+
+
+def evaluate(setting: Setting, name: str, protocol: str) -> list[str]:
+    """The command that scores a trained run."""
+    more = [f"--workdir={workdir(setting, name)}", f"--eval.batch_size={2 * setting.sizes.batch}"]
+    if setting.sizes.name == "tiny" and protocol.startswith("linear"):
+        more += ["--eval.linear.epochs=1", "--eval.linear.learning_rate=(1.0,)"]
+    if setting.sizes.name == "tiny" and protocol.startswith("linear"):
+        more += ["--eval.linear.weight_decay=(0.0,)"]
+    return setting.main_py(*PROTOCOLS[protocol], *more)
+
+
+def scored(setting: Setting, name: str) -> Found:
+    """The newest line of the run's `results.jsonl`."""
+    lines = (workdir(setting, name) / "results.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1])
+    words = f"{record['top1']:.2%} of {record['num_test']:,} test images"
+    if record["mode"] == "knn":
+        return Found(f"{words}, k = {record['k']}, T = {record['temperature']:g}", record)
+    return Found(f"{words}, {record['protocol']}", record)

@@ -1,0 +1,73 @@
+"""A process that does items of work one after the other, so that a crash or a hang costs only one.
+
+    python -m benchmarks.record.worker OUT DATA SIZES DEADLINE ITEM [ITEM ...]
+
+`benchmarks.record` starts it. Before an item it writes the item's name to `OUT/now`; after it, a
+record. DEADLINE is in seconds since 1970: what does not fit before it is left out.
+"""
+
+import os
+import pathlib
+import sys
+import threading
+import time
+import traceback
+
+from benchmarks.record import items, steps
+from benchmarks.record.ledger import Found, Ledger
+from benchmarks.record.setting import Setting
+
+NOW = "now"  # the file
+SIZES = {sizes.name: sizes for sizes in (steps.FULL, steps.TINY)}
+
+
+def do(item: items.Item, setting: Setting, ledger: Ledger, hardware: str) -> None:
+    """Works, and writes what was found or went wrong."""
+    begin = time.perf_counter()
+    try:
+        found = item.work(setting)
+    except Exception as error:
+        traceback.print_exc()
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        found = Found(f"{type(error).__name__}: {lines[0][:300]}", ok=False)
+    state = "ok" if found.ok else "failed"
+    seconds = time.perf_counter() - begin
+    ledger.add(item.stage, item.name, state, found, seconds, hardware=hardware)
+
+
+def main() -> None:
+    """Does what the command line names."""
+    out, data, sizes, deadline, *names = sys.argv[1:]
+    _end_with(os.getppid())
+    import jax
+
+    from common import command_line
+
+    jax.config.update("jax_compilation_cache_dir", command_line.CACHE)
+    setting = Setting(pathlib.Path(out), data, SIZES[sizes])
+    known = {item.name: item for item in items.every(setting.sizes)}
+    device = jax.devices()[0].device_kind
+    ledger = Ledger(setting.out)
+    hardware = f"{device}, {os.cpu_count()} cores, jax {jax.__version__}"
+    for item in (known[name] for name in names):
+        if time.time() + item.seconds > float(deadline):
+            continue
+        (setting.out / NOW).write_text(item.name)
+        print(f"\n== {item.name}", file=sys.stderr, flush=True)
+        do(item, setting, ledger, hardware)
+        jax.clear_caches()  # what it compiled stays on the disk only
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: nobody would see what it does."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
