@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_resident import setting
 
+from common import report
 from common.data import pipeline, resident, sources, subset
 from common.data.sources import ArraySource
 from common.evaluate import batches, finetune_mode, linear_mode
@@ -98,6 +99,13 @@ def test_what_the_device_cannot_keep_is_cropped_on_the_host(monkeypatch):
     for one, other in zip(made(c, of_files()), made(of_host, of_files()), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (c.data.augment_on, c.steps_per_dispatch) == ("device", 3)  # the run's own config
+
+
+def test_pictures_of_files_for_a_run_on_images_in_device_memory():
+    """`--mode=embed --eval.source=folder:...` draws pairs, all on the host."""
+    found = [report.some_pairs(run_of(on)[0], of_files(), 6) for on in ("host", "device")]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.fixture
