@@ -8,7 +8,6 @@ A method sees uint8 views and knows nothing of this. `data.augment_on` says what
             data set itself; K is `steps_per_dispatch`
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.data import augment_device, draws, presets
+from common.data import augment_device, draws, presets, resident
 from common.data.pipeline import Batches
 from common.data.resident import ResidentBatches
 from common.data.sources import Source
@@ -78,19 +77,17 @@ def batch_shapes(config: ConfigDict, mesh: Mesh, data: dict | None = None) -> di
 def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
     """`train_step` with what comes before it on the device, for as many steps as the batch has."""
     augmentations = presets.resolve_views(config)
-    views = functools.partial(augment_device.views, augmentations=augmentations, mesh=mesh)
 
     def coloured(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
-        function = augment_device.augment_colour
-        images = views(function, batch["images"], batch["parameters"])
+        images = augment_device.views(
+            augment_device.augment_colour, batch["images"], batch["parameters"],
+            augmentations=augmentations, mesh=mesh,
+        )  # fmt: skip
         return train_step(state, {"images": images, "labels": batch["labels"]}, key)
 
     def one(state: Any, batch: dict, key: jax.Array, i: jax.Array | int) -> tuple[Any, dict]:
-        ids = batch["ids"][:, i]
-        images = batch["data_images"][ids]
-        images = images.reshape(*images.shape[:2], -1, 3)
-        images = views(augment_device.augment_pixels, images, batch["parameters"][:, i])
-        return train_step(state, {"images": images, "labels": batch["data_labels"][ids]}, key)
+        images, labels = resident.views(batch, i, augmentations, mesh)
+        return train_step(state, {"images": images, "labels": labels}, key)
 
     def several(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         if config.steps_per_dispatch == 1:

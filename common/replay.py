@@ -95,7 +95,9 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         state, _ = as_taken(state, take()[1], key)
     ids, batch = take()
     before = not_finite(state)
-    program = dispatch.program(method.train_step, config, mesh)
+    alone = config.copy_and_resolve_references()
+    alone.steps_per_dispatch = 1  # of a loop over steps nothing would be known but where it is
+    program = dispatch.program(method.train_step, alone, mesh)
     where = _first_nan(program, state, batch, key) if jax.process_count() == 1 else ""
     state, metrics = step_fn(state, batch, key)
     name = f"step_{step}.process_{jax.process_index()}.npz"

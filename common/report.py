@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from common import dispatch, files, optim, pictures
 from common.compiling import cost
-from common.data import pipeline, presets, sources
+from common.data import pipeline, presets, resident, sources
 from common.data.sources import Source
 from common.errors import UserError
 from common.evaluate.online import Evaluator
@@ -111,6 +111,8 @@ def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, 
     """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
     with config.copy_and_resolve_references().unlocked() as small:
         small.batch_size = n
+        if config.data.augment_on == "device" and not resident.has_one_shape(source):
+            small.data.augment_on = "host"  # --eval.source names other images than the run's
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
     batches = pipeline.train_batches(source, small, rows=np.arange(n))

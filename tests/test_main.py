@@ -32,6 +32,13 @@ def hurried():
     return environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
+def without_tensorflow(folder):
+    """The same, where a module in `folder` ends a process that imports TensorFlow."""
+    for name in ("tensorflow", "tensorflow_datasets"):
+        (folder / f"{name}.py").write_text("raise SystemError('must not be imported')\n")
+    return hurried() | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
 def command(*arguments):
     return [sys.executable, "main.py", "--compile_cache=", *map(str, arguments)]
 
@@ -55,9 +62,7 @@ def assert_one_error(done, *words):
 
 def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_path):
     """TensorFlow takes seconds to import, and need not be there for a run without its pipeline."""
-    for name in ("tensorflow", "tensorflow_datasets"):
-        (tmp_path / f"{name}.py").write_text("raise SystemError('must not be imported')\n")
-    env = hurried() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    env = without_tensorflow(tmp_path)
     relative = os.path.relpath(tmp_path / "run", ROOT)  # as in the README
     done = call(DEMO, f"--workdir={relative}", env=env)
     assert done.returncode == 0, done.stderr
@@ -67,6 +72,27 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
     noise = ("Warning", "WARNING", "Traceback", "oneDNN", "absl", "tensorflow")
     assert not [word for word in noise if word in done.stderr], done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_on_the_device_is_evaluated_without_tensorflow(tmp_path):
+    """By the modes that train on labels too; `test_eval_batches.py` does that in its process."""
+    run, env = f"--workdir={tmp_path / 'run'}", without_tensorflow(tmp_path)
+    done = call(DEMO, run, *REAL, "--config.data.train_split=test", "--config.steps_per_dispatch=2",
+                "--config.data.augment_on=device", env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    modes = {
+        "linear_eval": ("--eval.linear.variant=augmented", "--eval.linear.epochs=1"),
+        "finetune": ("--eval.finetune.fraction=0.1", "--eval.finetune.epochs=1"),
+        "knn": (), "embed": (), "export": (),
+        "transfer": ("--eval.logistic.num_values=2", "--eval.logistic.max_iterations=5"),
+    }  # fmt: skip
+    for mode, settings in modes.items():
+        done = call(f"--mode={mode}", run, *settings, env=env)
+        assert done.returncode == 0, done.stderr
+    records = [json.loads(s) for s in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [record["mode"] for record in records] == list(modes)
+    assert records[0]["variant"] == "augmented"
 
 
 @pytest.mark.slow  # `test_mistakes.py` makes all of these within one process

@@ -91,3 +91,12 @@ def test_a_run_that_skipped_too_often_is_replayed_without_the_updates_it_dropped
     c = toy.config(on_nonfinite="skip", max_skipped=2)
     found = replayed(c, tmp_path, toy.with_nan_at(4, 5), 5)
     assert (found["before"], found["after"], found["metrics"]) == ([], W, ["loss"])
+
+
+def test_of_steps_that_were_taken_at_a_time_the_operation_is_named(tmp_path):
+    """Not the loop over them."""
+    off = {f"augment__{name}": 0.0 for name in ("jitter", "grey", "blur")}  # quicker
+    c = toy.config(data__augment_on="device", steps_per_dispatch=3, **off)
+    found = replayed(c, tmp_path, toy.with_nan_at(3), 3)
+    assert (found["before"], found["after"], found["metrics"]) == ([], W, ["loss"])
+    assert "nan" in found["where"] and "toy.py, line" in found["where"]

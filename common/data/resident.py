@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.data import draws
+from common.data import augment_device, draws
 from common.data.presets import Augmentation
 from common.data.sources import Source
 from common.errors import UserError
@@ -34,19 +34,9 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
     Raises:
         UserError: other images, or more of them than fit.
     """
-    if source.kind not in ("pixels", "views"):
-        raise UserError(
-            f"data.augment_on=device needs images of one shape, held as pixels, and "
-            f"{source.name} ({source.split}) has files of any shape: choose both or host"
-        )
+    if reason := obstacle(source, mesh):
+        raise UserError(reason)
     shapes = shapes_of(source.num_examples, source.image_shape)
-    size = sum(x.dtype.itemsize * x.size for x in shapes.values())
-    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if memory and size > _SHARE * memory:
-        raise UserError(
-            f"{source.name} ({source.split}) has {size / 2**30:.1f} GiB and a device "
-            f"{memory / 2**30:.1f}: more than data.augment_on=device can keep there; choose both"
-        )
     images, labels = source.read(np.arange(source.num_examples))
     arrays = {"data_images": images, "data_labels": labels}
     return {
@@ -58,6 +48,29 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
+def obstacle(source: Source, mesh: Mesh) -> str:
+    """Why `load` cannot put a data set on the devices, in one line; "" if it can."""
+    if not has_one_shape(source):
+        return (
+            f"data.augment_on=device needs images of one shape, held as pixels, and "
+            f"{source.name} ({source.split}) has files of any shape: choose both or host"
+        )
+    shapes = shapes_of(source.num_examples, source.image_shape)
+    size = sum(x.dtype.itemsize * x.size for x in shapes.values())
+    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if memory and size > _SHARE * memory:
+        return (
+            f"{source.name} ({source.split}) has {size / 2**30:.1f} GiB and a device "
+            f"{memory / 2**30:.1f}: more than data.augment_on=device can keep there; choose both"
+        )
+    return ""
+
+
+def has_one_shape(source: Source) -> bool:
+    """Whether the images are pixels of one shape, which need no decoding."""
+    return source.kind in ("pixels", "views")
+
+
 def shapes_of(n: int, image_shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what `load` returns for n images [h, w, 3]."""
     height, width = image_shape
@@ -65,6 +78,33 @@ def shapes_of(n: int, image_shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeS
         "data_images": jax.ShapeDtypeStruct((n, height, width * 3), np.uint8),
         "data_labels": jax.ShapeDtypeStruct((n,), np.int32),
     }
+
+
+def views(
+    batch: dict[str, jax.Array],
+    i: jax.Array | int,
+    augmentations: tuple[Augmentation, Augmentation],
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """What one step of a batch sees; part of a compiled program.
+
+    Args:
+        batch: what `ResidentBatches.take` gave, as global arrays, and what `load` gave.
+        i: which of its steps, from 0.
+        augmentations: of view 1 and view 2.
+        mesh: the device mesh.
+
+    Returns:
+        Views uint8 [b, 2, size, size, 3], sharded along b, and labels int32 [b].
+    """
+    ids = batch["ids"][:, i]
+    images = batch["data_images"][ids]
+    images = images.reshape(*images.shape[:2], -1, 3)
+    images = augment_device.views(
+        augment_device.augment_pixels, images, batch["parameters"][:, i],
+        augmentations=augmentations, mesh=mesh,
+    )  # fmt: skip
+    return images, batch["data_labels"][ids]
 
 
 class ResidentBatches:

@@ -7,14 +7,15 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.data import pipeline, presets
+from common.data import pipeline, presets, resident
 from common.data.sources import Source
 from common.errors import UserError
-from common.sharding import local_rows, to_global
+from common.sharding import batch_sharding, local_rows, to_global
 
 _OFF = ("jitter", "grey", "blur", "solarise", "rotate")
 
@@ -40,7 +41,7 @@ def only_crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> Config
     """A copy of a run's config for batches of `images`, whole images being `data.image_size`."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
-        c.seed, c.batch_size = seed, batch_size
+        c.seed, c.batch_size, c.steps_per_dispatch = seed, batch_size, 1
         for name in _OFF:
             c.augment[name] = 0.0
         c.augment.size = None  # as large as in the test
@@ -58,6 +59,9 @@ def batches(
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Batches without end, over epochs of `num_examples // batch_size` steps.
 
+    The views of a run with `data.augment_on="device"` are made there and without TensorFlow,
+    unless the source cannot be kept there, such as the files that `--eval.source` names.
+
     Args:
         source: of the training examples.
         config: of the run.
@@ -70,17 +74,46 @@ def batches(
         Global arrays: images uint8 `[b, h, w, 3]` and labels int32 `[b]`, -1 where there is none.
     """
     c = only_crop_and_flip(config, batch_size, seed)
-    pairs = pipeline.train_batches(
-        source, c, rows=local_rows(mesh, batch_size),
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
-    for batch in pairs:
+    if c.data.augment_on == "device":
+        if not resident.obstacle(source, mesh):
+            yield from _from_device(source, c, mesh, keep)
+            return
+        c.data.augment_on = "host"
+    for batch in _planned(source, c, mesh):
         labels = batch["labels"]
         if keep is not None:
             labels = np.where(keep[batch["ids"]], labels, -1)
         # The pipeline makes pairs; one view is what the protocol asks for.
         images = np.ascontiguousarray(batch["images"][:, 0])
         yield to_global(mesh, (images, labels.astype(np.int32)))
+
+
+def _from_device(
+    source: Source, c: ConfigDict, mesh: Mesh, keep: np.ndarray | None
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """`batches` of a data set in device memory; `c` is what `only_crop_and_flip` made."""
+    augmentations = presets.resolve_views(c)
+
+    def made(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images, labels = resident.views(batch, 0, augmentations, mesh)
+        return images[:, 0], labels
+
+    data = resident.load(source, mesh)
+    if keep is not None:
+        data["data_labels"] = jax.jit(lambda x: jnp.where(keep, x, -1))(data["data_labels"])
+    made, planned = jax.jit(made, out_shardings=batch_sharding(mesh)), _planned(source, c, mesh)
+    while True:
+        _, batch = planned.take(1)
+        yield made(to_global(mesh, batch) | data)
+
+
+def _planned(
+    source: Source, c: ConfigDict, mesh: Mesh
+) -> pipeline.Batches | resident.ResidentBatches:
+    return pipeline.train_batches(
+        source, c, rows=local_rows(mesh, c.batch_size),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
 
 
 def cached(
