@@ -6,7 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.scaling import METHODS
-from common.compiling import compile_step, lower_step
+from common.compiling import compile_step, trace_step
 from common.data import pipeline, resident, sources
 from common.method import Method, make_setup, root_keys
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
@@ -50,19 +50,14 @@ class Running:
         return metrics
 
 
-def lowered(c: ConfigDict, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
-    """The step that `Running` compiles for random images, before it is compiled.
-
-    Args:
-        c: of the run.
-        platforms: see `common.compiling.lower_step`.
-    """
+def traced(c: ConfigDict) -> jax.stages.Traced:
+    """The step that `Running` compiles for random images, before it is lowered for a platform."""
     mesh, data = make_mesh(jax.devices()[:1]), {}
     if c.data.augment_on == "device":
         size = c.data.image_size
         data = resident.shapes_of(c.data.fake_examples, (size, size))
     method, abstract, shardings = _described(c, mesh)
-    return lower_step(method, c, mesh, abstract, shardings, data, platforms)
+    return trace_step(method, c, mesh, abstract, shardings, data)
 
 
 def flops(c: ConfigDict) -> float | None:
@@ -70,7 +65,7 @@ def flops(c: ConfigDict) -> float | None:
 
     Afterwards some are in calls of libraries, whose counting depends on the platform.
     """
-    return (lowered(c).cost_analysis() or {}).get("flops")
+    return (traced(c).lower().cost_analysis() or {}).get("flops")
 
 
 def _described(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Method, Any, Any]:

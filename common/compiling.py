@@ -39,26 +39,22 @@ def compile_step(
         `divergence.WATCHED` of all steps.
     """
 
-    lowered = lower_step(method, config, mesh, abstract, shardings, data)
+    traced = trace_step(method, config, mesh, abstract, shardings, data)
     options = compiler_options(mesh.devices.flat[0].platform, config.tpu_compiler_options)
-    return lowered.compile(compiler_options=options)
+    return traced.lower().compile(compiler_options=options)
 
 
-def lower_step(
+def trace_step(
     method: Method,
     config: ConfigDict,
     mesh: Mesh,
     abstract: Any,
     shardings: Any,
     data: dict | None = None,
-    platforms: tuple[str, ...] | None = None,
-) -> jax.stages.Lowered:
-    """What `compile_step` compiles.
+) -> jax.stages.Traced:
+    """What `compile_step` compiles; takes what that takes.
 
-    Args:
-        method, config, mesh, abstract, shardings, data: as there.
-        platforms: "cpu", "cuda", "tpu": what to lower for instead of the mesh's own; no such device
-            need be there.
+    It can be lowered for platforms that are not there: `.lower(lowering_platforms=("cuda",))`.
     """
 
     def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -71,8 +67,7 @@ def lower_step(
         donate_argnames=("state",),
         out_shardings=(shardings, replicated(mesh)),
     )
-    traced = step.trace(jax.tree.map(place, abstract, shardings), batch, key)
-    return traced.lower(lowering_platforms=platforms)
+    return step.trace(jax.tree.map(place, abstract, shardings), batch, key)
 
 
 def cost(compiled: jax.stages.Compiled, microbatches: int = 1) -> dict[str, float]:

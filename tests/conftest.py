@@ -38,8 +38,9 @@ TEARDOWN_SECONDS = 300  # for the fixtures of any test
 STDERR = os.dup(2)  # pytest has another one while a test runs
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
-    "multiprocess", "faults", "distributed", "main", "preemption", "end_to_end", "resident", "tpu",
-    "microbatch", "steps", "benchmarks", "torch", "pipeline", "augment",
+    "record_whole", "multiprocess", "faults", "distributed", "main", "preemption", "end_to_end",
+    "record", "resident", "tpu", "microbatch", "steps", "benchmarks", "torch", "pipeline",
+    "augment",
 )  # fmt: skip
 
 

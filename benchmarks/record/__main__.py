@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import importlib
 import json
 import pathlib
 import signal
@@ -93,8 +94,25 @@ def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
         yield
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Does what fits into the time; 0 if nothing has failed, 1 if something has."""
+@contextlib.contextmanager
+def stopped_by_signals(schedule: Schedule) -> Iterator[None]:
+    """SIGTERM and Ctrl-C are as the end of the time: a training run is saved."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, schedule.stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.items") -> int:
+    """Does what fits into the time; 0 if nothing has failed, 1 if something has.
+
+    Args:
+        argv: the command line's.
+        catalogue: see `Setting`.
+    """
     begin = time.time()
     flags = parse(argv)
     if flags.minutes <= 0 or flags.patience <= 0:
@@ -102,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = steps.TINY if flags.tiny else steps.FULL
     out, data = flags.out.expanduser().resolve(), flags.data
     data = str(pathlib.Path(data).expanduser().resolve()) if data else ""
-    chosen = wanted(flags, items.every(sizes))
+    chosen = wanted(flags, importlib.import_module(catalogue).every(sizes))
     with claimed(out, sizes):
         ledger = Ledger(out)
         deadline = begin + 60 * flags.minutes
-        schedule = Schedule(Setting(out, data, sizes), ledger, chosen, deadline, flags.patience)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, schedule.stop)
-        schedule.run()
+        setting = Setting(out, data, sizes, catalogue)
+        schedule = Schedule(setting, ledger, chosen, deadline, flags.patience)
+        with stopped_by_signals(schedule):
+            schedule.run()
         states = [ledger.state_of(item.name) for item in chosen]
     failed, done = states.count("failed"), states.count("ok")
     left = len(states) - done - failed

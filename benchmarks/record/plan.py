@@ -1,6 +1,6 @@
 """The kit's steps, compiled for a TPU slice that is not there: does each fit, what does it do?
 
-    python -m benchmarks.record.plan [--topology=v5e:1x1] [--steps=NAME,...]
+    python -m benchmarks.record.plan [--topology=v5e:1x1] [--steps=NAME,...] [--quick]
 
 Needs libtpu (`pip install "jax[tpu]"`), and no TPU. A JSON line for each step goes to --out.
 """
@@ -25,11 +25,12 @@ def every(sizes: steps.Sizes) -> dict[str, ConfigDict]:
     return steps.every(sizes) | runs
 
 
-def planned(c: ConfigDict, topology: str) -> dict:
+def planned(c: ConfigDict, topology: str, quick: bool = False) -> dict:
     """What `common.plan.measure.for_mesh` says of a step on a described slice."""
     per_epoch = max(1, c.data.fake_examples // c.batch_size)
+    steps_of = 100 * per_epoch, per_epoch
     return measure.for_topology(
-        measure.Task(METHODS[c.method], c, (100 * per_epoch, per_epoch), 10), topology
+        measure.Task(METHODS[c.method], c, steps_of, 10, quick=quick), topology
     )
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.record.plan", description=__doc__)
     parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--steps", default="", help="names with commas; default all")
+    parser.add_argument("--quick", action="store_true", help="see main.py --mode=plan --quick")
     parser.add_argument("--out", type=pathlib.Path)
     flags = parser.parse_args()
     known = every(steps.FULL)
@@ -59,7 +61,7 @@ def main() -> None:
     print("| --- | --: | --: | --: | --: | --: |", flush=True)
     for name in names:
         try:
-            found = planned(known[name], flags.topology)
+            found = planned(known[name], flags.topology, flags.quick)
         except UserError as error:
             raise SystemExit(f"error: {name}: {error}") from error
         print(row(name, known[name], found), flush=True)

@@ -79,9 +79,10 @@ class Schedule:
         known = {item.name: item for item in items}
         before = {name: self._count(name) for name in names}
         with open(self.setting.out / "worker.log", "a") as log:
+            s = self.setting
             process = self._start(
-                [sys.executable, "-m", "benchmarks.record.worker", str(self.setting.out),
-                 self.setting.data, self.setting.sizes.name, str(self.deadline), *names], log
+                [sys.executable, "-m", "benchmarks.record.worker", str(s.out), s.data,
+                 s.sizes.name, s.catalogue, str(self.deadline), *names], log
             )  # fmt: skip
             current, begin, reason = None, time.time(), ""
             while process.poll() is None:

@@ -1,11 +1,12 @@
 """A process that does items of work one after the other, so that a crash or a hang costs only one.
 
-    python -m benchmarks.record.worker OUT DATA SIZES DEADLINE ITEM [ITEM ...]
+    python -m benchmarks.record.worker OUT DATA SIZES CATALOGUE DEADLINE ITEM [ITEM ...]
 
 `benchmarks.record` starts it. Before an item it writes the item's name to `OUT/now`; after it, a
 record. DEADLINE is in seconds since 1970: what does not fit before it is left out.
 """
 
+import importlib
 import os
 import pathlib
 import sys
@@ -15,7 +16,7 @@ import traceback
 
 from benchmarks.record import items, steps
 from benchmarks.record.ledger import Found, Ledger
-from benchmarks.record.setting import Setting
+from benchmarks.record.setting import Setting, cache
 
 NOW = "now"  # the file
 SIZES = {sizes.name: sizes for sizes in (steps.FULL, steps.TINY)}
@@ -37,15 +38,14 @@ def do(item: items.Item, setting: Setting, ledger: Ledger, hardware: str) -> Non
 
 def main() -> None:
     """Does what the command line names."""
-    out, data, sizes, deadline, *names = sys.argv[1:]
+    out, data, sizes, catalogue, deadline, *names = sys.argv[1:]
     _end_with(os.getppid())
     import jax
 
-    from common import command_line
-
-    jax.config.update("jax_compilation_cache_dir", command_line.CACHE)
-    setting = Setting(pathlib.Path(out), data, SIZES[sizes])
-    known = {item.name: item for item in items.every(setting.sizes)}
+    jax.config.update("jax_compilation_cache_dir", cache())
+    setting = Setting(pathlib.Path(out), data, SIZES[sizes], catalogue)
+    every = importlib.import_module(catalogue).every(setting.sizes)
+    known = {item.name: item for item in every}
     device = jax.devices()[0].device_kind
     ledger = Ledger(setting.out)
     hardware = f"{device}, {os.cpu_count()} cores, jax {jax.__version__}"

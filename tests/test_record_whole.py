@@ -1,0 +1,54 @@
+"""The whole kit for an accelerator, tiny, without TensorFlow, and cut off on its way."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_main import ROOT, without_tensorflow
+
+from benchmarks.record import items, steps
+from benchmarks.record.ledger import TABLE, Ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def test_the_kit_ends_after_it_was_cut_off_and_killed(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "none").mkdir()
+
+    def start(minutes):
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.record", "--tiny", f"--out={out}",
+             f"--minutes={minutes}", "--patience=30"],
+            cwd=ROOT, env=without_tensorflow(tmp_path / "none"), stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    every = [item.name for item in items.every(steps.TINY)]
+    first = start(minutes=0.7)
+    assert first.wait() == 0
+    assert "left: the same command goes on" in first.stderr.read()
+    done = [r["item"] for r in Ledger(out).records() if r["state"] == "ok"]
+    assert done == every[: len(done)] and 0 < len(done) < len(every)
+
+    second = start(minutes=25)
+    while not (out / "runs" / "moco_200" / "config.json").exists():
+        assert second.poll() is None, second.stderr.read()
+        time.sleep(0.2)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+
+    third = start(minutes=25)
+    said = third.communicate()[1]
+    assert third.returncode == 0, said
+    assert f"{len(every)} of {len(every)} ok, 0 failed. {out / TABLE}" in said
+    records = Ledger(out).records()
+    assert not [r for r in records if r["state"] == "failed"]
+    assert [sum(r["item"] == name and r["state"] == "ok" for r in records) for name in every] == [
+        1 for _ in every
+    ]
+    text = (out / TABLE).read_text()
+    assert len(text.splitlines()) == 4 + len(every)
+    logs = [(out / "worker.log").read_text(), *(p.read_text() for p in (out / "logs").iterdir())]
+    assert not [line for text in logs for line in text.splitlines() if "Traceback" in line]
