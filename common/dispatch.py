@@ -82,14 +82,16 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
 
     def coloured(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         function = augment_device.augment_colour
-        images = views(function, batch["images"], batch["parameters"])
+        with jax.named_scope("augmentation"):
+            images = views(function, batch["images"], batch["parameters"])
         return train_step(state, {"images": images, "labels": batch["labels"]}, key)
 
     def one(state: Any, batch: dict, key: jax.Array, i: jax.Array | int) -> tuple[Any, dict]:
         ids = batch["ids"][:, i]
-        images = batch["data_images"][ids]
-        images = images.reshape(*images.shape[:2], -1, 3)
-        images = views(augment_device.augment_pixels, images, batch["parameters"][:, i])
+        with jax.named_scope("augmentation"):
+            images = batch["data_images"][ids]
+            images = images.reshape(*images.shape[:2], -1, 3)
+            images = views(augment_device.augment_pixels, images, batch["parameters"][:, i])
         return train_step(state, {"images": images, "labels": batch["data_labels"][ids]}, key)
 
     def several(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
