@@ -40,6 +40,12 @@ def config(flags: argparse.Namespace) -> Any:
     return c
 
 
+def ready(c: Any) -> tuple[Callable[[], Any], jax.stages.Compiled]:
+    """A program that draws and takes one more dispatch, and what was compiled."""
+    run = Running(c)
+    return run.dispatch, run.compiled
+
+
 def ours(c: Any) -> Callable[[], Any]:
     """A turn."""
     run = Running(c)

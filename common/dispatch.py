@@ -79,14 +79,16 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
     augmentations = presets.resolve_views(config)
 
     def coloured(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
-        images = augment_device.views(
-            augment_device.augment_colour, batch["images"], batch["parameters"],
-            augmentations=augmentations, mesh=mesh,
-        )  # fmt: skip
+        with jax.named_scope("augmentation"):
+            images = augment_device.views(
+                augment_device.augment_colour, batch["images"], batch["parameters"],
+                augmentations=augmentations, mesh=mesh,
+            )  # fmt: skip
         return train_step(state, {"images": images, "labels": batch["labels"]}, key)
 
     def one(state: Any, batch: dict, key: jax.Array, i: jax.Array | int) -> tuple[Any, dict]:
-        images, labels = resident.views(batch, i, augmentations, mesh)
+        with jax.named_scope("augmentation"):
+            images, labels = resident.views(batch, i, augmentations, mesh)
         return train_step(state, {"images": images, "labels": labels}, key)
 
     def several(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:

@@ -111,6 +111,7 @@ class Setup:
         variables = {"params": params, "batch_stats": batch_stats}
         return self.network.apply(variables, self.scale(images), layer, method="encode")
 
+    @jax.named_scope("update")  # the parts that benchmarks/trace.py tells apart
     def update(self, state: Any, grads: Any) -> tuple[Any, Any, dict]:
         """One optimiser step: `(params, opt_state, metrics)`."""
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
@@ -125,11 +126,13 @@ class Setup:
         """The probe's state; None without labels."""
         return self.probe.init(key, self.network.backbone.feature_dim)
 
+    @jax.named_scope("probe")
     def update_probe(self, state: Any, features: jax.Array, labels: jax.Array) -> tuple[Any, dict]:
         """One step of the online probe on `features [n, d]`, which get no gradient from it."""
         return self.probe.update(state, features, labels)
 
 
+@jax.named_scope("loss")
 def embedding_metrics(features: jax.Array, embeddings: jax.Array) -> dict[str, jax.Array]:
     """Signs of collapse: mean length of the embeddings, spread of the features.
 

@@ -10,6 +10,7 @@ from common.sharding import AXIS
 from moco_jax import queue as queue_lib
 
 
+@jax.named_scope("loss")
 def info_nce(
     queries: jax.Array,
     keys: jax.Array,

@@ -96,7 +96,8 @@ class MoCo:
         # (query view, key view)
         pairs = ((0, 1), (1, 0)) if moco.symmetric else ((0, 1),)
 
-        key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
+        with jax.named_scope("update"):
+            key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
         key_stats, keys = state.key_batch_stats, []
         for _, view in pairs:
             shuffled = shuffle(images[:, view], groups, setup.mesh)

@@ -57,6 +57,7 @@ def init(key: jax.Array, length: int, rows: int, dim: int) -> Queue:
     return Queue(keys=normalize(jax.random.normal(key, (slots(length, rows), rows, dim))))
 
 
+@jax.named_scope("update")
 def push(queue: Queue, keys: jax.Array, step: jax.Array | int) -> Queue:
     """Writes the keys of one step over the oldest slot, `step % slots`. Nothing is communicated.
 

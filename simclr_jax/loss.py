@@ -53,6 +53,7 @@ def nt_xent(
     )[0]
 
 
+@jax.named_scope("loss")
 def nt_xent_with_metrics(
     z: jax.Array,
     temperature: float | jax.Array = 0.1,

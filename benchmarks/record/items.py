@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from benchmarks.record import processes, quality, rates, sanity, steps
+from benchmarks.record import processes, profile, quality, rates, sanity, steps
 from benchmarks.record.ledger import Found
 from benchmarks.record.setting import Setting
 from benchmarks.record.steps import Sizes
@@ -76,10 +76,14 @@ def _rates(sizes: Sizes) -> list[Item]:
     for method in steps.METHODS:
         work = functools.partial(rates.large, method=method)
         found.append(item(f"{method}_large", seconds=120, work=work))
-    for what in (*steps.METHODS, "large"):
+    for what in profile.WHAT:
         found.append(
-            item(f"profile_{what}", seconds=90, work=functools.partial(rates.profile, what=what))
-        )
+            item(
+                f"profile_{what}", seconds=90,
+                command=functools.partial(profile.command, what=what),
+                read=functools.partial(profile.read, what=what),
+            )
+        )  # fmt: skip
     found.append(item("fold_norm", seconds=150, work=rates.fold_norm))
     found.append(
         item("dispatch", seconds=100, work=functools.partial(rates.dispatch, method="simclr"))

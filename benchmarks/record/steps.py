@@ -51,6 +51,8 @@ TINY = Sizes(
     losses=(64,), bank=(300, 20, 16), repeats=2, resume=(100, 20), duration="2 epochs",
 )  # fmt: skip
 
+SIZES = {sizes.name: sizes for sizes in (FULL, TINY)}
+
 
 def sanity(method: str, sizes: Sizes) -> dict[str, ConfigDict]:
     """A small network in every way in which a step can be put together."""

@@ -19,7 +19,6 @@ from benchmarks.record.ledger import Found, Ledger
 from benchmarks.record.setting import Setting, cache
 
 NOW = "now"  # the file
-SIZES = {sizes.name: sizes for sizes in (steps.FULL, steps.TINY)}
 
 
 def do(item: items.Item, setting: Setting, ledger: Ledger, hardware: str) -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", cache())
-    setting = Setting(pathlib.Path(out), data, SIZES[sizes], catalogue)
+    setting = Setting(pathlib.Path(out), data, steps.SIZES[sizes], catalogue)
     every = importlib.import_module(catalogue).every(setting.sizes)
     known = {item.name: item for item in every}
     device = jax.devices()[0].device_kind

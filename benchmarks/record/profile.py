@@ -1,0 +1,59 @@
+"""Where the time of a step goes: a process of its own, since XLA makes other programs for it.
+
+    python -m benchmarks.record.profile OUT SIZES WHAT
+
+`benchmarks.record` starts it; the rows of `benchmarks.trace` go to `OUT/profiles/WHAT.json`, and the
+profile itself, for xprof, beside it.
+"""
+
+import json
+import pathlib
+import sys
+
+from benchmarks import trace
+from benchmarks.record import steps
+from benchmarks.record.ledger import Found
+from benchmarks.record.setting import Setting, cache
+
+FOLDER = "profiles"
+WHAT = (*steps.METHODS, "large")
+
+
+def command(setting: Setting, what: str) -> list[str]:
+    """Of the process."""
+    out, sizes = str(setting.out), setting.sizes.name
+    return [sys.executable, "-m", "benchmarks.record.profile", out, sizes, what]
+
+
+def read(setting: Setting, what: str) -> Found:
+    """What the process has found."""
+    rows = json.loads((setting.out / FOLDER / f"{what}.json").read_text())
+    words = ", ".join(f"{name} {share:.1%}" for name, _, share in rows if share >= 0.001)
+    shares = dict.fromkeys(name for name, _, _ in rows) | {name: share for name, _, share in rows}
+    return Found(
+        f"{sum(ms for _, ms, _ in rows):.2f} ms a step: {words}",
+        {"rows": rows},
+        ok=abs(sum(shares.values()) - 1) < 1e-3 and shares[trace.CONVOLUTIONS] > 0,
+    )
+
+
+def main() -> None:
+    """Traces some steps."""
+    out, name, what = sys.argv[1:]
+    trace.no_graphs()
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", cache())
+    sizes = steps.SIZES[name]
+    if what == "large":
+        c = steps.large("simclr", sizes)
+    else:
+        c = steps.in_memory(what, sizes.batches[0], sizes, steps=1)
+    folder = pathlib.Path(out) / FOLDER
+    folder.mkdir(exist_ok=True)
+    rows = trace.profile(c, directory=str(folder / what))
+    (folder / f"{what}.json").write_text(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
