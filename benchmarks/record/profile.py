@@ -2,8 +2,8 @@
 
     python -m benchmarks.record.profile OUT SIZES WHAT
 
-`benchmarks.record` starts it; the rows of `benchmarks.trace` go to `OUT/profiles/WHAT.json`, and the
-profile itself, for xprof, beside it.
+`benchmarks.record` starts it; the rows of `benchmarks.trace` go to `OUT/profiles/WHAT.json`, the
+profile itself, for xprof, into a folder beside it.
 """
 
 import json

@@ -30,7 +30,8 @@ def in_memory(setting: Setting, method: str, batch: int) -> Found:
     ours, other = found["ours"], found.get("PyTorch")
     words = f"{ours['images_per_second']:,.0f} images/s{_of_peak(ours)}{failure[:200]}"
     if other:
-        words += f"; PyTorch {other['images_per_second']:,.0f}, ours {other['time_of_ours']:.2f} x as fast"
+        words += f"; PyTorch {other['images_per_second']:,.0f}, "
+        words += f"ours {other['time_of_ours']:.2f} x as fast"
     return Found(words, found, ok=not failure)
 
 

@@ -1,6 +1,7 @@
 """Which item is next, whether it still fits, and what becomes of one that does not end."""
 
 import ctypes
+import itertools
 import pathlib
 import signal
 import subprocess
@@ -50,8 +51,10 @@ class Schedule:
     def run(self) -> None:
         """Does what fits."""
         while (chosen := self._next()) is not None:
-            if chosen.work:
-                self._by_worker([item for item in self._open() if item.work])
+            if chosen.work:  # and what follows it, in one process
+                opened = self._open()
+                rest = opened[opened.index(chosen) :]
+                self._by_worker(list(itertools.takewhile(lambda item: item.work, rest)))
             else:
                 self._by_command(chosen)
             self._say()
