@@ -327,6 +327,19 @@ def test_the_products_of_a_loss_are_its_own(method):
     assert len(products) >= 2 and set(products) == {"loss"}
 
 
+def test_a_program_has_the_names_of_its_own_code():
+    """The tests' cache on disk takes two programs for one that differ in names only."""
+    for scope in ("probe", "update"):
+
+        def step(x, scope=scope):
+            with jax.named_scope(scope):
+                return jnp.sin(x) * 17
+
+        with trace._own_names():
+            text = jax.jit(step).lower(jnp.ones(19)).compile().as_text()
+        assert scope in hlo_parts.categories(text).values()
+
+
 def test_half_of_the_augmentation_is_refused():
     with pytest.raises(UserError, match='augment_on="both" cannot be traced here: use "device"'):
         trace.profile(tiny.config("simclr", data__augment_on="both"))

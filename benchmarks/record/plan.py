@@ -40,8 +40,9 @@ def row(name: str, c: ConfigDict, found: dict) -> str:
         used, there = (found["out_of_memory"][x] / GIB for x in ("peak", "capacity"))
         words = f"{used:.1f} | does not fit into {there:.1f} GiB | - "
     else:
-        work, moved = found["flops"], found["hbm_bytes"]
-        words = f"{found['peak'] / GIB:.2f} | {work / 1e9:,.0f} | {moved / 1e9:.2f} "
+        moved = found["hbm_bytes"]  # not told of a --quick one
+        traffic = f"{moved / 1e9:.2f}" if moved else "-"
+        words = f"{found['peak'] / GIB:.2f} | {found['flops'] / 1e9:,.0f} | {traffic} "
     return f"| {name} | {c.batch_size:,} | {words}| {found['compile_seconds']:.0f} |"
 
 
