@@ -35,7 +35,7 @@ class Running:
         self.data = resident.load(source, self.mesh) if on_device else {}
         rows = local_rows(self.mesh, c.batch_size)
         self.batches = pipeline.train_batches(source, c, rows=rows)
-        self.method, abstract, shardings = _described(c, self.mesh)
+        self.method, abstract, shardings = described(c, self.mesh)
         self.compiled = compile_step(self.method, c, self.mesh, abstract, shardings, self.data)
         init_key, key = root_keys(c.seed)
         self.state = jax.jit(self.method.init, out_shardings=shardings)(init_key)
@@ -56,7 +56,7 @@ def traced(c: ConfigDict) -> jax.stages.Traced:
     if c.data.augment_on == "device":
         size = c.data.image_size
         data = resident.shapes_of(c.data.fake_examples, (size, size))
-    method, abstract, shardings = _described(c, mesh)
+    method, abstract, shardings = described(c, mesh)
     return trace_step(method, c, mesh, abstract, shardings, data)
 
 
@@ -68,7 +68,7 @@ def flops(c: ConfigDict) -> float | None:
     return (traced(c).lower().cost_analysis() or {}).get("flops")
 
 
-def _described(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Method, Any, Any]:
+def described(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Method, Any, Any]:
     """The method, and the shapes and shardings of its state."""
     method = METHODS[c.method](make_setup(c, mesh, STEPS, PER_EPOCH, CLASSES))
     abstract = jax.eval_shape(method.init, root_keys(0)[0])

@@ -16,7 +16,7 @@ class Sizes:
 
     Attributes:
         name: "full" or "tiny".
-        stages: of the network of sanity steps; of all networks but the large one, if `tiny`.
+        stages: of the network of sanity steps; of all networks, if "tiny".
         width: of ResNets.
         batch: of sanity steps.
         batches: of the rates.
@@ -47,8 +47,9 @@ class Sizes:
 
 FULL = Sizes()
 TINY = Sizes(
-    name="tiny", width=4, batch=16, batches=(16,), images=64, steps=3, large=(50, 32, 4),
-    losses=(64,), bank=(300, 20, 16), repeats=2, resume=(100, 20), duration="2 epochs",
+    name="tiny", stages=(1,), width=4, batch=16, batches=(16,), images=64, steps=3,
+    large=(50, 32, 4), losses=(64,), bank=(300, 20, 16), repeats=2, resume=(60, 10),
+    duration="60 steps",
 )  # fmt: skip
 
 SIZES = {sizes.name: sizes for sizes in (FULL, TINY)}
