@@ -15,34 +15,32 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_kit_ends_after_it_was_cut_off_and_killed(tmp_path):
-    out = tmp_path / "out"
+    out, said = tmp_path / "out", tmp_path / "said"
     (tmp_path / "none").mkdir()
 
     def start(minutes):
-        return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.record", "--tiny", f"--out={out}",
-             f"--minutes={minutes}", "--patience=30"],
-            cwd=ROOT, env=without_tensorflow(tmp_path / "none"), stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        with said.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.record", "--tiny", f"--out={out}",
+                 f"--minutes={minutes}", "--patience=30"],
+                cwd=ROOT, env=without_tensorflow(tmp_path / "none"), stderr=file,
+            )  # fmt: skip
 
     every = [item.name for item in items.every(steps.TINY)]
-    first = start(minutes=0.7)
-    assert first.wait() == 0
-    assert "left: the same command goes on" in first.stderr.read()
+    assert start(minutes=0.7).wait() == 0
+    assert "left: the same command goes on" in said.read_text()
     done = [r["item"] for r in Ledger(out).records() if r["state"] == "ok"]
     assert done == every[: len(done)] and 0 < len(done) < len(every)
 
     second = start(minutes=25)
     while not (out / "runs" / "moco_200" / "config.json").exists():
-        assert second.poll() is None, second.stderr.read()
+        assert second.poll() is None, said.read_text()
         time.sleep(0.2)
     second.send_signal(signal.SIGKILL)
     second.wait()
 
-    third = start(minutes=25)
-    said = third.communicate()[1]
-    assert third.returncode == 0, said
-    assert f"{len(every)} of {len(every)} ok, 0 failed. {out / TABLE}" in said
+    assert start(minutes=25).wait() == 0, said.read_text()
+    assert f"{len(every)} of {len(every)} ok, 0 failed. {out / TABLE}" in said.read_text()
     records = Ledger(out).records()
     assert not [r for r in records if r["state"] == "failed"]
     assert [sum(r["item"] == name and r["state"] == "ok" for r in records) for name in every] == [

@@ -109,9 +109,8 @@ def _quality() -> list[Item]:
             found.append(
                 Item(
                     f"{name}_{protocol}", "quality", after=name,
-                    seconds=300 if protocol == "linear_augmented" else 45,
-                    command=functools.partial(quality.evaluate, name=name, protocol=protocol),
-                    read=functools.partial(quality.scored, name=name),
+                    seconds=300 if protocol == "linear_augmented" else 60,
+                    work=functools.partial(quality.evaluate, name=name, protocol=protocol),
                 )
             )  # fmt: skip
     return found

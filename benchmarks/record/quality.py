@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 from benchmarks.record.ledger import Found
 from benchmarks.record.setting import ROOT, Setting
 from benchmarks.record.steps import Sizes
+from benchmarks.scaling import METHODS
 from common import config as configs
 from common import jsonl
+from common.evaluate import modes, settings
 from configs import moco_cifar10, simclr_cifar10
 
 CONFIGS = {"simclr": simclr_cifar10, "moco": moco_cifar10}
@@ -149,33 +151,26 @@ def seconds_to(records: list[dict[str, Any]], target: float) -> tuple[float, int
     return (seconds / sum(weights) * scored[0], scored[0]) if timed else None
 
 
-# What is asked of each trained run: protocol, and the flags of `main.py`.
-PROTOCOLS = {
+# What is asked of each trained run: the mode, and its settings as `--eval` has them.
+PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
     # as in MoCo's notebook, lightly and others
-    "knn200": ["--mode=knn", "--eval.knn.k=200", "--eval.knn.temperature=0.1"],
+    "knn200": ("knn", {"knn.k": 200, "knn.temperature": 0.1}),
     # equal votes of the 10 nearest by cosine, as in github.com/dkobak/simclr-cifar10; the small
     # part of a vote that is left to the similarity decides ties only
-    "knn10": ["--mode=knn", "--eval.knn.k=10", "--eval.knn.temperature=1000"],
-    "linear_cached": ["--mode=linear_eval", "--eval.linear.variant=cached"],
-    "linear_augmented": ["--mode=linear_eval", "--eval.linear.variant=augmented"],
+    "knn10": ("knn", {"knn.k": 10, "knn.temperature": 1000.0}),
+    "linear_cached": ("linear_eval", {"linear.variant": "cached"}),
+    "linear_augmented": ("linear_eval", {"linear.variant": "augmented"}),
 }
 
 
-def evaluate(setting: Setting, name: str, protocol: str) -> list[str]:
-    """The command that scores a trained run."""
-    more = [f"--workdir={workdir(setting, name)}", f"--eval.batch_size={2 * setting.sizes.batch}"]
-    if setting.sizes.name == "tiny" and protocol.startswith("linear"):
-        more += ["--eval.linear.epochs=1", "--eval.linear.learning_rate=(1.0,)"]
-    if setting.sizes.name == "tiny" and protocol.startswith("linear"):
-        more += ["--eval.linear.weight_decay=(0.0,)"]
-    return setting.main_py(*PROTOCOLS[protocol], *more)
-
-
-def scored(setting: Setting, name: str) -> Found:
-    """The newest line of the run's `results.jsonl`."""
-    lines = (workdir(setting, name) / "results.jsonl").read_text().splitlines()
-    record = json.loads(lines[-1])
+def evaluate(setting: Setting, name: str, protocol: str) -> Found:
+    """Scores a trained run, as `main.py --mode=...` does."""
+    mode, given = PROTOCOLS[protocol]
+    c = settings.default_config()
+    tiny = {"linear.epochs": 1, "linear.learning_rate": (1.0,), "linear.weight_decay": (0.0,)}
+    c.update_from_flattened_dict(given | (tiny if setting.sizes.name == "tiny" else {}))
+    record = modes.run(mode, str(workdir(setting, name)), c, METHODS)
     words = f"{record['top1']:.2%} of {record['num_test']:,} test images"
-    if record["mode"] == "knn":
+    if mode == "knn":
         return Found(f"{words}, k = {record['k']}, T = {record['temperature']:g}", record)
     return Found(f"{words}, {record['protocol']}", record)
