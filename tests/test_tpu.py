@@ -88,7 +88,7 @@ def test_an_unknown_topology_is_one_line():
 def test_a_step_of_the_kit_fits_one_chip_and_overwrites_its_state():
     c = plan.every(steps.FULL)["simclr_device_bfloat16_dispatch"]
     found = plan.planned(c, "v5e:1x1", quick=True)
-    assert found["devices"] == 1 and not found["collectives"]
+    assert not [kind for kind, _, group in found["collectives"] if group > 1]
     abstract = running.described(c, make_mesh(jax.devices()[:1]))[1]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     assert found["aliased"] > 0.95 * size
