@@ -41,10 +41,16 @@ def cut(directory: pathlib.Path, pieces: pathlib.Path, mb: float = 45) -> dict:
         The index: `name`, and `pieces`, a list of `{"file", "bytes", "sha256"}`.
 
     Raises:
-        UserError: no such folder, nothing in it, or pieces there already.
+        UserError: no such folder, nothing or a link in it, or pieces there already.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
         raise UserError(f"{directory}: expected a folder with something in it, to cut into pieces")
+    if linked := [p for p in directory.rglob("*") if p.is_symlink()]:
+        raise UserError(
+            f"{linked[0]} is a link, which may lead nowhere elsewhere: copy what it shows"
+        )
+    if pieces.resolve().is_relative_to(directory.resolve()):
+        raise UserError(f"{pieces} lies in {directory}: give a folder outside for the pieces")
     if pieces.exists() and any(pieces.iterdir()):
         raise UserError(f"{pieces} is not empty: give a new folder for the pieces")
     size = int(mb * MB)
@@ -81,6 +87,8 @@ def join(
     """
     text, index = _index(pieces, keep)
     marker = directory / ".pieces.json"
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()  # made beforehand, as one does
     if directory.exists() and not (marker.exists() and marker.read_text() == text):
         raise UserError(f"{directory} exists, and is not made of these pieces: give a new folder")
     if directory.exists():
@@ -88,16 +96,19 @@ def join(
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         files.write_text(keep / f"{index['name']}.json", text)
-    found = {}
+    found, damaged = {}, []
     for piece in index["pieces"]:
         for place in filter(None, (keep, pieces)):
             path = place / piece["file"]
-            if path.exists():
-                _check(path, piece)
+            if path.exists() and (fault := _fault(path, piece)):
+                damaged.append((piece["file"], fault))
+            elif path.exists():
                 found[piece["file"]] = path
                 break
         if keep and piece["file"] in found and found[piece["file"]].parent != keep:
             files.write_bytes(keep / piece["file"], found[piece["file"]].read_bytes())
+    if faults := [fault for file, fault in damaged if file not in found]:
+        raise UserError(faults[0])  # after what is good was taken in
     lacking = [p["file"] for p in index["pieces"] if p["file"] not in found]
     if not lacking:
         _unpack([found[p["file"]] for p in index["pieces"]], directory, text)
@@ -129,6 +140,7 @@ class _Splitter(io.RawIOBase):
         data, self._buffer = bytes(self._buffer[:size]), self._buffer[size:]
         file = f"{self._name}.{len(self._written):03}"
         (self._pieces / file).write_bytes(data)
+        print(f"{file}: {size / MB:,.1f} MB", file=sys.stderr)
         digest = hashlib.sha256(data).hexdigest()
         self._written.append({"file": file, "bytes": size, "sha256": digest})
 
@@ -173,10 +185,15 @@ def _index(pieces: pathlib.Path, keep: pathlib.Path | None) -> tuple[str, dict]:
                 index = json.loads(path.read_text())
             except ValueError as error:
                 raise UserError(f"{path} is damaged ({error}): carry it anew") from error
-            if isinstance(index, dict) and "pieces" in index:
+            if isinstance(index, dict) and isinstance(index.get("pieces"), list):
                 found[path.read_text()] = index
+    if not pieces.is_dir():
+        raise UserError(f"no folder {pieces}: expected the pieces that have arrived")
     if not found:
-        raise UserError(f"{pieces} holds no index: carry the NAME.json that `cut` wrote, too")
+        raise UserError(
+            f"{pieces} holds no index, without which no piece can be checked: nothing was taken "
+            "in; carry the NAME.json that `cut` wrote first, or with each piece"
+        )
     if len(found) > 1:
         names = ", ".join(sorted(index["name"] for index in found.values()))
         raise UserError(
@@ -186,17 +203,19 @@ def _index(pieces: pathlib.Path, keep: pathlib.Path | None) -> tuple[str, dict]:
     return next(iter(found.items()))
 
 
-def _check(path: pathlib.Path, piece: dict) -> None:
+def _fault(path: pathlib.Path, piece: dict) -> str:
+    """What is wrong with a piece; "" if nothing."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     if digest.hexdigest() != piece["sha256"]:
         size = path.stat().st_size
-        raise UserError(
+        return (
             f"{path} is damaged: {size:,} bytes of {piece['bytes']:,}, and another digest than "
             "when it was cut: carry it anew"
         )
+    return ""
 
 
 def _unpack(paths: list[pathlib.Path], directory: pathlib.Path, index: str) -> None:
@@ -214,16 +233,18 @@ def _unpack(paths: list[pathlib.Path], directory: pathlib.Path, index: str) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 3 while pieces are lacking."""
+    """Returns 0, or 3 while pieces are lacking."""
     parser = argparse.ArgumentParser("python -m benchmarks.pieces", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     for name, first, second in (("cut", "DIR", "PIECES"), ("join", "PIECES", "DIR")):
         sub = commands.add_parser(name)
-        sub.add_argument("source", type=pathlib.Path, metavar=first)
-        sub.add_argument("target", type=pathlib.Path, metavar=second)
-    commands.choices["cut"].add_argument("--mb", type=float, default=45)
-    commands.choices["join"].add_argument("--keep", type=pathlib.Path)
+        sub.add_argument("source", type=pathlib.Path, metavar=first, help="that is there")
+        sub.add_argument("target", type=pathlib.Path, metavar=second, help="that is made")
+    add = commands.choices["cut"].add_argument
+    add("--mb", type=float, default=45, help="of a piece at most, 1e6 bytes (default 45)")
+    add = commands.choices["join"].add_argument
+    add("--keep", type=pathlib.Path, help="folder that stays, for pieces of several arrivals")
     flags = parser.parse_args(argv)
     if flags.command == "cut":
         index = cut(flags.source, flags.target, flags.mb)
@@ -232,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     lacking = join(flags.source, flags.target, flags.keep)
     if lacking:
-        print(f"{len(lacking)} pieces are lacking: {', '.join(lacking[:8])}", file=sys.stderr)
+        print(f"pieces that are lacking: {', '.join(lacking)}", file=sys.stderr)
         return 3
     print(f"complete: {flags.target}")
     return 0

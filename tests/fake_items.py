@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -46,6 +47,8 @@ def dies(setting) -> Found:
 
 
 def hangs(setting) -> Found:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    (setting.out / "grandchild").write_text(str(child.pid))
     time.sleep(1000)
 
 
@@ -65,6 +68,14 @@ def fail(setting) -> list[str]:
     return [sys.executable, "-c", "import sys; sys.exit('error: no such thing')"]
 
 
+def nowhere(setting) -> list[str]:
+    return ["/no/such/command"]
+
+
+def misread(setting) -> Found:
+    return Found(f"{None:.2%}")
+
+
 def every(sizes) -> list[Item]:
     return [
         Item("good", "sanity", 1, work=good),
@@ -75,6 +86,8 @@ def every(sizes) -> list[Item]:
         Item("late", "rates", 1, work=good),
         Item("too_long", "rates", 10_000, work=good),
         Item("fails", "quality", 1, command=fail, read=good),
+        Item("nowhere", "quality", 1, command=nowhere, read=good),
+        Item("misread", "quality", 1, command=score, read=misread),
         Item("trains", "quality", 1, command=train, read=trained, training=True),
         Item("scores", "quality", 1, command=score, read=good, after="trains"),
     ]

@@ -71,14 +71,22 @@ def test_a_damaged_piece_is_named_and_nothing_is_made(folder, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"data\.001 is damaged.*carry it anew"):
         pieces.join(tmp_path / "out", tmp_path / "back")
-    path.write_bytes(data[:-1])
+    path.write_bytes(data[:-1])  # and now into a store
     with pytest.raises(UserError, match=r"99,999 bytes of 100,000"):
         pieces.join(tmp_path / "out", tmp_path / "back", tmp_path / "keep")
     assert not (tmp_path / "back").exists()
+    # what is good was taken in, and a good copy replaces what is damaged in the store
+    assert (tmp_path / "keep" / "data.002").exists()
+    data[5] ^= 1
+    (tmp_path / "keep" / "data.001").write_bytes(b"damaged")
+    path.write_bytes(data)
+    assert pieces.join(tmp_path / "out", tmp_path / "back", tmp_path / "keep") == []
+    assert content(tmp_path / "back") == content(folder)
 
 
 def test_a_kill_while_unpacking_leaves_no_folder_and_the_next_call_makes_it(folder, tmp_path):
     pieces.cut(folder, tmp_path / "out", mb=0.1)
+    (tmp_path / "back").mkdir()  # empty: nothing is lost
     (tmp_path / "back.unpacking").mkdir()
     (tmp_path / "back.unpacking" / "noise.bin").write_text("half")
     assert pieces.join(tmp_path / "out", tmp_path / "back") == []
@@ -96,11 +104,21 @@ def test_what_is_in_the_way_stays(folder, tmp_path):
     assert content(tmp_path / "mine") == {"file": b"mine"}
 
 
+def test_links_and_pieces_within_the_folder_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="lies in"):
+        pieces.cut(folder, folder / "pieces")
+    (folder / "deep" / "link").symlink_to(folder / "empty")
+    with pytest.raises(UserError, match="link is a link"):
+        pieces.cut(folder, tmp_path / "out")
+
+
 def test_mistakes(folder, tmp_path):
     with pytest.raises(UserError, match="expected a folder with something in it"):
         pieces.cut(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(UserError, match="holds no index"):
+    with pytest.raises(UserError, match=r"holds no index.*nothing was taken in"):
         pieces.join(folder, tmp_path / "back")
+    with pytest.raises(UserError, match="no folder"):
+        pieces.join(tmp_path / "nowhere", tmp_path / "back")
     pieces.cut(folder, tmp_path / "one")
     (folder / "more").write_text("x")
     pieces.cut(folder, tmp_path / "two")
@@ -117,4 +135,4 @@ def test_the_command_line_says_what_is_lacking(folder, tmp_path, capsys):
     (tmp_path / "out" / "data.001").unlink()
     arguments = ["join", str(tmp_path / "out"), str(tmp_path / "back")]
     assert pieces.main(arguments) == 3
-    assert "1 pieces are lacking: data.001" in capsys.readouterr().err
+    assert "pieces that are lacking: data.001" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.record import __main__ as record
 from benchmarks.record import items, ledger, plan, quality, sanity, schedule, steps
 from benchmarks.record.ledger import Found, Ledger
-from benchmarks.record.setting import ROOT, Setting
+from benchmarks.record.setting import ROOT, Setting, environment, last_words
 from benchmarks.running import traced
 from common import jsonl
 from common.errors import UserError
@@ -56,17 +56,23 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     assert call(tmp_path) == 1
     assert states(tmp_path) == {
         "good": "ok", "wrong": "failed", "raises": "failed", "dies": "failed", "hangs": "failed",
-        "late": "ok", "fails": "failed", "trains": "ok", "scores": "ok",
+        "late": "ok", "fails": "failed", "nowhere": "failed", "misread": "failed", "trains": "ok", "scores": "ok",
     }  # fmt: skip
     found = {r["item"]: r for r in Ledger(tmp_path).records()}
     assert found["wrong"]["values"] == {"off": 3}
     assert found["raises"]["figure"] == "ValueError: a | first line"
     assert found["dies"]["figure"].startswith(f"died (exit status {-signal.SIGABRT}): ")
-    assert found["hangs"]["figure"].startswith("no end after 1 s")
+    assert found["hangs"]["figure"].startswith("no end after 1.")
+    grandchild = int((tmp_path / "grandchild").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(grandchild, 0)
+    assert "No such file" in found["nowhere"]["figure"]
+    assert found["misread"]["figure"].startswith("its result cannot be read: TypeError")
     assert found["fails"]["figure"] == "exit status 1: error: no such thing"
     assert found["good"]["values"]["pid"] != found["late"]["values"]["pid"] != os.getpid()
     said = capsys.readouterr().err
-    assert "4 of 10 ok, 5 failed, 1 left: the same command goes on" in said
+    assert f"4 of 12 ok, 7 failed, 1 left: {tmp_path / ledger.TABLE}" in said
+    assert "the same command goes on: too_long is next, and begun with 10000 s or more" in said
     table = (tmp_path / ledger.TABLE).read_text().splitlines()
     assert table[0].startswith(found["good"]["hardware"])
     assert [line.split(" | ")[1] for line in table[4:]] == list(found)
@@ -80,7 +86,7 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
 
 @pytest.mark.slow
 def test_when_the_time_is_up_a_training_run_is_saved_and_carries_on(tmp_path, fakes):
-    assert call(tmp_path, "--stages=trains,scores", minutes=3.0 / 60) == 0
+    assert call(tmp_path, "--stages=trains,scores", minutes=3.0 / 60) == 3
     assert states(tmp_path) == {"trains": "saved"}
     step = int((tmp_path / "progress").read_text())
     assert 0 < step < fake_items.STEPS
@@ -90,7 +96,7 @@ def test_when_the_time_is_up_a_training_run_is_saved_and_carries_on(tmp_path, fa
     assert states(tmp_path) == {"trains": "ok", "scores": "ok"}
     assert Ledger(tmp_path).records()[1]["figure"] == str(fake_items.STEPS)
     # time that is too short for an item is not spent on it
-    assert call(tmp_path, "--stages=good,hangs", minutes=0.5 / 60) == 0
+    assert call(tmp_path, "--stages=good,hangs", minutes=0.1 / 60) == 3
     assert "good" not in states(tmp_path)
 
 
@@ -138,12 +144,40 @@ def test_the_order_is_untried_then_failed_and_what_depends_waits(tmp_path):
         return [item.name for item in plan._open()], chosen and chosen.name
 
     opened, chosen = names(left=1e6)
-    assert opened == ["raises", "dies", "hangs", "late", "too_long", "fails", "trains", "wrong"]
+    assert opened == ["raises", "dies", "hangs", "late", "too_long", "fails", "nowhere", "misread",
+                      "trains", "wrong"]  # fmt: skip
     assert chosen == "raises"
     assert names(left=0.5)[1] == "hangs"  # the only one that fits
     assert names(left=0.1)[1] is None
     book.add("quality", "trains", "ok", Found(""), 1.0)
     assert "scores" in names(left=1e6)[0]
+
+
+def test_a_run_whose_folder_is_gone_is_trained_again(tmp_path):
+    book = Ledger(tmp_path)
+    item = next(item for item in items.every(steps.TINY) if item.name == "simclr_200_epochs")
+    book.add("quality", item.name, "ok", Found(""), 1.0)
+    plan = schedule.Schedule(setting(tmp_path), book, [item], time.time() + 1000, 1)
+    assert plan._next() is item
+    workdir = quality.workdir(setting(tmp_path), item.name)
+    workdir.mkdir(parents=True)
+    (workdir / "summary.json").write_text("{}")
+    assert plan._next() is None and not plan.waiting()
+
+
+def test_the_last_words_are_those_of_the_error():
+    words = "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    notice = "For simplicity, JAX has removed its internal frames\n"
+    assert last_words(f"Traceback\n  File x\n{words}\n----\n{notice}") == words
+    assert last_words("error: no index\n") == "error: no index"
+    assert last_words("told to stop: saved\n\n") == "told to stop: saved"
+    assert last_words("") == "it said nothing"
+
+
+def test_the_processes_can_always_use_a_cpu(monkeypatch):
+    for given, wanted in (("", ""), ("cuda", "cuda,cpu"), ("cpu", "cpu"), ("tpu,cpu", "tpu,cpu")):
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+        assert environment()["JAX_PLATFORMS"] == wanted
 
 
 def test_a_training_run_is_begun_only_with_the_time_to_save_it(tmp_path):
@@ -163,9 +197,9 @@ def test_records_are_strict_json_and_a_torn_line_costs_only_itself(tmp_path):
     book.add("sanity", "a", "ok", Found("fine", {"x": [float("inf"), {"y": np.pi}]}), 1.26)
     with (tmp_path / ledger.LINES).open("a") as file:
         file.write('{"item": "b", "state": "o')
-    book.add("rates", "c", "failed", Found("bad | worse"), 61, hardware="one")
-    book.add("rates", "c", "ok", Found("good"), 60, hardware="two")
-    book.add("rates", "d", "ok", Found("good"), 60, hardware="one")
+    book.add("rates", "c", "failed", Found("bad | worse", hardware="one"), 61)
+    book.add("rates", "c", "ok", Found("good", hardware="two"), 60)
+    book.add("rates", "d", "ok", Found("good", hardware="one"), 60)
 
     def strict(name):
         raise AssertionError(name)
@@ -192,7 +226,7 @@ def test_mistakes(tmp_path, capsys):
         record.main([f"--out={tmp_path}", "--minutes=1", f"--data={tmp_path}"])
     with pytest.raises(UserError, match="expected more than 0"):
         record.main([f"--out={tmp_path}", "--minutes=0"])
-    assert record.main([f"--out={tmp_path}", "--minutes=0.0001"]) == 0
+    assert record.main([f"--out={tmp_path}", "--minutes=0.0001"]) == 3
     assert "quality is left out" in capsys.readouterr().err
     with pytest.raises(UserError, match="records of the full sizes, and these are the tiny"):
         record.main([f"--out={tmp_path}", "--minutes=1", "--tiny"])
@@ -261,11 +295,11 @@ def test_seconds_to_a_score_are_those_of_the_steps_alone():
 
 
 def test_what_a_trained_run_says(tmp_path):
-    workdir = quality.workdir(setting(tmp_path), "simclr_500")
+    workdir = quality.workdir(setting(tmp_path), "simclr_500_epochs")
     workdir.mkdir(parents=True)
     summary = {
         "knn_top1": 0.9051, "knn_top1_at_init": 0.3, "steps": 400, "batch_size": 100,
-        "images_per_second": 2000.0, "seconds": 31.4,
+        "images_per_second": 2000.0, "seconds": 31.4, "device": "H100", "jax": "0.11",
     }  # fmt: skip
     (workdir / "summary.json").write_text(json.dumps(summary))
     lines = [
@@ -273,10 +307,10 @@ def test_what_a_trained_run_says(tmp_path):
         {"step": 400, "loss": 2.0, "seconds_step": 0.05}, {"step": 400, "knn_top1": 0.9051},
     ]  # fmt: skip
     (workdir / jsonl.FILE).write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert quality.progress(setting(tmp_path), "simclr_500") == "saved after step 400"
-    found = quality.trained(setting(tmp_path), "simclr_500")
+    found = quality.trained(setting(tmp_path), "simclr_500_epochs")
     for words in ("90.51%", "31 s in all, 20 s of them in steps", "2,000 images/s", "loss 2.000"):
         assert words in found.figure
+    assert found.hardware.startswith("H100, ") and found.hardware.endswith(" jax 0.11")
     assert "90% after 10 s of steps (step 200)" in found.figure
     assert found.values["seconds_to_target"] == pytest.approx(10)
 

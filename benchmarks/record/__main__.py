@@ -15,7 +15,7 @@ import benchmarks.record as package
 from benchmarks.record import items, steps
 from benchmarks.record.ledger import TABLE, Ledger
 from benchmarks.record.schedule import Schedule
-from benchmarks.record.setting import Setting
+from benchmarks.record.setting import LOGS, Setting
 from common import files
 from common.data.shards import INDEX
 from common.errors import UserError
@@ -30,12 +30,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--minutes", type=float, required=True, help="that this call may take, all in all")
+    add("--minutes", type=float, required=True, help="of this call, and half a one to save")
     add("--out", type=pathlib.Path, required=True, help="folder of the records and runs")
     add("--data", default="", help="shards of CIFAR-10 (main.py --mode=prepare), for quality")
     add("--stages", default="sanity,rates,quality", help="of these, or single items, with commas")
-    add("--tiny", action="store_true", help="tiny networks and runs: to try the kit on a CPU")
-    add("--patience", type=float, default=5, help="an item that takes so often its time hangs")
+    add("--tiny", action="store_true", help="tiny networks and runs, to try the kit on a CPU")
+    add("--patience", type=float, default=5, help="an item ends after so often its estimate (5)")
+    add("--list", action="store_true", help="only says which items there are, and their estimates")
     return parser.parse_args(argv)
 
 
@@ -84,7 +85,9 @@ def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another call is writing into {out}: wait for its end") from error
         path = out / SETTING
-        before = json.loads(path.read_text())["sizes"] if path.exists() else sizes.name
+        before = sizes.name
+        with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, or torn
+            before = json.loads(path.read_text())["sizes"]
         if before != sizes.name:
             raise UserError(
                 f"{out} holds records of the {before} sizes, and these are the {sizes.name} ones: "
@@ -107,11 +110,14 @@ def stopped_by_signals(schedule: Schedule) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.items") -> int:
-    """Does what fits into the time; 0 if nothing has failed, 1 if something has.
+    """Does what fits into the time.
 
     Args:
         argv: the command line's.
         catalogue: see `Setting`.
+
+    Returns:
+        0: all that was asked for is done; 1: something of it has failed; 3: something is left.
     """
     begin = time.time()
     flags = parse(argv)
@@ -121,6 +127,10 @@ def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.
     out, data = flags.out.expanduser().resolve(), flags.data
     data = str(pathlib.Path(data).expanduser().resolve()) if data else ""
     chosen = wanted(flags, importlib.import_module(catalogue).every(sizes))
+    if flags.list:
+        for item in chosen:
+            print(f"{item.stage:8} {item.name:36} {item.seconds:5.0f} s")
+        return 0
     with claimed(out, sizes):
         ledger = Ledger(out)
         deadline = begin + 60 * flags.minutes
@@ -128,16 +138,20 @@ def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.
         schedule = Schedule(setting, ledger, chosen, deadline, flags.patience)
         with stopped_by_signals(schedule):
             schedule.run()
-        states = [ledger.state_of(item.name) for item in chosen]
+        states = [schedule.state_of(item) for item in chosen]
     failed, done = states.count("failed"), states.count("ok")
     left = len(states) - done - failed
-    more = f", {left} left: the same command goes on" if left else ""
-    print(f"{done} of {len(states)} ok, {failed} failed{more}. {out / TABLE}", file=sys.stderr)
-    return int(failed > 0)
+    lines = [f"{done} of {len(states)} ok, {failed} failed, {left} left: {out / TABLE}"]
+    if failed:
+        lines.append(f"what has failed is tried again at the next call; why: {out / LOGS}")
+    if left:
+        lines.append(f"the same command goes on: {schedule.waiting()}")
+    print("\n".join(lines), file=sys.stderr)
+    return 1 if failed else 3 if left else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

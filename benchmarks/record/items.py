@@ -9,6 +9,7 @@ from benchmarks.record.ledger import Found
 from benchmarks.record.setting import Setting
 from benchmarks.record.steps import Sizes
 
+LONG = "linear_augmented"
 STAGES = ("sanity", "rates", "quality")
 
 
@@ -26,6 +27,8 @@ class Item:
         read: as `work`.
         training: whether the process saves and leaves on SIGTERM, and carries on another time.
         after: an item that must be ok before.
+        alone: in a worker of its own, with all of the device's memory.
+        kept: of a training, whether what it has trained is still there.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Item:
     read: Callable[[Setting], Found] | None = None
     training: bool = False
     after: str = ""
+    alone: bool = False
+    kept: Callable[[Setting], bool] | None = None
 
 
 def every(sizes: Sizes) -> list[Item]:
@@ -71,11 +76,14 @@ def _rates(sizes: Sizes) -> list[Item]:
     found = []
     for batch in sizes.batches:
         for method in steps.METHODS:
+            name = f"{method}_batch{batch}"
             work = functools.partial(rates.in_memory, method=method, batch=batch)
-            found.append(item(f"{method}_{batch}", seconds=100, work=work))
+            found.append(item(name, seconds=60, work=work))
+            work = functools.partial(rates.beside_pytorch, method=method, batch=batch)
+            found.append(item(f"{name}_beside_pytorch", seconds=120, work=work, alone=True))
     for method in steps.METHODS:
         work = functools.partial(rates.large, method=method)
-        found.append(item(f"{method}_large", seconds=120, work=work))
+        found.append(item(f"{method}_resnet50", seconds=120, work=work, alone=True))
     for what in profile.WHAT:
         found.append(
             item(
@@ -84,7 +92,7 @@ def _rates(sizes: Sizes) -> list[Item]:
                 read=functools.partial(profile.read, what=what),
             )
         )  # fmt: skip
-    found.append(item("fold_norm", seconds=150, work=rates.fold_norm))
+    found.append(item("fold_norm", seconds=150, work=rates.fold_norm, alone=True))
     found.append(
         item("dispatch", seconds=100, work=functools.partial(rates.dispatch, method="simclr"))
     )
@@ -103,14 +111,14 @@ def _quality() -> list[Item]:
                 name, "quality", seconds=100, training=True,
                 command=functools.partial(quality.train, name=name),
                 read=functools.partial(quality.trained, name=name),
+                kept=functools.partial(quality.kept, name=name),
             )
         )  # fmt: skip
-        for protocol in quality.PROTOCOLS:
-            found.append(
-                Item(
-                    f"{name}_{protocol}", "quality", after=name,
-                    seconds=300 if protocol == "linear_augmented" else 60,
-                    work=functools.partial(quality.evaluate, name=name, protocol=protocol),
-                )
-            )  # fmt: skip
-    return found
+        found += [_score(name, protocol) for protocol in quality.PROTOCOLS if protocol != LONG]
+    # it takes minutes, of which nothing can be saved
+    return found + [_score(name, LONG, seconds=300) for name in quality.RUNS]
+
+
+def _score(name: str, protocol: str, seconds: float = 60) -> Item:
+    work = functools.partial(quality.evaluate, name=name, protocol=protocol)
+    return Item(f"{name}_{protocol}", "quality", seconds, work=work, after=name)

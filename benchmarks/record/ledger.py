@@ -13,6 +13,8 @@ LINES, TABLE = "records.jsonl", "records.md"
 # the training run goes on from there
 STATES = ("ok", "failed", "cut", "saved")
 
+_FIELDS = {"stage", "item", "state", "figure", "seconds", "time"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -22,11 +24,13 @@ class Found:
         figure: in a few words, for the table.
         values: the numbers behind it, as JSON has them.
         ok: whether it is as it should be.
+        hardware: that it ran on; "" where that is not known.
     """
 
     figure: str
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     ok: bool = True
+    hardware: str = ""
 
 
 class Ledger:
@@ -45,7 +49,7 @@ class Ledger:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and record.get("state") in STATES:
+            if isinstance(record, dict) and record.keys() >= _FIELDS and record["state"] in STATES:
                 found.append(record)
         return found
 
@@ -54,7 +58,7 @@ class Ledger:
         states = [r["state"] for r in self.records() if r["item"] == item]
         return states[-1] if states else None
 
-    def add(self, stage: str, item: str, state: str, found: Found, seconds: float, **more) -> None:
+    def add(self, stage: str, item: str, state: str, found: Found, seconds: float) -> None:
         """Writes a line, and the table anew.
 
         Args:
@@ -63,12 +67,12 @@ class Ledger:
             state: one of `STATES`.
             found: what was found.
             seconds: that it took.
-            **more: where it ran.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {
             "stage": stage, "item": item, "state": state, "figure": found.figure,
-            "seconds": round(seconds, 1), "time": now, "values": found.values, **more,
+            "seconds": round(seconds, 1), "time": now, "values": found.values,
+            "hardware": found.hardware,
         }  # fmt: skip
         path = self.out / LINES
         text = path.read_text(errors="replace") if path.exists() else ""
@@ -88,12 +92,14 @@ class Ledger:
         days = sorted({r["time"][:10] for r in newest.values()})
         marks = {name: f" [{i}]" if len(where) > 1 else "" for i, name in enumerate(where, 1)}
         names = "; ".join(name + marks[name] for name in where)
-        lines = ["; ".join([names, *days]), "", "| stage | item | | found | s |"]
+        lines = ["; ".join(filter(None, [names, *days])), "", "| stage | item | | found | s |"]
         lines.append("| --- | --- | --- | --- | --: |")
         for r in newest.values():
             item = r["item"] + marks.get(r.get("hardware"), "")
             cells = r["stage"], item, r["state"], r["figure"], f"{r['seconds']:,.0f}"
-            lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
+            lines.append(
+                "| " + " | ".join(" ".join(c.replace("|", "/").split()) for c in cells) + " |"
+            )
         return lines
 
 

@@ -1,9 +1,13 @@
 """Sanity of what needs whole runs of `main.py`: SIGTERM and resume, and the exported encoder."""
 
+import importlib.util
 import itertools
+import os
 import pathlib
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -12,13 +16,19 @@ from jax import export
 
 from benchmarks.record.ledger import Found
 from benchmarks.record.sanity import relative
-from benchmarks.record.setting import ROOT, Setting, environment
+from benchmarks.record.setting import (
+    ROOT,
+    Setting,
+    end_with_parent,
+    environment,
+    last_words,
+)
 from common import jsonl
 from common.preemption import EXIT_STATUS
 
-# Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same;
-# on a GPU sums run in another order each time, and the differences grow with the steps: so many
-# after the one at which it was stopped are compared.
+# Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same,
+# on a GPU too if it keeps to one order of sums. Where it does not, differences grow with the steps:
+# so many after the one at which it was stopped are compared.
 RESUMED, STEPS_AFTER = 0.02, 50
 # Features of one encoder here and on a CPU: a GPU multiplies in TF32, of 10 bits, through 6 layers.
 EXPORTED = 0.02
@@ -28,6 +38,8 @@ def resume(setting: Setting, method: str) -> Found:
     """A run that is told to stop, and carried on, has the losses of one that was left alone."""
     total, stop = setting.sizes.resume
     whole, stopped = (setting.out / "sanity" / f"{method}_{x}" for x in ("whole", "stopped"))
+    for workdir in (whole, stopped):  # of an attempt that was cut off
+        shutil.rmtree(workdir, ignore_errors=True)
     _call(setting, method, whole, total)
     status, seconds = _stopped(setting, method, stopped, stop)
     at = max([r["step"] for r in jsonl.read(stopped / jsonl.FILE)], default=0)
@@ -63,7 +75,7 @@ def exported(setting: Setting, method: str) -> Found:
     )
     off, spread = relative(here, there), float(there.std(0).mean())
     return Found(
-        f"{len(data) / 1e6:.1f} MB, features {list(here.shape)}, relative difference from a CPU's "
+        f"{len(data) / 1e3:,.0f} kB, features {list(here.shape)}, relative difference from a CPU's "
         f"{off:.1e}",
         {"bytes": len(data), "difference": off, "spread": spread},
         ok=off < EXPORTED and spread > 0,
@@ -87,19 +99,29 @@ def _call(setting: Setting, method: str, workdir: pathlib.Path, total: int) -> N
 
 def _run(command: list[str], workdir: pathlib.Path) -> None:
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, errors="replace"
-    )
+        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, errors="replace",
+        preexec_fn=end_with_parent,
+    )  # fmt: skip
+    sys.stderr.write(done.stderr)  # into the worker's log
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no output"]
-        raise RuntimeError(f"{workdir.name}: exit status {done.returncode}: {last[0]}")
+        words = last_words(done.stderr)
+        raise RuntimeError(f"{workdir.name}: exit status {done.returncode}: {words}")
+
+
+def _environment() -> dict[str, str]:
+    """On a GPU, sums in one order: two runs are to be compared."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        flags += " --xla_gpu_deterministic_ops=true"
+    return environment() | {"XLA_FLAGS": flags}
 
 
 def _stopped(setting: Setting, method: str, workdir: pathlib.Path, stop: int) -> tuple[int, float]:
     """Exit status of a run that gets SIGTERM once it has logged a step, and how long it took."""
     total = setting.sizes.resume[0]
     process = subprocess.Popen(
-        _arguments(setting, method, workdir, total), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        _arguments(setting, method, workdir, total), cwd=ROOT, env=_environment(),
+        preexec_fn=end_with_parent,
     )  # fmt: skip
     path = workdir / jsonl.FILE
     try:

@@ -13,10 +13,10 @@ import sys
 from benchmarks import trace
 from benchmarks.record import steps
 from benchmarks.record.ledger import Found
-from benchmarks.record.setting import Setting, cache
+from benchmarks.record.setting import Setting, cache, hardware
 
 FOLDER = "profiles"
-WHAT = (*steps.METHODS, "large")
+WHAT = (*steps.METHODS, "resnet50")
 
 
 def command(setting: Setting, what: str) -> list[str]:
@@ -27,12 +27,14 @@ def command(setting: Setting, what: str) -> list[str]:
 
 def read(setting: Setting, what: str) -> Found:
     """What the process has found."""
-    rows = json.loads((setting.out / FOLDER / f"{what}.json").read_text())
+    found = json.loads((setting.out / FOLDER / f"{what}.json").read_text())
+    rows = found["rows"]
     words = ", ".join(f"{name} {share:.1%}" for name, _, share in rows if share >= 0.001)
     shares = dict.fromkeys(name for name, _, _ in rows) | {name: share for name, _, share in rows}
     return Found(
         f"{sum(ms for _, ms, _ in rows):.2f} ms a step: {words}",
         {"rows": rows},
+        hardware=found["hardware"],
         ok=abs(sum(shares.values()) - 1) < 1e-3 and shares[trace.CONVOLUTIONS] > 0,
     )
 
@@ -45,14 +47,14 @@ def main() -> None:
 
     jax.config.update("jax_compilation_cache_dir", cache())
     sizes = steps.SIZES[name]
-    if what == "large":
+    if what == "resnet50":
         c = steps.large("simclr", sizes)
     else:
         c = steps.in_memory(what, sizes.batches[0], sizes, steps=1)
     folder = pathlib.Path(out) / FOLDER
     folder.mkdir(exist_ok=True)
     rows = trace.profile(c, directory=str(folder / what))
-    (folder / f"{what}.json").write_text(json.dumps(rows) + "\n")
+    (folder / f"{what}.json").write_text(json.dumps({"rows": rows, "hardware": hardware()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks.record.ledger import Found
-from benchmarks.record.setting import ROOT, Setting
+from benchmarks.record.setting import ROOT, Setting, hardware
 from benchmarks.record.steps import Sizes
 from benchmarks.scaling import METHODS
 from common import config as configs
@@ -42,9 +42,9 @@ class Run:
 
 
 RUNS = {
-    "simclr_200": Run("simclr", 200),
-    "moco_200": Run("moco", 200),
-    "simclr_500": Run("simclr", 500, every=25, knn_k=10),
+    "simclr_200_epochs": Run("simclr", 200),
+    "moco_200_epochs": Run("moco", 200),
+    "simclr_500_epochs": Run("simclr", 500, every=25, knn_k=10),
 }
 
 
@@ -84,7 +84,8 @@ def train(setting: Setting, name: str) -> list[str]:
     """The command of a run; the same one carries on."""
     run, sizes = RUNS[name], setting.sizes
     given = changes(run, sizes)
-    given.setdefault("data.source", f"shards:{setting.data}")
+    if setting.data:
+        given |= {"data.source": f"shards:{setting.data}", "data.image_size": 32}
     return setting.main_py(
         f"--config={ROOT}/configs/{run.method}_cifar10.py", f"--workdir={workdir(setting, name)}",
         *(f"--config.{field}={value}" for field, value in given.items()),
@@ -96,17 +97,22 @@ def workdir(setting: Setting, name: str) -> pathlib.Path:
     return setting.out / "runs" / name
 
 
+def kept(setting: Setting, name: str) -> bool:
+    """Whether a run that has ended is still there."""
+    return (workdir(setting, name) / "summary.json").exists()
+
+
 def trained(setting: Setting, name: str) -> Found:
     """Of a run that has ended: its last kNN, its seconds, and when it reached the target."""
     path = workdir(setting, name)
     summary = json.loads((path / "summary.json").read_text())
     records = jsonl.read(path / jsonl.FILE)
-    k = RUNS[name].knn_k or 200
+    k, voting = RUNS[name].knn_k or 200, 1000 if setting.sizes.name == "tiny" else "all"
     reached = seconds_to(records, TARGET) if k == 10 else None
     rate = summary["images_per_second"]
     words = (
-        f"kNN in training (k = {k}) {summary['knn_top1']:.2%} after the last of "
-        f"{summary['steps']:,} steps (untrained {summary['knn_top1_at_init']:.2%}); "
+        f"kNN in training (k = {k}, {voting} images vote) {summary['knn_top1']:.2%} after the last "
+        f"of {summary['steps']:,} steps (untrained {summary['knn_top1_at_init']:.2%}); "
         f"{summary['seconds']:,.0f} s in all, "
         f"{summary['steps'] * summary['batch_size'] / rate:,.0f} s of them in steps, "
         f"{rate:,.0f} images/s"
@@ -121,14 +127,8 @@ def trained(setting: Setting, name: str) -> Found:
     return Found(
         f"{words}; loss {loss:.3f}",
         {"summary": summary, "loss": loss, "seconds_to_target": reached and reached[0]},
+        hardware=hardware(summary["device"], summary["jax"]),
     )
-
-
-def progress(setting: Setting, name: str) -> str:
-    """How far a run has come, in words."""
-    path = workdir(setting, name) / jsonl.FILE
-    steps = [r["step"] for r in jsonl.read(path)] if path.exists() else []
-    return f"saved after step {max(steps):,}" if steps else "no step yet"
 
 
 def seconds_to(records: list[dict[str, Any]], target: float) -> tuple[float, int] | None:
@@ -172,5 +172,6 @@ def evaluate(setting: Setting, name: str, protocol: str) -> Found:
     record = modes.run(mode, str(workdir(setting, name)), c, METHODS)
     words = f"{record['top1']:.2%} of {record['num_test']:,} test images"
     if mode == "knn":
-        return Found(f"{words}, k = {record['k']}, T = {record['temperature']:g}", record)
+        votes = "equal votes" if protocol == "knn10" else f"T = {record['temperature']:g}"
+        return Found(f"{words}, k = {record['k']}, {votes}", record)
     return Found(f"{words}, {record['protocol']}", record)

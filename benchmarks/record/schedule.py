@@ -1,7 +1,8 @@
 """Which item is next, whether it still fits, and what becomes of one that does not end."""
 
-import ctypes
+import contextlib
 import itertools
+import os
 import pathlib
 import signal
 import subprocess
@@ -11,12 +12,19 @@ import time
 from benchmarks.record import worker
 from benchmarks.record.items import Item
 from benchmarks.record.ledger import Found, Ledger
-from benchmarks.record.setting import ROOT, Setting, environment
+from benchmarks.record.setting import (
+    LOGS,
+    ROOT,
+    Setting,
+    end_with_parent,
+    environment,
+    last_words,
+)
 from common.errors import UserError
 from common.preemption import EXIT_STATUS
 
 SAVING = 30.0  # seconds before the end at which a training run is told to save
-LAST = 60.0  # that it has for it, the end notwithstanding
+LAST = 30.0  # that it has for it, the end notwithstanding
 POLL = 0.1
 
 
@@ -54,14 +62,15 @@ class Schedule:
             if chosen.work:  # and what follows it, in one process
                 opened = self._open()
                 rest = opened[opened.index(chosen) :]
-                self._by_worker(list(itertools.takewhile(lambda item: item.work, rest)))
+                several = itertools.takewhile(lambda item: item.work and not item.alone, rest)
+                self._by_worker([chosen] if chosen.alone else list(several))
             else:
                 self._by_command(chosen)
             self._say()
 
     def _open(self) -> list[Item]:
         """What is to be done: first what was not tried yet, then what has failed another time."""
-        states = {item.name: self.ledger.state_of(item.name) for item in self.items}
+        states = {item.name: self.state_of(item) for item in self.items}
         ready = [
             item for item in self.items
             if states[item.name] != "ok" and item.name not in self._tried
@@ -69,10 +78,29 @@ class Schedule:
         ]  # fmt: skip
         return sorted(ready, key=lambda item: states[item.name] == "failed")
 
+    def state_of(self, item: Item) -> str | None:
+        """As the ledger says, but a run that is gone was not trained."""
+        state = self.ledger.state_of(item.name)
+        gone = state == "ok" and item.kept and not item.kept(self.setting)
+        return None if gone else state
+
     def _next(self) -> Item | None:
         left = self.deadline - time.time()
-        need = lambda item: item.seconds + (SAVING if item.training else 0)  # noqa: E731
-        return next((item for item in self._open() if need(item) <= left), None)
+        return next((item for item in self._open() if self.need(item) <= left), None)
+
+    def need(self, item: Item) -> float:
+        """Seconds that must be left to begin it."""
+        return item.seconds + (SAVING if item.training else 0)
+
+    def waiting(self) -> str:
+        """Why what is left was not done."""
+        left = [item for item in self.items if self.state_of(item) not in ("ok", "failed")]
+        if not left:
+            return ""
+        first = left[0]
+        if first.after and self.ledger.state_of(first.after) != "ok":
+            return f"{first.name} waits for {first.after}"
+        return f"{first.name} is next, and begun with {self.need(first):.0f} s or more"
 
     def _by_worker(self, items: list[Item]) -> None:
         """Starts a worker, and records for it the item in which it dies or does not end."""
@@ -81,7 +109,8 @@ class Schedule:
         names = [item.name for item in items]
         known = {item.name: item for item in items}
         before = {name: self._count(name) for name in names}
-        with open(self.setting.out / "worker.log", "a") as log:
+        with open(self._log("worker"), "a") as log:
+            written = log.tell()
             s = self.setting
             process = self._start(
                 [sys.executable, "-m", "benchmarks.record.worker", str(s.out), s.data,
@@ -100,82 +129,87 @@ class Schedule:
                 elif time.time() - begin > limit:
                     reason = "hangs"
                 if reason:
-                    process.kill()
-                    process.wait()
+                    _kill(process)
         current = _read(now)
         done = {name for name in names if self._count(name) > before[name]}
         self._tried |= done
+        words = last_words(self._log("worker").read_bytes()[written:].decode(errors="replace"))
         if current and current not in done:
-            self._unfinished(known[current], reason, process.returncode, time.time() - begin)
+            status = process.returncode
+            self._unfinished(known[current], reason, status, time.time() - begin, words)
         elif not process.returncode:
             self._tried |= set(names)  # the rest does not fit
         elif not current and reason != "cut":
-            path = self.setting.out / "worker.log"
-            raise UserError(f"the worker cannot start: {_last_line(path)}: see {path}")
+            raise UserError(f"the worker cannot start: {words} (see {self._log('worker')})")
 
-    def _unfinished(self, item: Item, reason: str, status: int, seconds: float) -> None:
+    def _unfinished(self, item: Item, reason: str, status: int, seconds: float, words: str) -> None:
         self._tried.add(item.name)
         if reason == "cut":
             found, state = Found("the time was up"), "cut"
         elif reason == "hangs":
             found, state = (
-                Found(f"no end after {seconds:.0f} s (see --patience)", ok=False),
+                Found(f"no end after {seconds:.1f} s (see --patience)", ok=False),
                 "failed",
             )
         else:
-            line = _last_line(self.setting.out / "worker.log")
-            found, state = Found(f"died (exit status {status}): {line}", ok=False), "failed"
+            found, state = Found(f"died (exit status {status}): {words}", ok=False), "failed"
         self.ledger.add(item.stage, item.name, state, found, seconds)
 
     def _by_command(self, item: Item) -> None:
         """Runs a process of the item's own; one that trains is told to save when the time is up."""
         self._tried.add(item.name)
-        logs = self.setting.out / "logs"
-        logs.mkdir(exist_ok=True)
-        path, begin = logs / f"{item.name}.log", time.time()
-        with open(path, "a") as log:
-            process = self._start(item.command(self.setting), log)
-            cut = ""
+        begin, cut = time.time(), ""
+        with open(self._log(item.name), "a") as log:
+            written = log.tell()
+            try:
+                process = self._start(item.command(self.setting), log)
+            except Exception as error:
+                found = Found(f"cannot be started: {error!r}"[:300], ok=False)
+                self.ledger.add(item.stage, item.name, "failed", found, 0)
+                return
             while process.poll() is None:
                 time.sleep(POLL)
                 if item.training and time.time() > self.deadline - SAVING:
-                    cut = cut or self._tell(process)
+                    if not cut:
+                        process.send_signal(signal.SIGTERM)
+                    cut = "told"
                     if time.time() > self.deadline + LAST:
-                        process.kill()
+                        _kill(process)
                 elif not item.training and time.time() > self.deadline:
                     cut = "cut"
-                    process.kill()
+                    _kill(process)
                 elif not item.training and time.time() - begin > self.patience * item.seconds:
                     cut = "hangs"
-                    process.kill()
-        self._of_command(item, process.returncode, cut, path, time.time() - begin)
-
-    def _tell(self, process: subprocess.Popen) -> str:
-        process.send_signal(signal.SIGTERM)
-        return "told"
+                    _kill(process)
+        words = last_words(self._log(item.name).read_bytes()[written:].decode(errors="replace"))
+        seconds = time.time() - begin
+        state, found = self._of_command(item, process.returncode, cut, words, seconds)
+        self.ledger.add(item.stage, item.name, state, found, seconds)
 
     def _of_command(
-        self, item: Item, status: int, cut: str, log: pathlib.Path, seconds: float
-    ) -> None:
+        self, item: Item, status: int, cut: str, words: str, seconds: float
+    ) -> tuple[str, Found]:
         if not status:
             try:
                 found = item.read(self.setting)
-            except (OSError, ValueError, KeyError, IndexError) as error:
+            except Exception as error:  # whatever is in the files that it left
                 found = Found(f"its result cannot be read: {error!r}"[:300], ok=False)
-            state = "ok" if found.ok else "failed"
-        elif status == EXIT_STATUS and item.training:
-            found, state = Found(_last_line(log)), "saved"
-        elif cut in ("told", "cut"):
-            found, state = Found("the time was up"), "cut"
-        else:
-            words = f"no end after {seconds:.0f} s" if cut else f"exit status {status}"
-            found, state = Found(f"{words}: {_last_line(log)}", ok=False), "failed"
-        self.ledger.add(item.stage, item.name, state, found, seconds)
+            return ("ok" if found.ok else "failed"), found
+        if status == EXIT_STATUS and item.training:
+            return "saved", Found(words)
+        if cut in ("told", "cut"):
+            return "cut", Found("the time was up")
+        what = f"no end after {seconds:.1f} s" if cut else f"exit status {status}"
+        return "failed", Found(f"{what}: {words}", ok=False)
+
+    def _log(self, name: str) -> pathlib.Path:
+        (self.setting.out / LOGS).mkdir(exist_ok=True)
+        return self.setting.out / LOGS / f"{name}.log"
 
     def _start(self, command: list[str], log) -> subprocess.Popen:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, preexec_fn=_end_with_parent,
+            stderr=log, preexec_fn=end_with_parent, start_new_session=True,
         )  # fmt: skip
 
     def _count(self, name: str) -> int:
@@ -190,16 +224,12 @@ class Schedule:
         self._said = len(records)
 
 
-def _end_with_parent() -> None:
-    """In a child on Linux: SIGTERM, on which a training run saves, when this process is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _kill(process: subprocess.Popen) -> None:
+    """With all that it has started: it would stay on the device."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _read(path: pathlib.Path) -> str | None:
     return path.read_text() or None if path.exists() else None
-
-
-def _last_line(path: pathlib.Path) -> str:
-    lines = [x.strip() for x in path.read_text(errors="replace").splitlines() if x.strip()]
-    return lines[-1][:300] if lines else "it said nothing"

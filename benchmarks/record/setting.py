@@ -1,13 +1,18 @@
 """What every item is given: where it writes, where its data are, how large it is."""
 
+import ctypes
 import dataclasses
 import os
 import pathlib
+import re
+import signal
 import sys
 
 from benchmarks.record.steps import Sizes
 from common import command_line
 
+LOGS = "logs"  # folder of what the processes print
+_ERROR = re.compile(r"(\w[\w.]*(Error|Exception|Interrupt)|error|Fatal Python error)\b")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -37,9 +42,38 @@ def cache() -> str:
     return os.environ.get("JAX_COMPILATION_CACHE_DIR") or command_line.CACHE
 
 
+def hardware(device: str = "", jax_version: str = "") -> str:
+    """What a record says of the machine; without arguments, of this process's first device."""
+    if not device:
+        import jax
+
+        device, jax_version = jax.devices()[0].device_kind, jax.__version__
+    return f"{device}, {os.cpu_count()} cores, jax {jax_version}"
+
+
+def end_with_parent() -> None:
+    """In a child on Linux: SIGTERM, on which a training run saves, when its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def last_words(text: str) -> str:
+    """The line that says what went wrong, of what a process has printed before it ended."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or ["it said nothing"])[-1][:300]
+
+
 def environment() -> dict[str, str]:
     """Of every process that is started: memory is taken as it is needed, for several share it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        platforms += ",cpu"  # what a device computes is compared with it
     return os.environ | {
+        "JAX_PLATFORMS": platforms,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"),
+        "JAX_TRACEBACK_FILTERING": "off",  # its notice would be the last line of an error
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }

@@ -142,8 +142,8 @@ def every(sizes: Sizes) -> dict[str, ConfigDict]:
         found |= sanity(method, sizes)
         found[f"{method}_reference"] = reference(method, sizes)
         for batch in sizes.batches:
-            found[f"{method}_{batch}"] = in_memory(method, batch, sizes)
+            found[f"{method}_batch{batch}"] = in_memory(method, batch, sizes)
         found[f"{method}_one_step"] = in_memory(method, sizes.batches[0], sizes, steps=1)
-        found[f"{method}_large"] = large(method, sizes)
-        found[f"{method}_large_unfolded"] = large(method, sizes, fold_norm=False)
+        found[f"{method}_resnet50"] = large(method, sizes)
+        found[f"{method}_resnet50_unfolded"] = large(method, sizes, fold_norm=False)
     return found

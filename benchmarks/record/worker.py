@@ -6,6 +6,7 @@
 record. DEADLINE is in seconds since 1970: what does not fit before it is left out.
 """
 
+import dataclasses
 import importlib
 import os
 import pathlib
@@ -16,12 +17,12 @@ import traceback
 
 from benchmarks.record import items, steps
 from benchmarks.record.ledger import Found, Ledger
-from benchmarks.record.setting import Setting, cache
+from benchmarks.record.setting import Setting, cache, hardware
 
 NOW = "now"  # the file
 
 
-def do(item: items.Item, setting: Setting, ledger: Ledger, hardware: str) -> None:
+def do(item: items.Item, setting: Setting, ledger: Ledger) -> None:
     """Works, and writes what was found or went wrong."""
     begin = time.perf_counter()
     try:
@@ -32,7 +33,8 @@ def do(item: items.Item, setting: Setting, ledger: Ledger, hardware: str) -> Non
         found = Found(f"{type(error).__name__}: {lines[0][:300]}", ok=False)
     state = "ok" if found.ok else "failed"
     seconds = time.perf_counter() - begin
-    ledger.add(item.stage, item.name, state, found, seconds, hardware=hardware)
+    found = dataclasses.replace(found, hardware=hardware())
+    ledger.add(item.stage, item.name, state, found, seconds)
 
 
 def main() -> None:
@@ -42,18 +44,18 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", cache())
+    if sizes == "full" and jax.default_backend() == "cpu":
+        sys.exit("error: JAX finds no GPU or TPU here: give --tiny to try the kit on a CPU")
     setting = Setting(pathlib.Path(out), data, steps.SIZES[sizes], catalogue)
     every = importlib.import_module(catalogue).every(setting.sizes)
     known = {item.name: item for item in every}
-    device = jax.devices()[0].device_kind
     ledger = Ledger(setting.out)
-    hardware = f"{device}, {os.cpu_count()} cores, jax {jax.__version__}"
     for item in (known[name] for name in names):
         if time.time() + item.seconds > float(deadline):
             continue
         (setting.out / NOW).write_text(item.name)
         print(f"\n== {item.name}", file=sys.stderr, flush=True)
-        do(item, setting, ledger, hardware)
+        do(item, setting, ledger)
         jax.clear_caches()  # what it compiled stays on the disk only
 
 
