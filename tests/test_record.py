@@ -56,7 +56,8 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     assert call(tmp_path) == 1
     assert states(tmp_path) == {
         "good": "ok", "wrong": "failed", "raises": "failed", "dies": "failed", "hangs": "failed",
-        "late": "ok", "fails": "failed", "nowhere": "failed", "misread": "failed", "trains": "ok", "scores": "ok",
+        "late": "ok", "fails": "failed", "nowhere": "failed", "misread": "failed",
+        "trains": "ok", "scores": "ok",
     }  # fmt: skip
     found = {r["item"]: r for r in Ledger(tmp_path).records()}
     assert found["wrong"]["values"] == {"off": 3}
@@ -313,6 +314,16 @@ def test_what_a_trained_run_says(tmp_path):
     assert found.hardware.startswith("H100, ") and found.hardware.endswith(" jax 0.11")
     assert "90% after 10 s of steps (step 200)" in found.figure
     assert found.values["seconds_to_target"] == pytest.approx(10)
+
+
+def test_a_run_can_be_carried_to_another_place():
+    """A resumed run has to find the config that it had: paths within the checkout are relative."""
+    inside = Setting(ROOT / "runs" / "kit", str(ROOT / "runs" / "shards"), steps.FULL)
+    command = quality.train(inside, "moco_200_epochs")
+    assert "--config.data.source=shards:runs/shards" in command
+    outside = Setting(ROOT / "runs" / "kit", "/elsewhere/shards", steps.FULL)
+    command = quality.train(outside, "moco_200_epochs")
+    assert "--config.data.source=shards:/elsewhere/shards" in command
 
 
 def test_every_name_is_unique_and_every_run_is_scored_in_both_protocols():

@@ -85,7 +85,10 @@ def train(setting: Setting, name: str) -> list[str]:
     run, sizes = RUNS[name], setting.sizes
     given = changes(run, sizes)
     if setting.data:
-        given |= {"data.source": f"shards:{setting.data}", "data.image_size": 32}
+        data = pathlib.Path(setting.data)
+        if data.is_relative_to(ROOT):  # the run carries on in another place, too
+            data = data.relative_to(ROOT)
+        given |= {"data.source": f"shards:{data}", "data.image_size": 32}
     return setting.main_py(
         f"--config={ROOT}/configs/{run.method}_cifar10.py", f"--workdir={workdir(setting, name)}",
         *(f"--config.{field}={value}" for field, value in given.items()),
