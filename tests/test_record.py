@@ -68,7 +68,7 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     grandchild = int((tmp_path / "grandchild").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(grandchild, 0)
-    assert "No such file" in found["nowhere"]["figure"]
+    assert "No such file" in found["nowhere"]["figure"]  # said by the child
     assert found["misread"]["figure"].startswith("its result cannot be read: TypeError")
     assert found["fails"]["figure"] == "exit status 1: error: no such thing"
     assert found["good"]["values"]["pid"] != found["late"]["values"]["pid"] != os.getpid()

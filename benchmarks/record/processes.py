@@ -19,7 +19,7 @@ from benchmarks.record.sanity import relative
 from benchmarks.record.setting import (
     ROOT,
     Setting,
-    end_with_parent,
+    bound,
     environment,
     last_words,
 )
@@ -99,8 +99,8 @@ def _call(setting: Setting, method: str, workdir: pathlib.Path, total: int) -> N
 
 def _run(command: list[str], workdir: pathlib.Path) -> None:
     done = subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, errors="replace",
-        preexec_fn=end_with_parent,
+        bound(command), cwd=ROOT, env=_environment(), capture_output=True, text=True,
+        errors="replace",
     )  # fmt: skip
     sys.stderr.write(done.stderr)  # into the worker's log
     if done.returncode:
@@ -120,8 +120,7 @@ def _stopped(setting: Setting, method: str, workdir: pathlib.Path, stop: int) ->
     """Exit status of a run that gets SIGTERM once it has logged a step, and how long it took."""
     total = setting.sizes.resume[0]
     process = subprocess.Popen(
-        _arguments(setting, method, workdir, total), cwd=ROOT, env=_environment(),
-        preexec_fn=end_with_parent,
+        bound(_arguments(setting, method, workdir, total)), cwd=ROOT, env=_environment(),
     )  # fmt: skip
     path = workdir / jsonl.FILE
     try:

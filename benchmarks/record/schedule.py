@@ -16,7 +16,7 @@ from benchmarks.record.setting import (
     LOGS,
     ROOT,
     Setting,
-    end_with_parent,
+    bound,
     environment,
     last_words,
 )
@@ -208,8 +208,8 @@ class Schedule:
 
     def _start(self, command: list[str], log) -> subprocess.Popen:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, preexec_fn=end_with_parent, start_new_session=True,
+            bound(command), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, start_new_session=True,
         )  # fmt: skip
 
     def _count(self, name: str) -> int:

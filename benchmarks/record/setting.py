@@ -1,11 +1,9 @@
 """What every item is given: where it writes, where its data are, how large it is."""
 
-import ctypes
 import dataclasses
 import os
 import pathlib
 import re
-import signal
 import sys
 
 from benchmarks.record.steps import Sizes
@@ -51,10 +49,22 @@ def hardware(device: str = "", jax_version: str = "") -> str:
     return f"{device}, {os.cpu_count()} cores, jax {jax_version}"
 
 
-def end_with_parent() -> None:
-    """In a child on Linux: SIGTERM, on which a training run saves, when its parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+# Asks Linux for SIGTERM when the parent is gone, and becomes the command. Not in `preexec_fn`: that
+# runs Python in a fork of a process with JAX's threads, which may deadlock.
+_BOUND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def bound(command: list[str]) -> list[str]:
+    """A command that gets SIGTERM, on which a training run saves, when this process is killed."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]
 
 
 def last_words(text: str) -> str:
