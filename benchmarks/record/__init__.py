@@ -8,10 +8,12 @@ in `DIR/records.jsonl` and a row more in `DIR/records.md`. The same command goes
 one ended: what is done is skipped, what does not fit into the time left is not begun, and a
 training run is saved when the time is up and carries on. An item that fails stops no other.
 
-    steps      every train step that is compiled here, as a config
-    sanity, rates, quality    the items' work
-    items      their list: what each is called, how long it may take
-    ledger     records, and the table
-    worker     a process that does items one by one
+    steps      every train step that is compiled here, as a config, and how large it is
+    items      the list: what each item is called, how long it may take; a new one is added here
+    sanity, processes, rates, profile, quality    the items' work
+    setting    what an item is given, and what a process is started with
     schedule   which item is next, and when it has to end
+    worker     a process that does items one by one
+    ledger     records, and the table
+    plan       the steps, compiled for a TPU that is not there; no part of a call
 """

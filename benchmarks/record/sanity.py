@@ -23,8 +23,8 @@ from simclr_jax.loss import nt_xent
 from tests import oracles
 
 # Of float32, relative to the norm of what is compared. On a CPU the gradient of this ResNet-18 in
-# float32 is 3e-6 (SimCLR) and 1e-6 (MoCo) from that in float64; another order of the sums, or
-# another algorithm of a convolution, may do that ten times over.
+# float32 is 3e-6 (SimCLR) and 1e-6 (MoCo) from that in float64 (measured once; no script is kept);
+# another order of the sums, or another algorithm of a convolution, may do that ten times over.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 DISPATCHES = 3
 PACKAGES = (

@@ -147,10 +147,8 @@ class Schedule:
         if reason == "cut":
             found, state = Found("the time was up"), "cut"
         elif reason == "hangs":
-            found, state = (
-                Found(f"no end after {seconds:.1f} s (see --patience)", ok=False),
-                "failed",
-            )
+            words = f"no end after {seconds:.1f} s (see --patience)"
+            found, state = Found(words, ok=False), "failed"
         else:
             found, state = Found(f"died (exit status {status}): {words}", ok=False), "failed"
         self.ledger.add(item.stage, item.name, state, found, seconds)

@@ -79,11 +79,18 @@ def environment() -> dict[str, str]:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
         platforms += ",cpu"  # what a device computes is compared with it
-    return os.environ | {
-        "JAX_PLATFORMS": platforms,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"),
-        "JAX_TRACEBACK_FILTERING": "off",  # its notice would be the last line of an error
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-    }
+    return (
+        os.environ
+        | ({"JAX_PLATFORMS": platforms} if platforms else {})
+        | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get(
+                "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"
+            ),
+            "JAX_TRACEBACK_FILTERING": "off",  # its notice would be the last line of an error
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+            ),
+        }
+    )
