@@ -319,6 +319,23 @@ def test_tensorflow_leaves_the_accelerators_alone():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_keras_is_loaded_on_use_and_is_the_one_it_would_have_been():
+    code = (
+        "import os, sys\n"
+        "from common.data import tensorflow_host\n"
+        "assert not {'keras', 'sklearn', 'scipy.stats'} & set(sys.modules)\n"
+        "assert 'TF_USE_LEGACY_KERAS' not in os.environ\n"
+        "import tensorflow as tf\n"
+        "from tensorflow.keras.layers import Dense\n"
+        "import keras\n"
+        "assert Dense is tf.keras.layers.Dense is keras.layers.Dense\n"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------- corrupt images
 
 

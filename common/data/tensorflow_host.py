@@ -12,7 +12,28 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # start-up notices; errors s
 # the same bytes without it, in the same time (measured).
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import tensorflow as tf
+
+@contextlib.contextmanager
+def _keras_on_use() -> Generator[None, None, None]:
+    """Keeps TensorFlow's import from loading Keras, and with it SciPy and scikit-learn.
+
+    That is a third of the import. TensorFlow leaves it out when it is told to use the legacy Keras
+    and that is not installed. The choice is taken back afterwards: `tf.keras`, if somebody uses
+    it, is the one that it would have been.
+    """
+    name = "TF_USE_LEGACY_KERAS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+with _keras_on_use():
+    import tensorflow as tf
 
 # JAX owns the accelerators; TensorFlow would reserve all their memory.
 tf.config.set_visible_devices([], "GPU")
