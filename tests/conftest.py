@@ -36,10 +36,12 @@ LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests 
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 TEARDOWN_SECONDS = 300  # for the fixtures of any test
 STDERR = os.dup(2)  # pytest has another one while a test runs
-# Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
+# Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`). But for
+# PyTorch's: it comes first, since Triton, which its builds for CUDA bring, ends a process that has
+# imported TensorFlow with a segmentation fault; the other way round they get along.
 LONGEST_FILES = (
-    "record_whole", "multiprocess", "faults", "distributed", "main", "preemption", "end_to_end",
-    "record", "resident", "tpu", "microbatch", "steps", "benchmarks", "torch", "pipeline",
+    "torch", "record_whole", "multiprocess", "faults", "tpu", "steps", "main", "microbatch",
+    "distributed", "end_to_end", "resident", "benchmarks", "record", "preemption", "pipeline",
     "augment",
 )  # fmt: skip
 

@@ -73,6 +73,7 @@ def test_a_turn_of_training_from_device_memory():
             method="moco", width=4, dtype="float32", batch=8, steps=2, images=32
         )
     )  # fmt: skip
+    c.model.stages = (1, 1)
     turn = resident.ours(c)
     losses = [float(turn()["loss"]) for _ in range(2)]
     assert np.isfinite(losses).all() and losses[0] != losses[1]

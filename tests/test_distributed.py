@@ -48,7 +48,7 @@ def test_a_pod_on_this_machine_trains(tmp_path):
 @pytest.mark.multiprocess
 def test_a_pod_that_is_told_to_stop_saves_and_carries_on(tmp_path):
     """SIGTERM for the launcher goes to all; twice, as an impatient person sends it."""
-    options = "--config.duration=200 steps", "--config.checkpoint.every=0 steps"
+    options = "--config.duration=100 steps", "--config.checkpoint.every=0 steps"
     options += "--config.evaluate.every=0 steps", "--config.evaluate.pictures=False"
     process, path = pod(tmp_path / "run", *options), tmp_path / "run" / jsonl.FILE
     while process.poll() is None and not (
@@ -64,7 +64,7 @@ def test_a_pod_that_is_told_to_stop_saves_and_carries_on(tmp_path):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0 and f"after step {saved}" in errors, errors
     steps = [r["step"] for r in jsonl.read(path) if "loss" in r]
-    assert steps == list(range(1, 201))
+    assert steps == list(range(1, 101))
 
 
 @pytest.mark.multiprocess

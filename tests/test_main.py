@@ -13,6 +13,7 @@ import pytest
 
 from common import jsonl
 from common.metrics import TIMING_KEYS
+from common.preemption import EXIT_STATUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = "--config=configs/simclr_demo.py:smoke"
@@ -74,24 +75,40 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
 
 
+# Starting a process takes longer than a mode: all of them in one.
+EVERY_MODE = """
+import pathlib, sys
+from common.evaluate import modes, settings
+from main import METHODS
+for mode, changes in {
+    "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},
+    "finetune": {"finetune.fraction": 0.1, "finetune.epochs": 1},
+    "knn": {}, "embed": {}, "export": {},
+    "transfer": {"logistic.num_values": 2, "logistic.max_iterations": 5},
+}.items():
+    c = settings.default_config()
+    c.update_from_flattened_dict(changes)
+    modes.run(mode, sys.argv[1], c, METHODS)
+"""
+
+
 @pytest.mark.slow
 def test_a_run_on_the_device_is_evaluated_without_tensorflow(tmp_path):
     """By the modes that train on labels too; `test_eval_batches.py` does that in its process."""
-    run, env = f"--workdir={tmp_path / 'run'}", without_tensorflow(tmp_path)
-    done = call(DEMO, run, *REAL, "--config.data.train_split=test", "--config.steps_per_dispatch=2",
-                "--config.data.augment_on=device", env=env)  # fmt: skip
+    workdir, env = tmp_path / "run", without_tensorflow(tmp_path)
+    done = call(
+        DEMO, f"--workdir={workdir}", *REAL, "--config.data.train_split=test",
+        "--config.steps_per_dispatch=2", "--config.data.augment_on=device", env=env,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    modes = {
-        "linear_eval": ("--eval.linear.variant=augmented", "--eval.linear.epochs=1"),
-        "finetune": ("--eval.finetune.fraction=0.1", "--eval.finetune.epochs=1"),
-        "knn": (), "embed": (), "export": (),
-        "transfer": ("--eval.logistic.num_values=2", "--eval.logistic.max_iterations=5"),
-    }  # fmt: skip
-    for mode, settings in modes.items():
-        done = call(f"--mode={mode}", run, *settings, env=env)
-        assert done.returncode == 0, done.stderr
-    records = [json.loads(s) for s in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert [record["mode"] for record in records] == list(modes)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_MODE, str(workdir)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert [record["mode"] for record in records] == [
+        "linear_eval", "finetune", "knn", "embed", "export", "transfer"
+    ]  # fmt: skip
     assert records[0]["variant"] == "augmented"
 
 
@@ -134,7 +151,7 @@ def test_mistakes_on_the_command_line(arguments, words):
 def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
     reader, terminal = pty.openpty()
     process = subprocess.Popen(
-        command(DEMO, f"--workdir={tmp_path / 'run'}", *REAL), cwd=ROOT, env=environment(),
+        command(DEMO, f"--workdir={tmp_path / 'run'}", *REAL), cwd=ROOT, env=hurried(),
         stdout=terminal, stderr=terminal,
     )  # fmt: skip
     os.close(terminal)
@@ -157,33 +174,59 @@ def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["simclr_demo", "moco_demo"])
-def test_a_process_killed_at_any_moment_continues_bit_by_bit(config, tmp_path):
-    arguments = (f"--config=configs/{config}.py:smoke", *REAL, "--config.duration=40 steps",
-                 "--config.checkpoint.every=3 steps", "--config.data.train_split=test")  # fmt: skip
+def test_a_process_that_is_killed_and_then_told_to_stop_continues_bit_by_bit(config, tmp_path):
+    """SIGKILL right after a checkpoint, SIGTERM (twice) long before the next."""
+    arguments = (
+        f"--config=configs/{config}.py:smoke", *REAL, "--config.duration=400 steps",
+        "--config.checkpoint.every=100 steps", "--config.data.train_split=test",
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def records(workdir):
         return [{k: v for k, v in r.items() if k not in TIMING_KEYS}
                 for r in jsonl.read(workdir / jsonl.FILE)]  # fmt: skip
 
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = call(*arguments, f"--workdir={whole}")
+    def saved():
+        folder = broken / "checkpoints"
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def logged():
+        path = broken / jsonl.FILE
+        return max((r["step"] for r in jsonl.read(path)), default=0) if path.exists() else 0
+
+    def start(until):
+        process = subprocess.Popen(
+            command(*arguments, f"--workdir={broken}"), cwd=ROOT, env=hurried(), text=True,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        while process.poll() is None and not until():
+            time.sleep(0.01)
+        return process
+
+    done = call(*arguments, f"--workdir={whole}", env=hurried())
     assert done.returncode == 0, done.stderr
 
-    process = subprocess.Popen(
-        command(*arguments, f"--workdir={broken}"), cwd=ROOT, env=environment(),
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    checkpoints = broken / "checkpoints"
-    while process.poll() is None and not (checkpoints.is_dir() and any(
-        p.name.isdigit() and int(p.name) >= 3 for p in checkpoints.iterdir())):  # fmt: skip
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process = start(until=lambda: saved() >= 100)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
     assert not (broken / "summary.json").exists()
+    first, lost = saved(), logged()  # the log has gone further
 
-    done = call(*arguments, f"--workdir={broken}")
+    process = start(until=lambda: logged() > lost)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == EXIT_STATUS == 143, errors
+    assert f"after step {first}" in errors
+    assert "told to stop: step " in errors and "Traceback" not in errors
+    second = saved()
+    assert first < second < 400 and f"told to stop: step {second} " in errors
+
+    done = call(*arguments, f"--workdir={broken}", env=hurried())
     assert done.returncode == 0, done.stderr
-    assert "resuming  after step" in done.stderr
+    assert f"after step {second}" in done.stderr
     assert records(broken) == records(whole)  # losses and norms of all parameters, to the last bit
     timed = {"images_per_second", "seconds"}
     a, b = (json.loads((w / "summary.json").read_text()) for w in (whole, broken))

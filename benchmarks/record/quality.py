@@ -62,9 +62,10 @@ def changes(run: Run, sizes: Sizes) -> dict[str, Any]:
     }
     if sizes.name == "tiny":
         found |= {
-            "data.source": "embedded", "data.image_size": 28, "batch_size": 64,
-            "model.stages": "(1,)", "model.width": sizes.width, "evaluate.every": "50 %",
-            "head.hidden": 16, "head.dim": 16, "log_every": 10, "evaluate.knn_examples": 1000,
+            "data.source": "embedded", "data.train_split": "test", "data.image_size": 28,
+            "batch_size": 64, "model.stages": "(1,)", "model.width": sizes.width,
+            "evaluate.every": "50 %", "evaluate.knn_examples": 1000, "checkpoint.every": "50 %",
+            "head.hidden": 16, "head.dim": 16, "log_every": 10,
         }  # fmt: skip
         if run.method == "moco":
             found["moco.queue_length"] = 256

@@ -48,8 +48,8 @@ class Sizes:
 FULL = Sizes()
 TINY = Sizes(
     name="tiny", stages=(1,), width=4, batch=16, batches=(16,), images=64, steps=3,
-    large=(50, 32, 4), losses=(64,), bank=(300, 20, 16), repeats=2, resume=(60, 10),
-    duration="60 steps",
+    large=(50, 32, 4), losses=(64,), bank=(300, 20, 16), repeats=2, resume=(40, 10),
+    duration="20 steps",
 )  # fmt: skip
 
 SIZES = {sizes.name: sizes for sizes in (FULL, TINY)}
