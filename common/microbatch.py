@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.sharding import AXIS
+from common.sharding import AXIS, each_device
 
 
 def count(config: ConfigDict, devices: int) -> int:
@@ -82,10 +82,11 @@ def forward(
         `features [rows, d]`, `embeddings [rows, dim]` in the order of `images`, and the statistics.
     """
 
-    def local(params: Any, batch_stats: Any, images: jax.Array) -> tuple:
+    def local(params: Any, batch_stats: Any, images: jax.Array, axis: str | None) -> tuple:
         # Their copies on each device are told apart *before* the loop, so that the gradient is
         # summed over the devices after it.
-        params, batch_stats = jax.lax.pcast((params, batch_stats), AXIS, to="varying")
+        if axis is not None:
+            params, batch_stats = jax.lax.pcast((params, batch_stats), axis, to="varying")
 
         # the loop itself keeps the two passes apart, which prevent_cse is for
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -96,13 +97,13 @@ def forward(
         blocks = images.reshape(parts, images.shape[0] // parts, *images.shape[1:])
         _, out = jax.lax.scan(lambda _, block: (None, encode(params, block)), None, blocks)
         features, embeddings = (x.reshape(images.shape[0], -1) for x in out[:2])
-        stats = jax.tree.map(lambda x: jax.lax.pmean(x.mean(0), AXIS), out[2])
+        stats = jax.tree.map(lambda x: x.mean(0), out[2])
+        if axis is not None:
+            stats = jax.lax.pmean(stats, axis)
         return features, embeddings, stats
 
     rows, whole = PartitionSpec(AXIS), PartitionSpec()
-    run = jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(rows, rows, whole)
-    )
+    run = each_device(local, mesh, (whole, whole, rows), (rows, rows, whole))
     return run(params, batch_stats, images)
 
 

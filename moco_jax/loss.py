@@ -6,7 +6,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from common import contrast
 from common.errors import UserError
-from common.sharding import AXIS
+from common.sharding import AXIS, each_device
 from moco_jax import queue as queue_lib
 
 
@@ -57,9 +57,7 @@ def info_nce(
     dtype = jnp.result_type(queries, keys, queue.keys, jnp.float32)
     live = queue_lib.mask(length, queue.keys.shape[1], step)
 
-    def local(queries, keys, negatives, live, temperature):
-        axis = None if mesh is None else AXIS
-
+    def local(queries, keys, negatives, live, temperature, axis):
         def mean(x):  # over rows, of all devices
             return x.mean(axis=0) if axis is None else jax.lax.pmean(x.mean(axis=0), axis)
 
@@ -94,11 +92,9 @@ def info_nce(
         }
 
     args = queries, keys, queue.keys, live, jnp.asarray(temperature, dtype)
-    if mesh is None:
-        return local(*args)
     rows, slots = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
     specs = rows, rows, slots, slots, PartitionSpec()
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(*args)
+    return each_device(local, mesh, specs, PartitionSpec())(*args)
 
 
 def _check_shapes(queries, keys, negatives, length, mesh):

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from common import contrast
 from common.errors import UserError
-from common.sharding import AXIS
+from common.sharding import AXIS, each_device
 
 
 def nt_xent(
@@ -91,9 +91,7 @@ def nt_xent_with_metrics(
         )
     n = z.shape[0]
 
-    def local(z, temperature):
-        axis = None if mesh is None else AXIS
-
+    def local(z, temperature, axis):
         def total(x):  # sum over rows, of all devices
             return x.sum(axis=0) if axis is None else jax.lax.psum(x.sum(axis=0), axis)
 
@@ -127,8 +125,5 @@ def nt_xent_with_metrics(
         }
 
     temperature = jnp.asarray(temperature)
-    if mesh is None:
-        return local(z, temperature)
     specs = PartitionSpec(AXIS), PartitionSpec()
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
-    return sharded(z, temperature)
+    return each_device(local, mesh, specs, PartitionSpec())(z, temperature)

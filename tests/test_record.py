@@ -350,3 +350,4 @@ def test_every_step_is_lowered_for_cuda_and_tpu(name):
         text = step.lower(lowering_platforms=(platform,)).as_text()
         assert "stablehlo.convolution" in text
         assert "stablehlo.custom_call" not in text  # of a library that only one platform has
+        assert not re.search(r"stablehlo\.(all_|reduce_scatter|collective_)", text)  # on one device

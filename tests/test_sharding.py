@@ -1,5 +1,6 @@
 """Which rows go where, and which arrays are split."""
 
+import re
 from typing import Any
 
 import flax
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from common import sharding
+from common.compiling import trace_step
 from common.errors import UserError
 
 P = jax.sharding.PartitionSpec
@@ -96,3 +99,20 @@ def test_a_batch_that_cannot_be_split_is_refused(batch, advice):
     message = rf"batch_size={batch} .* 8 devices: each takes as many images, .*{advice}"
     with pytest.raises(UserError, match=message):
         sharding.local_rows(mesh(8), batch)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_step_on_one_device_sends_nothing_not_even_to_itself(method, parts):
+    """A collective of one device computes nothing, and libtpu may die of it."""
+    c = tiny.config(method, model__bn_groups=8, microbatch=16 // parts)
+
+    def collectives(devices):
+        built = tiny.build(c, devices)
+        abstract = jax.eval_shape(built.init, jax.random.key(0))
+        shardings = sharding.state_shardings(built.setup.mesh, abstract)
+        text = trace_step(built, c, built.setup.mesh, abstract, shardings).lower().as_text()
+        return set(re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text))
+
+    assert collectives(1) == set()
+    assert "all_gather" in collectives(2)
