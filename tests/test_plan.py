@@ -262,23 +262,49 @@ def test_mistakes(monkeypatch):
         plan(main.METHODS["simclr"], c)
 
 
+# Of libtpu 0.0.42.1, shortened.
+DYING = """E0000 00:00:1795738717.677787   23731 common_lib.cc:554] INVALID_ARGUMENT: Error
+F1127 00:18:51.707496   23774 rotated.cc:676] Check failed: bound == 1 || bound >= 2  bound = 0
+*** Check failure stack trace: ***
+    @     0x7f64be09bc54  absl::log_internal::LogMessage::SendToLog()
+*** SIGABRT received by PID 23731 (TID 23774) on cpu 0, si_code=-6, from PID 23731; ***
+E1127 00:18:52.777298   23774 process_state.cc:708] RAW: Raising signal 6 with default behavior
+"""
+
+
 def die(compile_for, topology, sender, log):
-    """Stands for a compiler that overflows its stack."""
+    """Stands for a compiler that fails a check of its own."""
     import os
     import pathlib
 
-    pathlib.Path(log).write_text("I have a bad feeling\n*** SIGSEGV\n")
+    pathlib.Path(log).write_text(DYING)
     os.abort()
 
 
-def test_a_compiler_that_dies_is_an_error(monkeypatch):
+@pytest.mark.parametrize(
+    ("topology", "quick", "advice"),
+    [
+        ("v6e:4x8", False, "libtpu, known for ResNets on v6e; try --quick, another topology"),
+        ("v5e:1x1", True, "libtpu; try another topology"),
+    ],
+)
+def test_a_compiler_that_dies_is_an_error(topology, quick, advice, monkeypatch):
+    """Of one line: the check that failed, and what was not tried already."""
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(measure, "_child", die)
-    task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), (8, 4), 3)
-    with pytest.raises(
-        UserError, match=r"compiler died on v6e:4x8 \(exit status -6, \*\*\* SIGSEGV"
-    ):
-        measure.for_topology(task, "v6e:4x8")
+    task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), (8, 4), 3, quick=quick)
+    with pytest.raises(UserError) as caught:
+        measure.for_topology(task, topology)
+    assert str(caught.value) == (
+        f"the TPU compiler died on {topology} (exit status -6, Check failed: bound == 1 || bound "
+        f">= 2 bound = 0): a fault in {advice}, or another version of libtpu"
+    )
+
+
+def test_the_last_words_of_a_compiler():
+    assert measure._last_words("I am\n\n*** SIGSEGV received by PID 1 ***\n@ 0x7\n") == ", SIGSEGV"
+    assert measure._last_words("I am\nnot well\n\n") == ", not well"
+    assert measure._last_words("") == ""
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 
     python -m benchmarks.record.plan [--topology=v5e:1x1] [--steps=NAME,...] [--quick]
 
-Needs libtpu (`pip install "jax[tpu]"`), and no TPU. A JSON line for each step goes to --out. With
---quick, libtpu 0.0.42.1 dies of MoCo on one chip, whose sums over one device it then leaves in.
+Needs libtpu (`pip install "jax[tpu]"`), and no TPU. A JSON line for each step goes to --out.
 """
 
 import argparse

@@ -30,6 +30,9 @@ from common.plan import collectives, traffic
 from common.sharding import local_rows, make_mesh, state_shardings
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What libtpu writes when it dies: the check that failed, among lines about it, or the signal.
+_CHECK = re.compile(r"^F\d{4} .*?\] (.+)$", re.M)
+_SIGNAL = re.compile(r"^\*\*\* (SIG\w+)", re.M)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -151,15 +154,24 @@ def on_topology(
         finally:
             child.join()
         if kind == "died":
-            last = [line.strip() for line in log.read().splitlines() if line.strip()][-1:]
+            advice = "" if quick else "--quick, "
+            known = ", known for ResNets on v6e" if topology.startswith("v6e") else ""
             raise UserError(
                 f"the TPU compiler died on {topology} (exit status {child.exitcode}"
-                f"{', ' + last[0][:200] if last else ''}): a fault in libtpu, known for ResNets on "
-                "v6e; try --quick, another topology, or another version of libtpu"
+                f"{_last_words(log.read())}): a fault in libtpu{known}; try {advice}another "
+                "topology, or another version of libtpu"
             )
     if kind == "error":
         raise UserError(value)
     return value
+
+
+def _last_words(text: str) -> str:
+    """Of what a compiler wrote before it died, the line that says why, after a comma; or ""."""
+    found = _CHECK.search(text) or _SIGNAL.search(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = " ".join(found[1].split()) if found else lines[-1] if lines else ""
+    return f", {line[:200]}" if line else ""
 
 
 def _child(compile_for: Callable, topology: str, sender: Any, log: str) -> None:
