@@ -172,3 +172,19 @@ def make_setup(
         steps_per_epoch=steps_per_epoch,
         microbatches=microbatch.count(config, mesh.size),
     )
+
+
+def make_encoder_setup(config: ConfigDict, mesh: Mesh) -> Setup:
+    """A `Setup` of which only the network and the scale of images are used.
+
+    What decides a training step (the optimiser and its schedule, micro-batches, the probe) is left
+    out, so that no way in which a run was trained keeps its encoder from being used on other
+    devices and in other modes.
+
+    Raises:
+        UserError: from the builders of the network, for a value that they do not know.
+    """
+    config = config.copy_and_resolve_references()
+    config.microbatch = 0
+    config.optimizer, config.probe = optim.default_config(), probe.default_config()
+    return make_setup(config, mesh, 1, 1, num_classes=0)

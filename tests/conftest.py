@@ -40,9 +40,9 @@ STDERR = os.dup(2)  # pytest has another one while a test runs
 # PyTorch's: it comes first, since Triton, which its builds for CUDA bring, ends a process that has
 # imported TensorFlow with a segmentation fault; the other way round they get along.
 LONGEST_FILES = (
-    "torch", "record_whole", "multiprocess", "faults", "tpu", "steps", "main", "microbatch",
-    "distributed", "end_to_end", "resident", "benchmarks", "record", "preemption", "pipeline",
-    "augment",
+    "torch", "record_whole", "multiprocess", "faults", "tpu", "matrix", "steps", "main",
+    "microbatch", "distributed", "end_to_end", "resident", "benchmarks", "record", "preemption",
+    "pipeline", "augment",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from test_linear import softmax
 
 from common.data import presets, subset
 from common.evaluate import batches, finetune, finetune_mode, linear
-from common.method import make_setup
+from common.method import make_encoder_setup
 from common.sharding import make_mesh, to_global
 
 
@@ -132,10 +132,10 @@ def by_hand(network, classifier, bias, x, y):
 def test_rows_without_a_label_do_not_count_in_a_step(monkeypatch):
     """Steps on two devices, one of which has most of the labels, by hand; then none has any."""
 
-    def linear_setup(*args, **options):
-        return dataclasses.replace(make_setup(*args, **options), network=Matrix())
+    def linear_setup(*args):
+        return dataclasses.replace(make_encoder_setup(*args), network=Matrix())
 
-    monkeypatch.setattr(finetune, "make_setup", linear_setup)
+    monkeypatch.setattr(finetune, "make_encoder_setup", linear_setup)
     c, mesh = tiny.config("simclr"), make_mesh(jax.devices()[:2])
     tuner = finetune.Finetuner(c, mesh, "backbone", CLASSES, optax.sgd(0.1))
     rng = np.random.default_rng(0)

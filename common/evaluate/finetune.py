@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import optim
-from common.method import Setup, make_setup
+from common.method import Setup, make_encoder_setup
 from common.metrics import NonFiniteLossError
 from common.progress import Progress
 from common.sharding import batch_sharding, replicated
@@ -73,7 +73,7 @@ class Finetuner:
     ) -> None:
         config = config.copy_and_resolve_references()
         config.model.bn_groups = 1  # labels leak nothing through it, and it fits any batch
-        self.setup: Setup = make_setup(config, mesh, 1, 1, num_classes=0)
+        self.setup: Setup = make_encoder_setup(config, mesh)
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, mesh
         self.depth = self.setup.network.depth_of(layer)
         everywhere, rows = replicated(mesh), batch_sharding(mesh)

@@ -19,13 +19,9 @@ from common.data import pipeline, sources
 from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.settings import FEATURES
-from common.method import Method, Setup, make_setup, root_keys
+from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.optim import one_of
 from common.sharding import local_rows, make_mesh, replicated, state_shardings
-
-# Only the encoder is used: a schedule is built, and no step of it is ever taken. An epoch is one
-# step, so that a warm-up of many epochs is not longer than the run.
-_STEPS, _PER_EPOCH = 10**6, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +129,7 @@ def load(
         d.train_split = settings.train_split or d.bank_split or d.train_split
         d.test_split = settings.test_split or d.test_split
     mesh = mesh or make_mesh()
-    setup = make_setup(config, mesh, _STEPS, _PER_EPOCH, num_classes=0)
-    method = methods[config.method](setup)
+    method = methods[config.method](make_encoder_setup(config, mesh))
     state, step = None, 0
     if settings.features == "trained":
         state, step = _restore(workdir, method, mesh, settings.step)

@@ -79,7 +79,9 @@ def import_weights(
         raise UserError(
             "--mode=import needs the weights: --config.init_from=FILE, or the workdir of a run"
         )
-    setup = make_setup(config, make_mesh(), _STEPS, _PER_EPOCH, num_classes=0)
+    whole = config.copy_and_resolve_references()
+    whole.microbatch = 0  # nothing of the state depends on it, and it need not fit these devices
+    setup = make_setup(whole, make_mesh(), _STEPS, _PER_EPOCH, num_classes=0)
     key, _ = root_keys(config.seed)
     shardings = state_shardings(setup.mesh, jax.eval_shape(make_method(setup).init, key))
     weights = load_weights(config.init_from)
