@@ -5,7 +5,10 @@
 
 import functools
 import logging
+import os
+import signal
 import sys
+from types import FrameType
 
 import jax
 from absl import app, flags
@@ -18,7 +21,7 @@ from common.export.start import import_weights
 from common.metrics import NonFiniteLossError
 from common.optim import one_of
 from common.plan.plan import plan
-from common.preemption import EXIT_STATUS, PreemptedError
+from common.preemption import PreemptedError
 from common.replay import replay
 from common.train import train
 from moco_jax.method import MoCo
@@ -54,14 +57,26 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
         train(method, f.config, f.workdir)
 
 
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, but for the first one in a training loop (`common/preemption.py`): ends at once.
+
+    Threads of the input pipeline and a checkpoint that is being written are not waited for: what is
+    on the disk is whole without them.
+    """
+    os.write(2, b"\ninterrupted: a training run goes on from its last checkpoint\n")
+    os._exit(128 + number)
+
+
 def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         command_line.define(modes.MODES)
         app.run(main, flags_parser=functools.partial(command_line.parse, values=flags.FLAGS))
     except PreemptedError as error:
         print(error, file=sys.stderr)
-        sys.exit(EXIT_STATUS)
+        sys.exit(error.exit_status)
     except (UserError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

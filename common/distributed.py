@@ -23,7 +23,7 @@ import jax
 
 from common.errors import UserError
 
-_FINE = (None, 0, 128 + signal.SIGTERM)  # running, finished, told to stop
+_FINE = (None, 0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # running, finished, told to stop
 _PATIENCE = 10.0  # seconds for process 0 to say itself what another one has said
 
 

@@ -1,13 +1,17 @@
 """SIGTERM, which is what a spot TPU VM gets half a minute before it goes: save this step, leave.
 
+Ctrl-C (SIGINT) does the same; a second one leaves at once.
+
 One process keeps a flag of its own. Several must stop at the same step, whichever of them was told:
-JAX's preemption service agrees on one a few steps ahead. It sees the signal itself, and a Python
-handler would hide it, so there none is installed.
+JAX's preemption service agrees on one a few steps ahead. It sees SIGTERM itself, and a Python
+handler would hide it, so there none is installed; SIGINT is passed on to it as SIGTERM.
 """
 
 import itertools
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
@@ -16,37 +20,69 @@ from jax.experimental import multihost_utils
 
 _asked = itertools.count()
 EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+# Seconds for which a second SIGINT is the first one: a terminal sends it to all processes, and
+# `common.distributed` passes it on to those that it has started.
+_ONE_INTERRUPT = 1.0
 
 
 class PreemptedError(RuntimeError):
-    """The run was told to stop, and its state is saved; the same command carries on."""
+    """The run was told to stop, and its state is saved; the same command carries on.
+
+    Attributes:
+        exit_status: as a shell reports of a process that the signal ended.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(text)
+        self.exit_status = 128 + number
 
 
 class Preemption:
     """Whether this run was told to stop; a context manager for the time of the loop.
 
-    Repeated signals change nothing: the flag is set already, and the save goes on.
+    Repeated SIGTERM changes nothing: the flag is set already, and the save goes on. A second SIGINT
+    does what a first one did before: it ends `main.py`, and is a `KeyboardInterrupt` elsewhere.
+
+    Attributes:
+        number: of the signal by which the run was told.
     """
 
     def __init__(self) -> None:
+        self.number = signal.SIGTERM
         self._told = False
+        self._interrupted = 0.0  # when
         self._several = jax.process_count() > 1
-        self._before: Any = None
-        self._installed = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         # Python refuses handlers elsewhere: a run in a thread of a notebook goes without
-        if not self._several and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-            self._installed = True
+        if threading.current_thread() is threading.main_thread():
+            if not self._several:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+            if callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored, as under nohup
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._told = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted:
+            if now - self._interrupted > _ONE_INTERRUPT:
+                self._before[signal.SIGINT](number, frame)
+            return
+        self._interrupted, self.number = now, signal.SIGINT
+        # past Python's buffers, in which this thread may be just now
+        os.write(2, b"\nSaving this step, then leaving; Ctrl-C again leaves at once.\n")
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._told = True
 
     def after(self) -> bool:
         """Whether all processes are to save and leave now.

@@ -52,7 +52,7 @@ def train(
     Raises:
         UserError: for a mistake in the config or the data.
         NonFiniteLossError: when the loss stops being a number; the last checkpoint stays.
-        PreemptedError: after SIGTERM, when the step is saved.
+        PreemptedError: after SIGTERM or Ctrl-C, when the step is saved.
     """
     begin = time.perf_counter()
     configs.check(config)
@@ -64,6 +64,7 @@ def train(
     bank_source = train_source
     if config.data.bank_split:
         bank_source = sources.open_source(config.data, "bank")
+    Evaluator.check(config, bank_source)
     per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
     if total < 1:
@@ -204,7 +205,8 @@ def train(
                         checkpoints.wait()
                         raise PreemptedError(
                             f"told to stop: step {step:,} of {total:,} is saved in {workdir}, and "
-                            "the same command carries on"
+                            "the same command carries on",
+                            preemption.number,
                         )
             if start < total:
                 progress = progress_now

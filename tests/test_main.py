@@ -13,7 +13,6 @@ import pytest
 
 from common import jsonl
 from common.metrics import TIMING_KEYS
-from common.preemption import EXIT_STATUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = "--config=configs/simclr_demo.py:smoke"
@@ -173,9 +172,13 @@ def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["simclr_demo", "moco_demo"])
-def test_a_process_that_is_killed_and_then_told_to_stop_continues_bit_by_bit(config, tmp_path):
-    """SIGKILL right after a checkpoint, SIGTERM (twice) long before the next."""
+@pytest.mark.parametrize(
+    ("config", "number"), [("simclr_demo", signal.SIGTERM), ("moco_demo", signal.SIGINT)]
+)
+def test_a_process_that_is_killed_and_then_told_to_stop_continues_bit_by_bit(
+    config, number, tmp_path
+):
+    """SIGKILL right after a checkpoint, SIGTERM or Ctrl-C (twice) long before the next."""
     arguments = (
         f"--config=configs/{config}.py:smoke", *REAL, "--config.duration=400 steps",
         "--config.checkpoint.every=100 steps", "--config.data.train_split=test",
@@ -216,9 +219,9 @@ def test_a_process_that_is_killed_and_then_told_to_stop_continues_bit_by_bit(con
 
     process = start(until=lambda: logged() > lost)
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == EXIT_STATUS == 143, errors
+    assert process.returncode == 128 + number, errors
     assert f"after step {first}" in errors
     assert "told to stop: step " in errors and "Traceback" not in errors
     second = saved()
@@ -232,3 +235,17 @@ def test_a_process_that_is_killed_and_then_told_to_stop_continues_bit_by_bit(con
     a, b = (json.loads((w / "summary.json").read_text()) for w in (whole, broken))
     assert {k: v for k, v in a.items() if k not in timed} == {
         k: v for k, v in b.items() if k not in timed}  # fmt: skip
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
+    process = subprocess.Popen(
+        command(DEMO, f"--workdir={tmp_path / 'run'}"), cwd=ROOT, env=hurried(), text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "config.json").exists():  # then it compiles
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors == "\ninterrupted: a training run goes on from its last checkpoint\n"

@@ -9,6 +9,7 @@ import pytest
 import toy
 from test_end_to_end import TOTAL, lines
 
+from common import preemption
 from common import train as loop
 from common.data import sources
 from common.errors import UserError
@@ -66,6 +67,34 @@ def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path,
     assert [r["step"] for r in lines(told) if "knn_top1" in r] == [0]
     assert toy.untimed(toy.train(c, told)) == toy.untimed(summary)
     assert lines(told) == lines(whole)
+
+
+def test_ctrl_c_saves_as_sigterm_does(tmp_path, capfd):
+    """A second SIGINT right behind it is the same one: a terminal tells the children, too."""
+
+    def interrupt(n):
+        for _ in range(2 * (n == 4)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with toy.before_each_step(interrupt), pytest.raises(PreemptedError, match="step 4 ") as caught:
+        toy.train(toy.config(), tmp_path)
+    assert caught.value.exit_status == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert capfd.readouterr().err.count("Ctrl-C again leaves at once") == 1
+    assert toy.saved_steps(tmp_path) == [3, 4]
+
+
+def test_a_second_ctrl_c_does_what_a_first_one_did_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "_ONE_INTERRUPT", -1)
+
+    def interrupt(n):
+        for _ in range(2 * (n == 4)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with toy.before_each_step(interrupt), pytest.raises(KeyboardInterrupt):
+        toy.train(toy.config(), tmp_path)
+    assert toy.saved_steps(tmp_path) == [3]
 
 
 def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
