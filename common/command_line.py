@@ -1,6 +1,7 @@
 """The flags of `main.py`; what is wrong with a command line is said in one line."""
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -8,12 +9,14 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from common import config as configs
 from common.errors import UserError
 from common.evaluate import settings
 
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
+_UNKNOWN = re.compile(r"Unknown command line flag '([^']+)'")
 _SUGGESTION = re.compile(r'Did you mean "([^"]+)" instead of "([^"]+)"')
 
 
@@ -112,6 +115,30 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     return rest
 
 
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    """Every field of a config and of --eval, as a flag without its dashes."""
+    base = configs.base_config("", ConfigDict())
+    return tuple(
+        f"{flag}.{name}"
+        for flag, tree in (("config", base), ("eval", settings.default_config()))
+        for name in configs.flatten(configs.as_dict(tree))
+    )
+
+
+def _elsewhere(name: str) -> str:
+    """What to add about a flag that is none: fields of the same name in other sections, or ""."""
+    flag, last = name.split(".")[0], name.split(".")[-1]
+    near = [field for field in _fields() if field.split(".")[-1] == last]
+    if flag in ("config", "eval"):
+        near = [field for field in near if field.split(".")[0] == flag]
+    if f"config.{last}" in near:
+        near = [f"config.{last}"]
+    if not near:
+        return ""
+    return f": did you mean {' or '.join(f'--{field}' for field in near[:3])}?"
+
+
 def is_of_the_disk(error: OSError) -> bool:
     """Whether an error is of a disk that is full, read-only or broken, and not of this code."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -131,14 +158,23 @@ def in_one_line(
             return str(e)
     if "Failed loading config file" in str(error):
         path = re.search(r"Attempted \[.*\]:\s+(.+)", str(error))
+        name = path[1] if path else ""
+        ours = f"configs/{os.path.basename(name)}"
+        if name and name != ours and os.path.exists(ours):
+            return f"no config file {name}: did you mean {ours}?"
         return (
-            f"no config file {path[1] if path else ''}: --config needs a Python file with "
-            "get_config(), e.g. configs/simclr_demo.py"
+            f"no config file {name}: --config needs a Python file with get_config(), e.g. "
+            "configs/simclr_demo.py"
         )
+    unknown = _UNKNOWN.search(str(error))
+    if unknown and (near := _elsewhere(unknown[1])):
+        return f"no flag --{unknown[1]}{near}"
     if match := _SUGGESTION.search(str(error)):
         text = f"{what} has no field {match[2]!r}: did you mean {match[1]!r}?"
     elif isinstance(error, (AttributeError, KeyError)):
-        text = f"{what} has no field {_bare(chain[-1])!r}: see {where_to_look}"
+        name = _bare(chain[-1])
+        near = _elsewhere(f"{'eval' if what == '--eval' else 'config'}.{name}")
+        text = f"{what} has no field {name!r}" + (near or f": see {where_to_look}")
     else:
         text = " ".join(str(chain[-1] if where else error).split())
     return (where[-1] if where else "") + text

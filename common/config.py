@@ -31,7 +31,7 @@ FREE_ON_RESUME = (
 
 _AT_LEAST = {
     "seed": 0,
-    "batch_size": 1,
+    "batch_size": 2,  # one image has no others to be told from
     "microbatch": 0,
     "log_every": 1,
     "steps_per_dispatch": 1,

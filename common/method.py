@@ -69,6 +69,7 @@ class Setup:
     steps_per_epoch: int
     microbatches: int = 1  # parts in which the encoder sees a batch, see `common/microbatch.py`
     initial: Any = None  # (params, batch_stats) to start from, whole or without the head
+    training: bool = True  # False: nothing but network and scale of images is used
 
     def init_network(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns `(params, batch_stats)`: those of `initial`, and drawn what is not there."""
@@ -187,4 +188,4 @@ def make_encoder_setup(config: ConfigDict, mesh: Mesh) -> Setup:
     config = config.copy_and_resolve_references()
     config.microbatch = 0
     config.optimizer, config.probe = optim.default_config(), probe.default_config()
-    return make_setup(config, mesh, 1, 1, num_classes=0)
+    return dataclasses.replace(make_setup(config, mesh, 1, 1, num_classes=0), training=False)

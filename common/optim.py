@@ -180,10 +180,20 @@ def make_optimizer(
         The transformation and the schedule (for the logs and the start-up summary).
 
     Raises:
-        UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
+        UserError: on an unknown name, a number out of its range, a malformed duration, or a warm-up
+            longer than the run.
     """
     c = config.optimizer
     one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
+    for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
+        if not 0 <= c[name] < math.inf:
+            raise UserError(f"optimizer.{name}={c[name]} makes no sense: expected 0 or more")
+    for name in ("momentum", "b1", "b2"):
+        if not 0 <= c[name] < 1:
+            raise UserError(
+                f"optimizer.{name}={c[name]} is no decay of a running mean: expected 0 or more, "
+                "and less than 1"
+            )
     schedule = learning_rate_schedule(config, total_steps, steps_per_epoch)
     decayed = _everything if c.decay_bn_and_bias else kernels
     parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []

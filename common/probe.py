@@ -14,6 +14,7 @@ import ml_collections
 import optax
 from jax import lax
 
+from common.errors import UserError
 from common.optim import one_of
 
 DECAY = 0.9  # of the running statistics, as in the encoder's batch norm
@@ -45,6 +46,8 @@ def make_probe(config: ml_collections.ConfigDict, num_classes: int, total_steps:
     c = config.probe
     one_of("probe.schedule", c.schedule, ("constant", "cosine"))
     rate = c.learning_rate
+    if not 0 <= rate < float("inf"):
+        raise UserError(f"probe.learning_rate={rate} cannot be used: expected 0 or more")
     if c.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, max(1, total_steps))
     return Probe(num_classes, optax.sgd(rate, momentum=c.momentum))

@@ -52,11 +52,8 @@ class MoCo:
         moco = setup.config.moco
         if not 0 <= moco.momentum < 1:
             raise UserError(f"moco.momentum={moco.momentum}: expected 0 <= momentum < 1")
-        if setup.config.model.bn_groups == 1:
-            logging.warning(
-                "bn_groups=1: a query and its key see the same batch statistics, which lets the "
-                "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
-            )
+        if setup.training:
+            _remark(setup)
         self.setup = setup
         self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
         self.rows = setup.config.batch_size * (2 if moco.symmetric else 1)
@@ -151,3 +148,18 @@ class MoCo:
     def encode(self, state: MoCoState, images: jax.Array, layer: str = "backbone") -> jax.Array:
         """See `Method.encode`; the query encoder's features."""
         return self.setup.encode(state.params, state.batch_stats, images, layer)
+
+
+def _remark(setup: Setup) -> None:
+    """What works and is hardly meant."""
+    if setup.config.model.bn_groups == 1:
+        logging.warning(
+            "bn_groups=1: a query and its key see the same batch statistics, which lets the "
+            "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
+        )
+    length, images = setup.config.moco.queue_length, setup.steps_per_epoch * setup.config.batch_size
+    if length >= images + setup.config.batch_size:
+        logging.warning(
+            "moco.queue_length=%d is longer than an epoch, of %d images: earlier keys of an image "
+            "are among its negatives; use less than %d", length, images, images,
+        )  # fmt: skip

@@ -120,7 +120,7 @@ def assert_one_line(error, words):
 @pytest.mark.parametrize(
     ("field", "value", "least"),
     [
-        ("batch_size", 0, 1), ("log_every", 0, 1), ("model__bn_groups", 0, 1), ("seed", -1, 0),
+        ("batch_size", 1, 2), ("log_every", 0, 1), ("model__bn_groups", 0, 1), ("seed", -1, 0),
         ("checkpoint__keep", 0, 1), ("evaluate__knn_k", -1, 0), ("data__image_size", 0, 1),
     ],
 )  # fmt: skip

@@ -62,6 +62,26 @@ MISTAKES = [
     ((DEMO, NEW, "--config.checkpoint.keep=0"), ["checkpoint.keep=0"]),
     ((DEMO, NEW, "--config.on_nonfinite=ignore"), ["on_nonfinite", "skip"]),
     ((DEMO, NEW, "--config.resume_from=DIR/nowhere"), ["no checkpoints in"]),
+    ((DEMO, NEW, "--config.batch_size=1"), ["batch_size=1 is too small"]),
+    ((DEMO, NEW, "--config.optimizer.learning_rate=-0.1"), ["learning_rate=-0.1"]),
+    ((DEMO, NEW, "--config.evaluate.knn_k=65"), ["evaluate.knn_k=65", "64 images"]),
+    (
+        (
+            "--config=configs/moco_demo.py:smoke",
+            NEW,
+            "--config.batch_size=8",
+            "--config.model.bn_groups=8",
+            "--config.data.image_size=8",
+        ),
+        ["statistics of one value", "model.bn_groups"],
+    ),
+    ((DEMO, NEW, "--batch_size=64"), ["did you mean --config.batch_size"]),
+    (
+        (DEMO, NEW, "--config.learning_rate=0.1"),
+        ["'learning_rate'", "--config.optimizer.learning_rate or --config.probe.learning_rate"],
+    ),
+    (("--config=simclr_demo.py", NEW), ["did you mean configs/simclr_demo.py"]),
+    ((DEMO, NEW, "--config.data.source=DIR/thesis"), ["'folder:DIR/thesis'"]),
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from common.errors import UserError
+from common.method import make_encoder_setup
 from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
 from moco_jax import queue as queues
@@ -144,6 +145,7 @@ class Plain:
 
     def __init__(self, c):
         self.config, self.mesh = c, make_mesh(jax.devices()[:1])
+        self.training = False
 
     def forward(self, params, batch_stats, images):
         features = images.reshape(len(images), -1) / 255
@@ -318,6 +320,20 @@ def test_one_group_warns_that_statistics_leak(caplog):
         tiny.build(tiny.config("moco", model__bn_groups=1), 1)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "bn_groups=1" in caplog.text and "cheat" in caplog.text
+
+
+def test_a_queue_that_is_longer_than_an_epoch_is_remarked_on_by_who_trains(caplog):
+    """`tiny.build` has epochs of 4 batches of 16; a batch may have been left over."""
+    with caplog.at_level(logging.WARNING):
+        tiny.build(tiny.config("moco", model__bn_groups=4, moco__queue_length=79), 1)
+        assert not caplog.records
+        c = tiny.config("moco", model__bn_groups=4, moco__queue_length=80)
+        tiny.build(c, 1)
+        assert "moco.queue_length=80 is longer than an epoch, of 64 images" in caplog.text
+        caplog.clear()
+        c.model.bn_groups = 1
+        moco.MoCo(make_encoder_setup(c, make_mesh(jax.devices()[:1])))
+        assert not caplog.records
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1])

@@ -83,3 +83,12 @@ def test_the_untrained_network_is_the_one_that_the_run_began_with(runs, monkeypa
     want = jax.random.normal(root_keys(5)[0], (4,))
     np.testing.assert_array_equal(opened.state.params["backbone"], want)
     assert opened.step == 0
+
+
+def test_a_run_is_opened_whatever_its_training_needs(tmp_path):
+    """`test_matrix.py` asks every mode; here, micro-batches and a warm-up of several steps."""
+    changes = {"microbatch": 4, "model__bn_groups": 4, "optimizer__warmup": "3 steps"}
+    workdir = opened_run.write(tmp_path / "run", **changes)
+    opened = opened_run.load(workdir, devices=8)  # which 4 images cannot be split over
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    assert np.isfinite(opened.encoder(images)).all()

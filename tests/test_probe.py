@@ -165,3 +165,10 @@ def test_unknown_schedule():
     config.probe.schedule = "linear"
     with pytest.raises(UserError, match="constant, cosine"):
         probe.make_probe(config, 10, 300)
+
+
+def test_a_negative_learning_rate():
+    c = ml_collections.ConfigDict({"probe": probe.default_config()})
+    c.probe.learning_rate = -1.0
+    with pytest.raises(UserError, match=r"probe\.learning_rate=-1.0 cannot be used: expected 0 or"):
+        probe.make_probe(c, C, 10)

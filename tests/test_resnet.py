@@ -305,6 +305,21 @@ def test_groups_that_do_not_divide_the_batch_and_odd_patches_are_refused():
         resnet.space_to_depth(jnp.zeros((1, 30, 28, 3)), 4)
 
 
+def test_statistics_of_one_value_are_refused():
+    """In training only; one image with a map of two values has some."""
+    norm, rows = resnet.BatchNorm(groups=4), jnp.arange(8.0)
+    for x, refused in ((rows.reshape(4, 1, 1, 2), True), (rows.reshape(4, 2, 1, 1), False),
+                       (rows.reshape(8, 1, 1, 1), False), (rows.reshape(4, 2), True)):  # fmt: skip
+        variables = norm.init(jax.random.key(0), x, False)
+        assert np.isfinite(norm.apply(variables, x, False)).all()
+        if not refused:
+            y, _ = norm.apply(variables, x, True, mutable=["batch_stats"])
+            assert np.abs(y).min() > 0.9  # of two values, one is above and one below their mean
+            continue
+        with pytest.raises(UserError, match=r"has statistics of one value.*bn_groups to half"):
+            norm.apply(variables, x, True, mutable=["batch_stats"])
+
+
 def bottlenecks(fold_norm, dtype, groups=1):
     """Two bottleneck blocks: with a strided downsampling convolution, and without."""
     norm = functools.partial(resnet.BatchNorm, groups=groups, dtype=dtype)

@@ -180,9 +180,14 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
         source = tfds_source.open_tfds(rest, split, config)
     else:
+        near = (
+            f" Did you mean 'folder:{config.source}'?"
+            if pathlib.Path(config.source).is_dir()
+            else ""
+        )
         raise UserError(
             f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH', "
-            "'shards:PATH' or 'fake'."
+            f"'shards:PATH' or 'fake'.{near}"
         )
     source.on_corrupt = config.on_corrupt
     return source

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from common import pictures
 from common.data import pipeline
 from common.data.sources import Source
+from common.errors import UserError
 from common.evaluate import features, knn
 from common.method import Method
 from common.probe import Probe
@@ -52,6 +53,17 @@ class Evaluator:
     def enabled(self) -> bool:
         """Whether there are labels to score by."""
         return self.test is not None and self.bank.num_classes > 0
+
+    @staticmethod
+    def check(config: ConfigDict, bank: Source) -> None:
+        """Raises a `UserError` where more neighbours are asked for than there are images."""
+        c, n = config.evaluate, bank.num_examples
+        n = min(n, c.knn_examples or n)
+        if c.knn_k > n:
+            raise UserError(
+                f"evaluate.knn_k={c.knn_k} is more than the {n:,} images of {bank.split} that "
+                f"vote: expected at most {n}, or 0 for a tenth of them up to 200"
+            )
 
     def __call__(self, state: Any) -> dict[str, float]:
         """Returns `knn_top1`, and `probe_test_top1` when there is a probe; {} without labels."""

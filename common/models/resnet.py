@@ -6,6 +6,7 @@ float32; convolutions run in `dtype`.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,12 @@ class BatchNorm(nn.Module):
                     f"forward pass: choose one of {', '.join(map(str, divisors[:12]))}"
                 )
             blocks = x.reshape((self.groups, x.shape[0] // self.groups) + x.shape[1:])
+            if math.prod(blocks.shape[1:-1]) == 1:
+                raise UserError(
+                    "batch norm: a group of one image whose map is 1 x 1 here has statistics of "
+                    "one value, and every feature would become the same: set model.bn_groups to "
+                    "half or less, or take larger batches or images"
+                )
             if kernel is None:
                 axes = tuple(range(1, blocks.ndim - 1))
                 wide = blocks.astype(kind)
