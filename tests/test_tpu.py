@@ -97,7 +97,7 @@ def test_one_chip_compiles_sends_nothing_and_overwrites_its_state(method, quick)
     c = importlib.import_module(f"configs.{method}_cifar10").get_config()
     c.model.dtype, c.model.stages = "bfloat16", (1,)
     if not quick:
-        c.batch_size = 64
+        c.batch_size = 32
     found = plan.planned(c, "v5e:1x1", quick=quick)
     assert not found["collectives"]
     abstract = running.described(c, make_mesh(jax.devices()[:1]))[1]
