@@ -3,12 +3,14 @@
 `--mode` has what else can be done: plan a run, prepare data, evaluate what a workdir holds.
 """
 
+from common import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()  # importing the rest takes seconds
+
 import functools
 import logging
-import os
-import signal
 import sys
-from types import FrameType
 
 import jax
 from absl import app, flags
@@ -57,20 +59,8 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
         train(method, f.config, f.workdir)
 
 
-def interrupted(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C, but for the first one in a training loop (`common/preemption.py`): ends at once.
-
-    Threads of the input pipeline and a checkpoint that is being written are not waited for: what is
-    on the disk is whole without them.
-    """
-    os.write(2, b"\ninterrupted: a training run goes on from its last checkpoint\n")
-    os._exit(128 + number)
-
-
 def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
     try:
         command_line.define(modes.MODES)
         app.run(main, flags_parser=functools.partial(command_line.parse, values=flags.FLAGS))

@@ -9,6 +9,7 @@ a set contrasted with itself), so nothing below needs to know them.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises UserError unless `temperature` is positive (a traced value cannot be checked)."""
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    """Raises UserError unless `temperature` is > 0 and finite; a traced one cannot be checked."""
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise UserError(
             f"temperature={temperature}: expected a number > 0, set e.g. temperature=0.1"
         )

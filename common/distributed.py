@@ -23,7 +23,8 @@ import jax
 
 from common.errors import UserError
 
-_FINE = (None, 0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # running, finished, told to stop
+# Running, finished, told to stop; the last one while Python was ending, which handles no signal.
+_FINE = (None, 0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGINT)
 _PATIENCE = 10.0  # seconds for process 0 to say itself what another one has said
 
 

@@ -187,7 +187,9 @@ def make_optimizer(
     one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
     for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
         if not 0 <= c[name] < math.inf:
-            raise UserError(f"optimizer.{name}={c[name]} makes no sense: expected 0 or more")
+            raise UserError(
+                f"optimizer.{name}={c[name]} makes no sense: expected a finite number, 0 or more"
+            )
     for name in ("momentum", "b1", "b2"):
         if not 0 <= c[name] < 1:
             raise UserError(

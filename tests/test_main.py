@@ -235,15 +235,23 @@ def test_a_process_that_is_killed_and_then_interrupted_continues_bit_by_bit(tmp_
         k: v for k, v in b.items() if k not in timed}  # fmt: skip
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
+@pytest.mark.parametrize("while_it", ["imports", "compiles"])
+def test_ctrl_c_before_the_first_step_is_one_line(while_it, tmp_path):
     process = subprocess.Popen(
         command(DEMO, f"--workdir={tmp_path / 'run'}"), cwd=ROOT, env=hurried(), text=True,
         stderr=subprocess.PIPE,
     )  # fmt: skip
-    while not (tmp_path / "run" / "config.json").exists():  # then it compiles
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+
+    def reached():
+        if while_it == "compiles":
+            return (tmp_path / "run" / "config.json").exists()
+        return "jaxlib" in maps.read_text() if maps.exists() else time.sleep(0.5) is None
+
+    while not reached():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGINT
-    assert errors == "\ninterrupted: a training run goes on from its last checkpoint\n"
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert errors == "\ninterrupted\n"

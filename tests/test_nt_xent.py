@@ -216,6 +216,7 @@ def test_what_travels_is_the_embeddings_once():
         (((0, 3), (0, 3)), {}, "with n >= 1 and d >= 1"),
         (((4, 3), (4, 3)), {"temperature": 0.0}, "temperature"),
         (((4, 3), (4, 3)), {"temperature": -1}, "temperature"),
+        (((4, 3), (4, 3)), {"temperature": np.inf}, "temperature=inf"),
         (((6, 3), (6, 3)), {"mesh": 4}, "n=6 images cannot be split over 4"),
     ],
 )

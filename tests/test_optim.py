@@ -248,9 +248,9 @@ def test_bad_values_are_user_errors():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("learning_rate", -0.1, "-0.1 makes no sense: expected 0 or more"),
-        ("weight_decay", math.nan, "nan makes no sense: expected 0 or more"),
-        ("clip_norm", -1.0, "-1.0 makes no sense: expected 0 or more"),
+        ("learning_rate", -0.1, "-0.1 makes no sense: expected a finite number, 0 or more"),
+        ("weight_decay", math.nan, "nan makes no sense: expected a finite number, 0 or more"),
+        ("clip_norm", -1.0, "-1.0 makes no sense: expected a finite number, 0 or more"),
         ("momentum", 1.0, "1.0 is no decay of a running mean: expected 0 or more, and less than 1"),
         ("b2", -0.5, "-0.5 is no decay of a running mean"),
     ],

@@ -82,6 +82,7 @@ def import_weights(
     whole = config.copy_and_resolve_references()
     whole.microbatch = 0  # nothing of the state depends on it, and it need not fit these devices
     setup = make_setup(whole, make_mesh(), _STEPS, _PER_EPOCH, num_classes=0)
+    setup = dataclasses.replace(setup, training=False)
     key, _ = root_keys(config.seed)
     shardings = state_shardings(setup.mesh, jax.eval_shape(make_method(setup).init, key))
     weights = load_weights(config.init_from)
