@@ -40,7 +40,7 @@ def check_temperature(temperature: float | jax.Array) -> None:
     """Raises UserError unless `temperature` is > 0 and finite; a traced one cannot be checked."""
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise UserError(
-            f"temperature={temperature}: expected a number > 0, set e.g. temperature=0.1"
+            f"temperature={temperature}: expected a finite number > 0, set e.g. temperature=0.1"
         )
 
 

@@ -22,9 +22,10 @@ from typing import IO
 import jax
 
 from common.errors import UserError
+from common.preemption import TOLD
 
-# Running, finished, told to stop; the last one while Python was ending, which handles no signal.
-_FINE = (None, 0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGINT)
+# Running, finished, told to stop, interrupted while Python was ending, which handles no signal.
+_FINE = (None, 0, *TOLD, -signal.SIGINT)
 _PATIENCE = 10.0  # seconds for process 0 to say itself what another one has said
 
 

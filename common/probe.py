@@ -42,12 +42,16 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def make_probe(config: ml_collections.ConfigDict, num_classes: int, total_steps: int) -> "Probe":
-    """Builds the probe of `config.probe`; with `num_classes=0` it does nothing."""
+    """Builds the probe of `config.probe`; with `num_classes=0` it does nothing.
+
+    Raises:
+        UserError: for an unknown schedule, or a learning rate that is negative or not finite.
+    """
     c = config.probe
     one_of("probe.schedule", c.schedule, ("constant", "cosine"))
     rate = c.learning_rate
     if not 0 <= rate < float("inf"):
-        raise UserError(f"probe.learning_rate={rate} cannot be used: expected 0 or more")
+        raise UserError(f"probe.learning_rate={rate}: expected a finite number, 0 or more")
     if c.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, max(1, total_steps))
     return Probe(num_classes, optax.sgd(rate, momentum=c.momentum))

@@ -64,7 +64,7 @@ def train(
     bank_source = train_source
     if config.data.bank_split:
         bank_source = sources.open_source(config.data, "bank")
-    Evaluator.check(config, bank_source)
+    Evaluator.check(config, bank_source, test_source)
     per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
     if total < 1:

@@ -10,6 +10,7 @@ from test_knn import by_hand
 
 from common import probe as probes
 from common.data import sources
+from common.errors import UserError
 from common.evaluate import online
 from common.evaluate.online import Evaluator
 from common.sharding import make_mesh
@@ -139,3 +140,27 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     np.testing.assert_array_equal(found, bank.images[nearest])
     np.testing.assert_array_equal(neighbour_labels, bank.labels[nearest])
     assert (names, path) == (("a", "b", "c"), "here")
+
+
+@pytest.mark.parametrize(
+    ("k", "limit", "labels", "test", "refused"),
+    [
+        (20, 0, True, True, False),
+        (21, 0, True, True, True),
+        (11, 10, True, True, True),
+        (21, 0, False, True, False),  # nobody votes
+        (21, 0, True, False, False),
+    ],
+)
+def test_more_neighbours_than_images_are_refused_where_they_would_vote(
+    k, limit, labels, test, refused
+):
+    c = tiny.config("simclr", evaluate__knn_k=k, evaluate__knn_examples=limit)
+    bank = source(20, 0)
+    bank.num_classes *= labels
+    arguments = c, bank, source(8, 1) if test else None
+    if not refused:
+        Evaluator.check(*arguments)
+        return
+    with pytest.raises(UserError, match=rf"evaluate\.knn_k={k} is more than the {limit or 20} im"):
+        Evaluator.check(*arguments)

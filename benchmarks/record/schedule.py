@@ -21,11 +21,11 @@ from benchmarks.record.setting import (
     last_words,
 )
 from common.errors import UserError
+from common.preemption import TOLD
 
 SAVING = 30.0  # seconds before the end at which a training run is told to save
 LAST = 30.0  # that it has for it, the end notwithstanding
 POLL = 0.1
-SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # of a training run that was told to stop
 
 
 class Schedule:
@@ -193,7 +193,7 @@ class Schedule:
             except Exception as error:  # whatever is in the files that it left
                 found = Found(f"its result cannot be read: {error!r}"[:300], ok=False)
             return ("ok" if found.ok else "failed"), found
-        if status in SAVED and item.training:
+        if status in TOLD and item.training:
             return "saved", Found(words)
         if cut in ("told", "cut"):
             return "cut", Found("the time was up")

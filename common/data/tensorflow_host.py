@@ -17,9 +17,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 def _keras_on_use() -> Generator[None, None, None]:
     """Keeps TensorFlow's import from loading Keras, and with it SciPy and scikit-learn.
 
-    That is a third of the import. TensorFlow leaves it out when it is told to use the legacy Keras
-    and that is not installed. The choice is taken back afterwards: `tf.keras`, if somebody uses
-    it, is the one that it would have been.
+    That is a third of the import (of its CPU seconds, `import tensorflow` against this module).
+    TensorFlow leaves it out when it is told to use the legacy Keras and that is not installed. The
+    choice is taken back afterwards: `tf.keras`, if somebody uses it, is the one that it would have
+    been.
     """
     name = "TF_USE_LEGACY_KERAS"
     if name in os.environ:

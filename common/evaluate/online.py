@@ -55,11 +55,11 @@ class Evaluator:
         return self.test is not None and self.bank.num_classes > 0
 
     @staticmethod
-    def check(config: ConfigDict, bank: Source) -> None:
+    def check(config: ConfigDict, bank: Source, test: Source | None) -> None:
         """Raises a `UserError` where more neighbours are asked for than there are images."""
         c, n = config.evaluate, bank.num_examples
         n = min(n, c.knn_examples or n)
-        if c.knn_k > n:
+        if c.knn_k > n and bank.num_classes and test is not None:  # else nobody votes
             raise UserError(
                 f"evaluate.knn_k={c.knn_k} is more than the {n:,} images of {bank.split} that "
                 f"vote: expected at most {n}, or 0 for a tenth of them up to 200"
