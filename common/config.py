@@ -29,6 +29,12 @@ FREE_ON_RESUME = (
     "steps_per_dispatch",
 )
 
+# What the code did before a field was there, where that is not the default: a run without the field
+# goes on, and is evaluated, as it began.
+BEFORE: dict[str, Any] = {}
+# A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
+AUTO = "auto"
+
 _AT_LEAST = {
     "seed": 0,
     "batch_size": 2,  # one image has no others to be told from
@@ -173,10 +179,39 @@ def as_dict(config: ConfigDict) -> dict[str, Any]:
 def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
     """Sets the fields of a config to what `as_dict` gave, lists becoming tuples again.
 
+    Fields that are newer than what was saved get what the code did before they were there.
+
     Raises:
         UserError: for a field that this version of the code does not have.
     """
-    for name, value in flatten(saved).items():
+    saved = flatten(saved)
+    _set(config, _before(config, saved) | saved, where)
+
+
+def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config with which a run goes on that began under `saved`.
+
+    What was "auto" then is as it was decided, and fields that are newer than the run are what the
+    code did without them.
+
+    Returns:
+        A copy, and those newer fields for which `config` asks something else.
+    """
+    saved, current = flatten(saved), flatten(as_dict(config))
+    decided = {n: saved[n] for n, value in current.items() if value == AUTO and n in saved}
+    newer = {n: v for n, v in _before(config, saved).items() if current[n] != v}
+    begun = config.copy_and_resolve_references()
+    _set(begun, decided | newer, "")
+    return begun, newer
+
+
+def _before(config: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
+    """What `BEFORE` says of the fields that a config has and a saved one (flat) has not."""
+    return {n: BEFORE[n] for n in BEFORE.keys() & flatten(as_dict(config)).keys() - saved.keys()}
+
+
+def _set(config: ConfigDict, values: dict[str, Any], where: str) -> None:
+    for name, value in values.items():
         section, *rest = config, *name.split(".")
         try:
             for part in rest[:-1]:
@@ -211,8 +246,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
 
     def same(name: str) -> bool:
-        # a field that the code of the run did not have yet is one that is off
-        return a[name] == b.get(name, ...) if name in a else not b[name]
+        if name in a:
+            return a[name] == b.get(name, ...)
+        # a field that the code of the run did not have yet; without an entry it is one that is off
+        return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 
     differing = sorted(n for n in a.keys() | b.keys() if not free(n) and not same(n))
     if differing:

@@ -26,7 +26,7 @@ from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
 from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
-from common.workdir import claim
+from common.workdir import as_begun, claim
 
 # Programs the host may have handed to the device: each holds a batch in its memory.
 IN_FLIGHT = 2
@@ -55,6 +55,7 @@ def train(
         PreemptedError: after SIGTERM or Ctrl-C, when the step is saved.
     """
     begin = time.perf_counter()
+    config = as_begun(config, workdir)
     configs.check(config)
     profile = Profile(config.profile, epath.Path(workdir))
     mesh = mesh or make_mesh()

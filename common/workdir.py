@@ -69,6 +69,30 @@ def claim(
         yield workdir, held
 
 
+def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
+    """The config with which the run in `workdir` goes on; without a run there, `config`.
+
+    See `common.config.as_begun`. What is wrong with the directory, `claim` says.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists() or not _has_trained(workdir):
+        return config
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        saved = None
+    if not isinstance(saved, dict):
+        return config
+    config, newer = configs.as_begun(config, saved)
+    for name, value in sorted(newer.items()):
+        logging.warning(
+            "the run in %s began before there was a field %s: it goes on as it began, with %s=%s",
+            workdir, name, name, value,
+        )  # fmt: skip
+    return config
+
+
 def _make(workdir: epath.Path) -> None:
     """Makes the directory; one that holds something else is refused before it gets a lock."""
     if workdir.exists() and not workdir.is_dir():

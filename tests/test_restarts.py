@@ -1,5 +1,6 @@
 """A run that is started again goes on as if it had not stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,10 +10,13 @@ import pytest
 import toy
 from test_end_to_end import TOTAL, lines
 
+from common import config as configs
 from common import preemption
 from common import train as loop
+from common import workdir as workdirs
 from common.data import sources
 from common.errors import UserError
+from common.evaluate import pretrained
 from common.metrics import NonFiniteLossError
 from common.preemption import PreemptedError
 
@@ -95,6 +99,29 @@ def test_a_second_ctrl_c_does_what_a_first_one_did_before(tmp_path, monkeypatch)
     with toy.before_each_step(interrupt), pytest.raises(KeyboardInterrupt):
         toy.train(toy.config(), tmp_path)
     assert toy.saved_steps(tmp_path) == [3]
+
+
+def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypatch, caplog):
+    """`seed` stands for a field that came later, `augment_view2.crop` for one that is decided."""
+    c = toy.config()
+    toy.train_until(3, c, tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["seed"]
+    saved["augment_view2"]["crop"] = "torch"
+    path.write_text(json.dumps(saved))
+    c.unlock()
+    c.seed, c.augment_view2.crop = 3, "auto"
+    with pytest.raises(UserError, match="holds the run of another config: seed"):
+        toy.train(c, tmp_path)
+    monkeypatch.setattr(configs, "BEFORE", {"seed": 0})
+    with caplog.at_level("WARNING"):
+        begun = workdirs.as_begun(c, tmp_path)
+    assert (begun.seed, begun.augment_view2.crop) == (0, "torch") and c.seed == 3
+    assert "began before there was a field seed: it goes on as it began, with seed=0" in caplog.text
+    assert pretrained.read_config(tmp_path, {"simclr": toy.Toy}).seed == 0
+    toy.train(c, tmp_path)
+    assert workdirs.as_begun(c, tmp_path / "new") is c
 
 
 def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
