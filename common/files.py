@@ -12,6 +12,11 @@ from typing import IO
 from etils import epath
 
 
+def path(text: str | epath.PathLike) -> epath.Path:
+    """A path that a user gave; a shell leaves the `~` of `--workdir=~/runs` to us."""
+    return epath.Path(text).expanduser()
+
+
 def is_remote(path: str | epath.PathLike) -> bool:
     """Whether `path` is in an object store."""
     return "://" in os.fspath(path)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from common import dispatch, transfer
+from common import dispatch, files, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, resident, sources
@@ -41,7 +41,8 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     Raises:
         UserError: if there is nothing to replay, or its checkpoint is gone.
     """
-    folder = epath.Path(workdir) / FOLDER
+    workdir = files.path(workdir)
+    folder = workdir / FOLDER
     records = list(folder.glob("step_*.json")) if folder.is_dir() else []
     if not records:
         raise UserError(f"nothing to replay: no {folder}/step_N.json, so this run did not diverge")
@@ -49,7 +50,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     record = max(steps, key=lambda r: r["step"])
     step, begin = record["step"], record["checkpoint"] or 0
 
-    config, mesh = read_config(epath.Path(workdir), methods), make_mesh()
+    config, mesh = read_config(workdir, methods), make_mesh()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")

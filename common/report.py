@@ -58,6 +58,7 @@ def start_up(
     state: Any,
     step_fn: jax.stages.Compiled,
     source: Source,
+    test: Source | None,
     start: int,
     total: int,
     per_epoch: int,
@@ -67,12 +68,11 @@ def start_up(
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
     flops = cost(step_fn, setup.microbatches).get("flops", float("nan")) * mesh.size
-    labels = f"{source.num_classes} classes" if source.num_classes else "no labels"
     model = setup.network.backbone
     name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"
     lines = {
         "method": config.method,
-        "data": f"{source.name} ({source.split}): {source.num_examples:,} images, {labels}",
+        "data": "\n            ".join(source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
         "network": f"{name} width {model.width * model.width_multiplier}, "
@@ -85,6 +85,8 @@ def start_up(
         f"{optim.peak_learning_rate(config):.4g}",
         "workdir": str(workdir),
     }
+    if test is not None and test.account:
+        lines["test data"] = "\n            ".join(test.summary())
     if start:
         lines["resuming"] = f"after step {start:,} of {total:,}"
     say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()))

@@ -76,8 +76,10 @@ def source_of(text: str, workdir: epath.Path) -> tuple[epath.Path, int]:
         UserError: if it is the workdir itself, or there is no such checkpoint.
     """
     path, at, number = text.rpartition("@")
-    path, number = (path, number) if at and number.isdigit() else (text, "")
-    directory = epath.Path(path).expanduser()
+    # a directory may itself have a name that ends in "@3"
+    if not (at and number.isdigit()) or (files.path(text) / "checkpoints").is_dir():
+        path, number = text, ""
+    directory = files.path(path)
     if directory == workdir:
         raise UserError(
             f"resume_from={text} is the workdir itself: leave it out to continue that run, or "

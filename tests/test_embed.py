@@ -171,7 +171,7 @@ def rebuild(labelled):
     opened = labelled[2]
     source = opened.open("test")
     features, labels, ids = opened.extract(source)
-    names = feature_files.names_of(source, ids, opened.config.data.source)
+    names = source.names(ids)
     about = embed_mode._about(opened, source)
 
     def write(path, class_names=source.class_names):

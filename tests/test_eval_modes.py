@@ -315,7 +315,7 @@ def test_mistakes(opened, workdir, tmp_path):
     fails("no checkpoint yet: train first", run=unlabelled)
 
 
-def test_data_sets_of_transfer():
+def test_data_sets_of_transfer(tmp_path):
     own = transfer_mode.DataSet("fake", "a", "b")
 
     def parse(text):
@@ -331,6 +331,15 @@ def test_data_sets_of_transfer():
         ("tfds:a:1.0.0", "train[:80%]", "train[80%:]")
     ]
     assert parse("folder:gs://b/x@y/c") == [("folder:gs://b/x@y/c", "train", "test")]
+    assert parse("folder:/a, b/c,shards:/d@x:y") == [
+        ("folder:/a, b/c", "train", "test"), ("shards:/d", "x", "y")
+    ]  # fmt: skip
+    for name in ("pets @home, été (1)", "pets@a:b"):  # an @ in the name of what is there
+        (tmp_path / name).mkdir()
+        assert parse(f"folder:{tmp_path / name}") == [
+            (f"folder:{tmp_path / name}", "train", "test")
+        ]
+        assert parse(f"folder:{tmp_path / name}@a:b")[0][1:] == ("a", "b")
     with pytest.raises(UserError, match="expected SOURCE@TRAIN:TEST"):
         parse("embedded@train")
     with pytest.raises(UserError, match="a comma too many"):

@@ -51,7 +51,7 @@ def test_the_summary_at_the_start_is_of_all_devices(capsys):
     params = {"backbone": np.zeros((3, 20_000)), "head": np.zeros(40_000)}
     state = types.SimpleNamespace(params=params)
     source = sources.open_source(c.data, "train")
-    report.start_up(c, epath.Path("w"), setup.mesh, setup, state, step, source, 3, 1200, 128)
+    report.start_up(c, epath.Path("w"), setup.mesh, setup, state, step, source, None, 3, 1200, 128)
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines())
     assert said["steps"] == "1,200 of 32.0 GFLOP (128 an epoch)"
     assert said["devices"].startswith("4 x cpu in 1 process(es)")

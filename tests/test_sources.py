@@ -135,34 +135,6 @@ def test_folder_with_classes(tmp_path):
     assert source.kind == "path" and "b_dog/1.JPG" in source.describe(2)
 
 
-def test_folder_splits(tmp_path):
-    write(tmp_path / "train" / "cat" / "1.png", 0)
-    write(tmp_path / "train" / "dog" / "1.png", 1)
-    write(tmp_path / "val" / "dog" / "1.png", 2)  # lacks a class: dog must stay class 1
-    train = sources.open_source(config(f"folder:{tmp_path}"), "train")
-    test = sources.open_source(config(f"folder:{tmp_path}"), "test")
-    assert train.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
-    assert test.class_names == ("cat", "dog")
-    write(tmp_path / "val" / "wolf" / "1.png", 3)
-    with pytest.raises(
-        UserError, match=r"class folder 'wolf', which .* has not; expected the same"
-    ):
-        sources.open_source(config(f"folder:{tmp_path}"), "test")
-    with pytest.raises(UserError, match=r"no split 'extra'.*train, val.; expected the folder "):
-        sources.open_source(config(f"folder:{tmp_path}", train_split="extra"), "train")
-
-
-def test_folder_without_classes(tmp_path, caplog):
-    write(tmp_path / "1.png", 0)
-    write(tmp_path / "more" / "2.jpg", 1)
-    source = sources.open_source(config(f"folder:{tmp_path}"), "train")
-    assert source.num_examples == 2 and source.num_classes == 0
-    assert source.labels.tolist() == [-1, -1]
-    assert "1.png lies beside the folders" in caplog.text  # or it is one stray file among classes
-    with pytest.raises(UserError, match="no split 'test'"):
-        sources.open_source(config(f"folder:{tmp_path}"), "test")
-
-
 def test_folder_errors(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*nowhere"):
         sources.open_source(config(f"folder:{tmp_path}/nowhere"), "train")
@@ -179,11 +151,91 @@ def test_unknown_source(bad):
         sources.open_source(config(bad), "train")
 
 
+def test_labels_of_any_source_can_be_left_out():
+    for name in ("embedded", "fake"):
+        source = sources.open_source(config(name, labels="none"), "train")
+        assert source.num_classes == 0 and source.class_names == ()
+        assert (source.labels == -1).all() and (source.read(np.arange(3))[1] == -1).all()
+    part = sources.open_source(config("embedded", train_split="train[:10%]"), "train")
+    whole = sources.open_source(config("embedded"), "train")
+    assert part.num_examples == 1000 and (np.bincount(part.labels) > 60).all()
+    np.testing.assert_array_equal(part.read(np.arange(9))[0], whole.images[part.ids[:9]])
+
+
 def test_unknown_split_and_option():
     with pytest.raises(UserError, match="no split 'extra'"):
         sources.open_source(config("embedded", train_split="extra"), "train")
     with pytest.raises(UserError, match=r"on_corrupt is 'ignore'; expected 'error' .stop and name"):
         sources.open_source(config("embedded", on_corrupt="ignore"), "train")
+
+
+def labelled_by(folder, name, values, kind, test_values=None):
+    """A set "tiny" whose label is a feature of `kind`, with these values."""
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=(4, 5, 3)), name: kind}
+
+    def split(values):
+        return [(i, {"image": picture(i, 4, 5), name: value}) for i, value in enumerate(values)]
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="tiny", version="1.0.0", features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": split(values), "test": split(test_values or values)},
+        data_dir=folder, disable_shuffling=True,
+        download_config=tfds.download.DownloadConfig(num_shards=1, try_download_gcs=False),
+    )  # fmt: skip
+    return config("tfds:tiny", dir=str(folder))
+
+
+def test_tfds_labels_that_are_integers_or_text_become_classes(tmp_path):
+    """By their values, in all splits; a test set without the smallest value keeps the numbers."""
+    import tensorflow_datasets as tfds
+
+    text = labelled_by(tmp_path / "text", "label", ["owl", "ant", "", "owl"],
+                       tfds.features.Text(), ["owl", "owl"])  # fmt: skip
+    source = sources.open_source(text, "train")
+    assert (source.class_names, source.labels.tolist()) == (("ant", "owl"), [1, 0, -1, 1])
+    assert source.account == ("classes are the values of 'label': ant, owl",)
+    test = sources.open_source(text, "test")
+    assert (test.class_names, test.labels.tolist()) == (("ant", "owl"), [1, 1])
+    number = labelled_by(tmp_path / "number", "class", [3, 11, -1, 3, 11], np.int64, [11, 11])
+    source = sources.open_source(number, "train")
+    assert (source.class_names, source.labels.tolist()) == (("3", "11"), [0, 1, -1, 0, 1])
+    assert sources.open_source(number, "test").labels.tolist() == [1, 1]
+    number.labels = "none"
+    hidden = sources.open_source(number, "train")
+    assert (hidden.num_classes, hidden.labels.tolist()) == (0, [-1] * 5)
+
+
+def test_tfds_labels_that_are_no_classes_are_said(tmp_path):
+    import tensorflow_datasets as tfds
+
+    several = labelled_by(tmp_path / "a", "label", [0.5, 1.5], np.float32)
+    source = sources.open_source(several, "train")
+    assert source.num_classes == 0 and "'label' is " in source.account[0]
+    assert "no class, no integer and no text" in source.account[0]
+    ids = labelled_by(tmp_path / "b", "label", list(range(100, 130)), np.int64)
+    source = sources.open_source(ids, "train")
+    assert source.num_classes == 0 and set(source.labels.tolist()) == {-1}
+    assert source.account == ("no labels: 'label' has 30 values for 30 images",)
+    ids.cache_gib = 0.0
+    streamed = sources.open_source(ids, "train")
+    assert streamed.num_classes == 0 and "more than data.cache_gib" in streamed.account[0]
+
+    from common.data import tfds_source
+
+    class Info:
+        """Stands in for `tfds.core.DatasetInfo`."""
+
+        name = "two"
+        features = tfds.features.FeaturesDict({
+            "image": tfds.features.Image(),
+            "coarse": tfds.features.ClassLabel(num_classes=2),
+            "fine": tfds.features.ClassLabel(num_classes=9),
+        })  # fmt: skip
+
+    account = tfds_source.Features(Info).account
+    assert account == ("no labels: of the classes coarse, fine none is called 'label'",)
 
 
 def expected_pixels(builder, split="train"):

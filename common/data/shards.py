@@ -10,9 +10,11 @@ are not. Reading needs nothing but NumPy. A directory holds
 """
 
 import concurrent.futures
+import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 import threading
 import zipfile
@@ -50,7 +52,7 @@ def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
     Raises:
         UserError: the directory is in use, an image cannot be decoded, or the source is not there.
     """
-    directory = epath.Path(directory)
+    directory = files.path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: give a new directory to write shards into")
     splits = {role: config.data[f"{role}_split"] for role in ("train", "test", "bank")}
@@ -95,7 +97,8 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
     if source.kind in ("pixels", "views"):
         sizes = np.full(len(ids), int(np.prod(source.image_shape)) * 3)
     elif source.kind == "path":
-        sizes = np.array([epath.Path(path).stat().length for path in source.paths])
+        paths = map(os.fsdecode, source.read(ids)[0])
+        sizes = np.array([epath.Path(path).stat().length for path in paths])
     else:
         sizes = np.array([len(source.read(ids[i : i + 1])[0][0]) for i in ids])
     shard = (np.cumsum(sizes) - sizes) // SHARD_BYTES
@@ -105,7 +108,7 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
 
 def _arrays(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
     payload, labels = source.read(ids)
-    names = np.array([source.describe(int(i)) for i in ids])
+    names = source.names(ids)
     if source.kind in ("pixels", "views"):
         return {"images": payload, "labels": labels, "names": names}
     from common.data import corrupt  # imports TensorFlow
@@ -113,7 +116,7 @@ def _arrays(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
     def load(i: int) -> bytes:
         data = payload[i]
         if source.kind == "path":
-            data = epath.Path(source.paths[ids[i]]).read_bytes()
+            data = epath.Path(os.fsdecode(data)).read_bytes()
         if reason := corrupt.fault_of(data):
             raise UserError(
                 f"cannot decode {source.describe(int(ids[i]))} ({reason}): repair or remove it, "
@@ -142,23 +145,7 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
     Raises:
         UserError: no such directory or split, or a set larger than `data.cache_gib`.
     """
-    directory = epath.Path(path)
-    if not (directory / INDEX).exists():
-        raise UserError(
-            f"no {INDEX} in {path}: expected a directory that `main.py --mode=prepare "
-            "--workdir=DIR` has finished writing"
-        )
-    try:
-        index = json.loads((directory / INDEX).read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path}/{INDEX} is damaged ({error}): copy the directory anew, or prepare again"
-        ) from error
-    if index["version"] != _VERSION:
-        raise UserError(
-            f"{path} has format {index['version']}, this code reads {_VERSION}: prepare the set "
-            "again"
-        )
+    directory, index = files.path(path), _index(path)
     if split not in index["splits"]:
         raise UserError(
             f"{path} holds no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
@@ -187,6 +174,37 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
         class_names=tuple(found["class_names"]), labels=labels,
         image_shape=images.shape[1:3] if pixels else None, images=images, names=names,
     )  # fmt: skip
+
+
+def class_names(path: str, split: str) -> tuple[str, ...]:
+    """The class names of a split; () where there are none."""
+    return tuple(_index(path)["splits"].get(split, {}).get("class_names", ()))
+
+
+def _index(path: str) -> dict:
+    """What `index.json` holds.
+
+    Raises:
+        UserError: no such directory, or an index that cannot be read.
+    """
+    file = files.path(path) / INDEX
+    if not file.exists():
+        raise UserError(
+            f"no {INDEX} in {path}: expected a directory that `main.py --mode=prepare "
+            "--workdir=DIR` has finished writing"
+        )
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}/{INDEX} is damaged ({error}): copy the directory anew, or prepare again"
+        ) from error
+    if index["version"] != _VERSION:
+        raise UserError(
+            f"{path} has format {index['version']}, this code reads {_VERSION}: prepare the set "
+            "again"
+        )
+    return index
 
 
 def _load_all(paths: list[epath.Path], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -224,7 +242,14 @@ class ShardSource(ArraySource):
 
     def __init__(self, names: np.ndarray, **fields) -> None:
         super().__init__(**fields)
-        self.names = names
+        self._names = names
 
     def describe(self, index):
-        return str(self.names[index])
+        return f"{self._names[index]} of {self.name} ({self.split})"
+
+    def names(self, ids):
+        return np.asarray(self._names)[ids]
+
+    @property
+    def listing(self):
+        return hashlib.sha256("\0".join(map(str, self._names)).encode()).hexdigest()[:16]

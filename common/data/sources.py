@@ -16,7 +16,8 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.data import draws
+from common.data import draws, folder_layout, slices
+from common.data.folder_tree import some
 from common.errors import UserError
 
 
@@ -35,6 +36,10 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     config.train_split = "train"
     config.test_split = "test"
     config.bank_split = ""  # whose examples vote in kNN; "" = train_split. STL10: "train"
+    # What the labels are, which only kNN and probes see: "auto" (what the set says; of a folder its
+    # class folders, and a tree that can be read in two ways is refused), "folders" (each folder is
+    # a class, in any case), "none" (there are none)
+    config.labels = "auto"
     config.dir = ""  # of TensorFlow data sets; "" = TFDS_DATA_DIR, or else TFDS's own default
     config.image_size = image_size
     config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
@@ -67,6 +72,7 @@ class Source:
       replaced: id of a corrupt image -> id of the image that stands in for it.
       seen_good: ids that a search for corrupt images could decode; it need not look again.
       listing: changes when examples are added, removed or renamed, even if their number stays.
+      account: lines that say how a set was read that could have been read otherwise.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Source:
     on_corrupt: str = "error"
     replaced: dict[int, int] = dataclasses.field(default_factory=dict)
     seen_good: set[int] = dataclasses.field(default_factory=set)
+    account: tuple[str, ...] = ()
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (as `kind` says) and int32 labels of the examples [b]; nothing is replaced."""
@@ -98,6 +105,18 @@ class Source:
     def describe(self, index: int) -> str:
         """Names one example in an error message."""
         return f"example {index} of {self.name} ({self.split})"
+
+    def names(self, ids: np.ndarray) -> np.ndarray:
+        """Names of examples [b] for files that may go elsewhere: no path outside the set."""
+        return np.array([str(i) for i in ids])
+
+    def summary(self) -> tuple[str, ...]:
+        """What this is, in a line, and the account of how it was read."""
+        labels = "no labels"
+        if self.num_classes:
+            labels = f"{self.num_classes:,} class{'es' * (self.num_classes > 1)}"
+        text = f"{self.name} ({self.split}): {self.num_examples:,} images, {labels}"
+        return text, *self.account
 
     @property
     def listing(self) -> str:
@@ -141,56 +160,136 @@ def _random_images(stream: int, count: int, size: int) -> np.ndarray:
     return words.view(np.uint8)[: count * size * size * 3].reshape(count, size, size, 3)
 
 
+ROLES = ("train", "test", "bank")
+KINDS = ("embedded", "fake", "folder", "shards", "tfds")
+
+
 def open_source(config: ConfigDict, split: str) -> Source:
     """Opens a data set.
+
+    Classes are compared by name: label i of "test" and "bank" is the i-th class of "train", or of
+    the bank where "train" has no labels.
 
     Args:
       config: the config's `data` section.
       split: "train", "test" or "bank" (then `config.train_split` etc. say which split of the
-        data set that is), or the name of a split.
+        data set that is), or the name of a split; or a slice of one, such as "train[:80%]".
 
     Returns:
       The source.
 
     Raises:
-      UserError: unknown source, missing data set or split, empty folder, no image in it.
+      UserError: unknown source, missing data set or split, empty folder, no image in it, a class
+        in the test set that the others lack.
     """
-    roles = ("train", "test", "bank")
-    split = config[f"{split}_split"] if split in roles else split
+    role, split = split, config[f"{split}_split"] if split in ROLES else split
     if config.on_corrupt not in ("error", "replace"):
         raise UserError(
             f"data.on_corrupt is {config.on_corrupt!r}; expected 'error' (stop and name the file) "
             "or 'replace' (use another image and count it)."
         )
-    kind, _, rest = config.source.partition(":")
-    if kind == "embedded" and not rest:
-        source = _open_embedded(split)
-    elif kind == "fake" and not rest:
-        source = _open_fake(config, split)
-    elif kind == "folder" and rest:
-        from common.data import folder_source  # which builds on this module
-
-        source = folder_source.open_folder(rest, split)
-    elif kind == "shards" and rest:
-        from common.data import shards  # which builds on this module
-
-        source = shards.open_shards(rest, split, config)
-    elif kind == "tfds" and rest:
-        from common.data import tfds_source  # imports TensorFlow
-
-        source = tfds_source.open_tfds(rest, split, config)
-    else:
-        near = (
-            f" Did you mean 'folder:{config.source}'?"
-            if pathlib.Path(config.source).is_dir()
-            else ""
-        )
+    if config.labels not in folder_layout.LABELS:
         raise UserError(
-            f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH', "
-            f"'shards:PATH' or 'fake'.{near}"
+            f"data.labels is {config.labels!r}; expected 'auto', 'folders' (each folder is a "
+            "class) or 'none'."
         )
+    kind, path = _kind(config.source)
+    name, bounds = (split, None) if kind == "tfds" else slices.parse(split)
+    source = _open(kind, path, name, config)
+    if config.labels == "none" and source.num_classes:
+        source.num_classes, source.class_names = 0, ()
+        source.labels = np.full(source.num_examples, -1, np.int32)
     source.on_corrupt = config.on_corrupt
-    return source
+    if role in ("test", "bank") and source.class_names:
+        _name_as(source, _reference(config))
+    if bounds is None:
+        return source
+    from common.data import subset  # which builds on this module
+
+    part = subset.select(source, slices.ids(split, bounds, source.num_examples))
+    return dataclasses.replace(part, split=split)
+
+
+def _kind(source: str) -> tuple[str, str]:
+    kind, _, rest = source.partition(":")
+    if kind in KINDS and bool(rest) == (kind in ("folder", "shards", "tfds")):
+        return kind, rest
+    near = f" Did you mean 'folder:{source}'?" if pathlib.Path(source).is_dir() else ""
+    raise UserError(
+        f"data.source is {source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH', "
+        f"'shards:PATH' or 'fake'.{near}"
+    )
+
+
+def _open(kind: str, path: str, split: str, config: ConfigDict) -> Source:
+    if kind == "embedded":
+        return _open_embedded(split)
+    if kind == "fake":
+        return _open_fake(config, split)
+    # these build on this module
+    if kind == "folder":
+        from common.data import folder_source
+
+        return folder_source.open_folder(path, split, config.labels)
+    if kind == "shards":
+        from common.data import shards
+
+        return shards.open_shards(path, split, config)
+    from common.data import tfds_source  # imports TensorFlow
+
+    return tfds_source.open_tfds(path, split, config)
+
+
+def _reference(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ...: those of "train", then what only the bank has."""
+    names = ()
+    for split in dict.fromkeys((config.train_split, config.bank_split or config.train_split)):
+        try:
+            found = _class_names(config, split)
+        except UserError:  # there need be no training set to make features of the test set
+            continue
+        names += tuple(name for name in found if name not in names)
+    return names
+
+
+def _class_names(config: ConfigDict, split: str) -> tuple[str, ...]:
+    """The class names of a split, as cheaply as its kind allows; () where it has none."""
+    kind, path = _kind(config.source)
+    if kind == "folder":
+        from common.data import folder_source
+
+        return folder_source.class_names(path, slices.parse(split)[0], config.labels)
+    if kind == "shards":
+        from common.data import shards
+
+        return shards.class_names(path, slices.parse(split)[0])
+    if kind == "tfds":
+        from common.data import tfds_source
+
+        return tfds_source.class_names(path, split, config)
+    return ()
+
+
+def _name_as(source: Source, names: tuple[str, ...]) -> None:
+    """Numbers the labels of a source as `names` does; () leaves them.
+
+    Raises:
+      UserError: a class that is not among the names.
+    """
+    if not names or names == source.class_names:
+        return
+    if unknown := sorted(set(source.class_names) - set(names)):
+        raise UserError(
+            f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the split that it "
+            f"is compared with has not; expected classes out of {some(names)}. Rename or remove "
+            "it, or name other splits."
+        )
+    numbers = np.array([names.index(name) for name in source.class_names] + [-1], np.int32)
+    source.labels = numbers[source.labels]  # -1 stays -1
+    missing = [name for name in names if name not in source.class_names]
+    source.class_names, source.num_classes = names, len(names)
+    if missing:
+        source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ is a part of a larger one.
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -32,6 +33,14 @@ class Subset(Source):
     def describe(self, index):
         return self.base.describe(int(self.ids[index]))
 
+    def names(self, ids):
+        return self.base.names(self.ids[ids])
+
+    @property
+    def listing(self):
+        text = self.base.listing.encode() + np.asarray(self.ids, np.int64).tobytes()
+        return hashlib.sha256(text).hexdigest()[:16]
+
 
 def select(source: Source, ids: np.ndarray) -> Source:
     """The examples `ids`, in that order, as a source of their own.
@@ -42,7 +51,7 @@ def select(source: Source, ids: np.ndarray) -> Source:
     common = dict(
         name=source.name, split=source.split, num_examples=len(ids),
         num_classes=source.num_classes, class_names=source.class_names,
-        on_corrupt=source.on_corrupt,
+        on_corrupt=source.on_corrupt, account=source.account,
     )  # fmt: skip
     if source.kind == "stream":
         images, labels = _from_stream(source, ids)

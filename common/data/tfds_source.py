@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
+from common import files
 from common.data.sources import ArraySource, Source, to_rgb
 from common.data.tensorflow_host import arrays, plain, tf, traced
 from common.errors import UserError
@@ -63,7 +64,11 @@ class RecordSource(Source):
         images = np.array([example[self.features.image] for example in examples], object)
         if self.features.label is None:
             return images, np.full(len(ids), -1, np.int32)
-        return images, np.array([example[self.features.label] for example in examples], np.int32)
+        labels = [example[self.features.label] for example in examples]
+        return images, np.array(labels, object if self.features.by_value else np.int32)
+
+
+_LABEL_NAMES = ("label", "class", "category", "target")  # of features that need not be classes
 
 
 class Features:
@@ -72,6 +77,12 @@ class Features:
     Args:
       info: the data set's description.
       labelled: False ignores the labels there may be.
+
+    Attributes:
+      image, label: names of the features; `label` is None where nothing is labelled.
+      num_classes, class_names: as in `Source`; 0 and () as long as `by_value`.
+      by_value: whether the classes are the values, integers or text, that the label has.
+      account: a line where somebody may have expected other labels.
 
     Raises:
       UserError: no feature, or more than one, is an image.
@@ -90,7 +101,10 @@ class Features:
             )
         self.image = "image" if "image" in images else images[0]
         self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-        feature = info.features[self.label] if self.label else None
+        self.by_value, self.account = False, ()
+        if self.label is None and labelled:
+            self._look_for_values(info.features, labels)
+        feature = info.features[self.label] if self.label and not self.by_value else None
         self.num_classes = feature.num_classes if feature else 0
         self.class_names = tuple(feature.names) if feature and feature.names else ()
         if not labelled:  # the class names are of the set's other splits
@@ -101,11 +115,26 @@ class Features:
         self._parser = tfds.features.FeaturesDict({name: info.features[name] for name in wanted})
         self.parse = traced(self._parse)  # traced once for all epochs
 
+    def _look_for_values(self, features, classes: list[str]) -> None:
+        """Takes a label that is an integer or a text, or says why there is none."""
+        if classes:
+            self.account = (
+                f"no labels: of the classes {', '.join(classes)} none is called 'label'",
+            )
+            return
+        for name in (name for name in _LABEL_NAMES if name in features):
+            feature = features[name]
+            kind = np.dtype(feature.np_dtype).kind if feature.shape == () else ""
+            if kind and kind in "biuOSU":  # the last three are text
+                self.label, self.by_value = name, True
+                return
+            self.account = (f"no labels: {name!r} is {feature}, no class, no integer and no text",)
+
     def _parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """A serialised record -> (encoded image, int32 label)."""
+        """A serialised record -> (encoded image, label: int32, or its value)."""
         example = self._parser.deserialize_example(record, decoders=self.decoders)
-        label = tf.cast(example[self.label], tf.int32) if self.label else tf.constant(-1)
-        return example[self.image], label
+        label = example[self.label] if self.label else tf.constant(-1)
+        return example[self.image], label if self.by_value else tf.cast(label, tf.int32)
 
 
 def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
@@ -133,12 +162,8 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
         ) from error
     if not chosen.num_examples:
         raise UserError(f"the split {split!r} of tfds:{name} is empty; expected images.")
-    features = Features(info, labelled=split.split("[")[0] not in _UNLABELLED)
+    features = Features(info, labelled=_labelled(split, config))
     shape = features.image_feature.shape[:2]
-    common = dict(
-        name=info.name, split=split, num_examples=chosen.num_examples,
-        num_classes=features.num_classes, class_names=features.class_names,
-    )  # fmt: skip
     # a sum of splits does not know its bytes
     n = sum(part.num_examples for part in info.splits.values())
     size = sum(part.num_bytes for part in info.splits.values())
@@ -146,30 +171,74 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
     fixed = None not in shape
     decoded = chosen.num_examples * np.prod(shape) * 3 / _GIB if fixed else np.inf
     random_access = info.file_format.name == "ARRAY_RECORD"
+    in_memory = (decoded if random_access else min(encoded, decoded)) <= config.cache_gib
+    if features.by_value and not in_memory:
+        features = Features(info, labelled=False)
+        features.account = (
+            "no labels: which values they have is only known of a set in memory, and this one has "
+            "more than data.cache_gib",
+        )
+    common = dict(
+        name=info.name, split=split, num_examples=chosen.num_examples,
+        num_classes=features.num_classes, class_names=features.class_names,
+        account=features.account,
+    )  # fmt: skip
     if random_access:
         records = builder.as_data_source(split=split, decoders=features.decoders)
         source = RecordSource(
             kind="encoded", labels=None, records=records, features=features, **common
         )
-        if decoded > config.cache_gib:
+        if not in_memory:
             return source
         pairs = (source.read(ids) for ids in np.array_split(
             np.arange(chosen.num_examples), max(1, chosen.num_examples // 1024)))  # fmt: skip
-        return _in_memory(pairs, shape, common)
+        return _in_memory(pairs, shape, common, features)
     shards = _shards(chosen)
-    if min(encoded, decoded) > config.cache_gib:
+    if not in_memory:
         return StreamSource(
             kind="stream", labels=None, shards=shards, features=features,
             shuffle_buffer=config.get("shuffle_buffer", 16384), **common,
         )  # fmt: skip
     shape = shape if decoded <= config.cache_gib else None
-    return _in_memory(_read(shards, features), shape, common)
+    return _in_memory(_read(shards, features), shape, common, features)
+
+
+def class_names(name: str, split: str, config: ConfigDict) -> tuple[str, ...]:
+    """Names of the classes of a split whose own they are; () where all splits share them."""
+    if not _labelled(split, config):
+        return ()
+    if Features(_builder(name, config.dir).info).by_value:
+        return open_tfds(name, split, config).class_names
+    return ()
+
+
+def _labelled(split: str, config: ConfigDict) -> bool:
+    return split.split("[")[0] not in _UNLABELLED and config.labels != "none"
+
+
+def _classes(values: np.ndarray, feature: str) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """Labels that are integers or text: int32 [n], names of the classes, and a line about them.
+
+    A negative integer and an empty text are no label. Values of which half or more occur once are
+    measurements or ids, not classes.
+    """
+    values = np.array([v.decode() if isinstance(v, bytes) else v for v in values.tolist()])
+    labelled = values != "" if values.dtype.kind == "U" else values >= 0
+    found, labels, counts = np.unique(values[labelled], return_inverse=True, return_counts=True)
+    numbers = np.full(len(values), -1, np.int32)
+    if not len(found) or 2 * (counts == 1).sum() >= len(found) > 2:
+        line = f"no labels: {feature!r} has {len(found):,} values for {len(values):,} images"
+        return numbers, (), line
+    numbers[labelled] = labels
+    names = tuple(str(value) for value in found.tolist())
+    more = ", ..." if len(names) > 5 else ""
+    return numbers, names, f"classes are the values of {feature!r}: {', '.join(names[:5])}{more}"
 
 
 def _builder(name: str, folder: str):
     import tensorflow_datasets as tfds
 
-    folder = folder or None
+    folder = str(files.path(folder)) if folder else None
     where = folder or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
     fix = (
         "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
@@ -208,7 +277,9 @@ def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray,
         yield from arrays(data.batch(1024).prefetch(2))
 
 
-def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> ArraySource:
+def _in_memory(
+    pairs: Iterator, shape: tuple[int, int] | None, common: dict, features: Features
+) -> ArraySource:
     """Keeps the set in memory: as pixels if all images have one shape, else encoded.
 
     Raises:
@@ -216,7 +287,7 @@ def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> 
     """
     n, done = common["num_examples"], 0
     images = np.empty(n, object) if shape is None else np.empty((n, *shape, 3), np.uint8)
-    labels = np.full(n, -1, np.int32)
+    labels = np.full(n, -1, object if features.by_value else np.int32)
     try:
         for payload, label in pairs:
             part = slice(done, done + len(label))
@@ -232,6 +303,9 @@ def _in_memory(pairs: Iterator, shape: tuple[int, int] | None, common: dict) -> 
             f"tfds:{common['name']} ({common['split']}) holds {done} of the {n} images that its "
             "description says: a file is damaged or of another version; prepare the set again"
         )
+    if features.by_value:
+        labels, names, line = _classes(labels, features.label)
+        common |= {"num_classes": len(names), "class_names": names, "account": (line,)}
     return ArraySource(
         kind="encoded" if shape is None else "pixels", labels=labels, image_shape=shape,
         images=images, **common,

@@ -25,7 +25,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     features, labels, ids = opened.extract(source, c.examples)
     _check_finite(features)
     embedded = Embedded(
-        features, labels, ids, feature_files.names_of(source, ids, opened.config.data.source),
+        features, labels, ids, source.names(ids),
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
         _about(opened, source),
     )  # fmt: skip

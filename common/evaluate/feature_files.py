@@ -9,7 +9,6 @@ import numpy as np
 from etils import epath
 
 from common import files
-from common.data.sources import Source
 from common.errors import UserError
 
 
@@ -21,7 +20,7 @@ class Embedded:
         features: `[n, d]`, float32 (of raw pixels uint8).
         labels: int32 `[n]`, -1 where unlabelled.
         ids: int64 `[n]`, places in the split.
-        names: str `[n]`, see `names_of`.
+        names: str `[n]`, `Source.names`: of files below the folder that the user named.
         class_names: of the labels 0, 1, ...; empty where nothing is labelled.
         about: which encoder, which data; JSON.
     """
@@ -49,19 +48,6 @@ def formats_of(text: str) -> list[str]:
     if "parquet" in formats:
         _pyarrow()
     return ["npz", *(name for name in dict.fromkeys(formats) if name != "npz")]
-
-
-def names_of(source: Source, ids: np.ndarray, data_source: str) -> np.ndarray:
-    """File names below the folder of `data.source`; of sets without files the ids, as text.
-
-    Shards have the names that were written into them.
-    """
-    if source.kind == "path":
-        base = str(epath.Path(data_source.partition(":")[2]).expanduser()).rstrip("/") + "/"
-        return np.array([str(path).removeprefix(base) for path in source.paths[ids]])
-    if hasattr(source, "names"):
-        return np.asarray(source.names)[ids]
-    return np.array([str(i) for i in ids])
 
 
 def printable(name: str) -> str:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
-from common import jsonl
+from common import files, jsonl
 from common.evaluate import pretrained
 from common.method import Method, Setup
 
@@ -70,7 +69,7 @@ def run(
     }
     record |= metrics  # a mode that has data of its own says so
     if jax.process_index() == 0:
-        lines = jsonl.Lines(epath.Path(workdir) / FILE)
+        lines = jsonl.Lines(files.path(workdir) / FILE)
         lines.add(jsonl.dump(record))
         lines.close()
         print(sentence, flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
+from common import files, report
 from common.checkpoint import Checkpoints
 from common.data import pipeline, sources
 from common.errors import UserError
@@ -53,7 +55,13 @@ class Pretrained:
                 f"no {role} split: the run of {self.workdir} named none, so give "
                 f"--eval.{role}_split=NAME"
             )
-        return sources.open_source(self.config.data, role)
+        try:
+            source = sources.open_source(self.config.data, role)
+        except UserError as error:
+            raise UserError(in_eval(str(error))) from error
+        if source.account:
+            report.say("\n  ".join(source.summary()))
+        return source
 
     def open_labelled(self, role: str) -> sources.Source:
         """`open`, for a mode that cannot do without labels."""
@@ -102,6 +110,12 @@ class Pretrained:
         return functools.partial(features.jit_encoder(encode, self.mesh), self.state)
 
 
+def in_eval(text: str) -> str:
+    """A message about `config.data`, with the flags of an evaluation in the place of its fields."""
+    text = re.sub(r"(?<![\w.-])data\.(source|labels|train_split|test_split)", r"--eval.\1", text)
+    return re.sub(r"(?<![\w-])(config\.)?data\.dir\b", "--eval.data_dir", text)
+
+
 def load(
     workdir: str | os.PathLike,
     settings: ConfigDict,
@@ -119,14 +133,16 @@ def load(
     Raises:
         UserError: no run or no such checkpoint there, an unknown method or field.
     """
-    workdir = epath.Path(workdir)
+    workdir = files.path(workdir)
     one_of("eval.features", settings.features, FEATURES)
     config = read_config(workdir, methods)
     with config.unlocked():
         d = config.data
         d.source = settings.source or d.source
+        d.labels = settings.labels or ("auto" if settings.source else d.labels)
         d.dir = settings.data_dir or d.dir
         d.train_split = settings.train_split or d.bank_split or d.train_split
+        d.bank_split = ""  # "train" is the split that votes here
         d.test_split = settings.test_split or d.test_split
     mesh = mesh or make_mesh()
     method = methods[config.method](make_encoder_setup(config, mesh))

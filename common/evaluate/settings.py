@@ -15,6 +15,7 @@ def default_config() -> ConfigDict:
     c.batch_size = 0  # of feature extraction; 0 = the run's
     # The data, where it is not the run's own:
     c.source = ""  # e.g. "folder:/path", "tfds:cifar100"; "" = the run's
+    c.labels = ""  # auto | folders | none; "" = the run's, and auto with a source of its own
     c.data_dir = ""  # of TensorFlow data sets; "" = the run's
     c.train_split = ""  # "" = the run's, data.bank_split before data.train_split
     c.test_split = ""

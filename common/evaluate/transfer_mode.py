@@ -4,12 +4,16 @@ import dataclasses
 import re
 from typing import Any
 
+from common import files
+from common.data.sources import KINDS
 from common.errors import UserError
 from common.evaluate import accuracy, logistic, modes
 from common.evaluate.pretrained import Pretrained
 
 # A split may be a TFDS slice, with a colon of its own: train[:80%]
 _SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"
+# A comma in a path is none between data sets: behind that one stands the kind of the next.
+_BETWEEN = re.compile(rf",(?=\s*(?:{'|'.join(KINDS)})\b)")
 _SPLITS = re.compile(rf"(?P<source>.+)@(?P<train>{_SPLIT}):(?P<test>{_SPLIT})")
 
 
@@ -36,17 +40,23 @@ def parse(text: str, default: DataSet) -> list[DataSet]:
     if not text.strip():
         return [default]
     found = []
-    for part in (part.strip() for part in text.split(",")):
-        if not part:
-            raise UserError(f"eval.transfer.sources={text!r} has a comma too many: remove it")
-        match = _SPLITS.fullmatch(part)
-        if not match and "@" in part.rsplit("/", 1)[-1]:
+    if re.search(r"^\s*,|,\s*(,|$)", text):
+        raise UserError(f"eval.transfer.sources={text!r} has a comma too many: remove it")
+    for part in (part.strip() for part in _BETWEEN.split(text)):
+        match = None if _is_folder(part) else _SPLITS.fullmatch(part)
+        if not match and "@" in part.rsplit("/", 1)[-1] and not _is_folder(part):
             raise UserError(
                 f"eval.transfer.sources has {part!r}: expected SOURCE@TRAIN:TEST, such as "
                 "folder:PATH@train:val"
             )
         found.append(DataSet(*match.groups()) if match else DataSet(part, "train", "test"))
     return found
+
+
+def _is_folder(source: str) -> bool:
+    """Whether it is there as it stands: an @ is then part of a name."""
+    kind, _, path = source.partition(":")
+    return kind in ("folder", "shards") and files.path(path).is_dir()
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from common import files
 from common.data import presets
 from common.errors import UserError
 from common.evaluate import modes
+from common.evaluate.feature_files import shortened
 from common.evaluate.pretrained import Pretrained
 from common.export import formats, layout, stablehlo
 
@@ -38,7 +38,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         raise UserError(
             f"eval.features={opened.settings.features!r} has no weights to export: expected trained"
         )
-    directory = epath.Path(c.dir) if c.dir else opened.workdir / "export"
+    directory = files.path(c.dir) if c.dir else opened.workdir / "export"
     arrays, metadata = weights_of(opened)
     if jax.process_index() != 0:
         return {"dir": str(directory)}, ""
@@ -96,8 +96,8 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         "weights": opened.settings.features,
         "method": config.method,
         "step": opened.step,
-        "data": f"{run['data']['source']} ({run['data']['train_split']})",
-        "init_from": config.init_from,
+        "data": f"{shortened(run['data']['source'])} ({run['data']['train_split']})",
+        "init_from": shortened(config.init_from),
         **network,
         "conv1": layout.conv1(network["stem"]),
         "input": _INPUT,

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from common import files
 from common.checkpoint import Checkpoints
 from common.data import presets
 from common.errors import UserError
@@ -60,7 +61,7 @@ def load_weights(path: str | epath.PathLike) -> Weights:
     Raises:
         UserError: nothing there, nothing that can be read safely, or no ResNet in it.
     """
-    path = epath.Path(path)
+    path = files.path(path)
     if path.is_dir() or _is_checkpoint(path):
         return _of_run(path)
     arrays, metadata, digest = formats.read(path)
