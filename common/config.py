@@ -31,7 +31,7 @@ FREE_ON_RESUME = (
 
 # What the code did before a field was there, where that is not the default: a run without the field
 # goes on, and is evaluated, as it began.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"data.labels": "legacy"}
 # A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
 AUTO = "auto"
 
@@ -225,6 +225,10 @@ def _set(config: ConfigDict, values: dict[str, Any], where: str) -> None:
             ) from error
 
 
+def _kind(source: Any) -> str:
+    return str(source).partition(":")[0]
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict to {"a.b": value}."""
     flat = {}
@@ -251,7 +255,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         # a field that the code of the run did not have yet; without an entry it is one that is off
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 
-    differing = sorted(n for n in a.keys() | b.keys() if not free(n) and not same(n))
+    differing = {n for n in a.keys() | b.keys() if not free(n) and not same(n)}
+    if {_kind(c.get("data.source")) for c in (a, b)} in ({"folder"}, {"shards"}):
+        differing.discard("data.source")  # the loop sees whether it is the same listing
+    differing = sorted(differing)
     if differing:
         shown = ", ".join(
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]

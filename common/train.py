@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common import report, transfer
+from common import files, report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
 from common.data import pipeline, resident, sources
@@ -26,7 +26,7 @@ from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
 from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
-from common.workdir import as_begun, claim
+from common.workdir import as_begun, claim, moved_from, note_move
 
 # Programs the host may have handed to the device: each holds a batch in its memory.
 IN_FLIGHT = 2
@@ -55,9 +55,10 @@ def train(
         PreemptedError: after SIGTERM or Ctrl-C, when the step is saved.
     """
     begin = time.perf_counter()
+    workdir = files.path(workdir)
     config = as_begun(config, workdir)
     configs.check(config)
-    profile = Profile(config.profile, epath.Path(workdir))
+    profile = Profile(config.profile, workdir)
     mesh = mesh or make_mesh()
     rows = local_rows(mesh, config.batch_size)
     train_source = sources.open_source(config.data, "train")
@@ -100,17 +101,19 @@ def train(
         # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
         if checkpoints.latest_step and (found := checkpoints.restore_newest(abstract, shardings)):
             start, state, progress = found
-            same_data(progress, train_source)
+            same_data(progress, train_source, moved_from(config, workdir))
         else:
             start = 0
             state = init_state(make_method, method, setup, init_key, shardings)
             if config.resume_from:
                 state = transfer.adopt(config, workdir, method, state)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
+        note_move(config, workdir)
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(
-            config, workdir, mesh, setup, state, step_fn, train_source, start, total, per_epoch
-        )
+            config, workdir, mesh, setup, state, step_fn, train_source, test_source, start, total,
+            per_epoch,
+        )  # fmt: skip
         batches = pipeline.train_batches(
             train_source,
             config,
@@ -216,8 +219,13 @@ def train(
         return report.finish(config, workdir, evaluator, state, progress, dataset, total)
 
 
-def same_data(progress: dict[str, Any], source: sources.Source) -> None:
+def same_data(progress: dict[str, Any], source: sources.Source, moved: str = "") -> None:
     """Refuses to go on with a data set that has changed: orders and schedules follow its examples.
+
+    Args:
+        progress: of the checkpoint.
+        source: of the training split.
+        moved: where the data was, if that is another place than now.
 
     Raises:
         UserError: saying both sizes, or that files have other names.
@@ -228,7 +236,13 @@ def same_data(progress: dict[str, Any], source: sources.Source) -> None:
             f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
             "this run began: restore the data, or give another --workdir"
         )
-    if source.listing != progress.get("listing", source.listing):
+    listing = progress.get("listing")  # older runs of shards have none
+    if moved and not listing:
+        raise UserError(
+            f"the data of this run was {moved}, and it did not note its files, so that nobody can "
+            "tell whether these are the same: give data.source as it was, or another --workdir"
+        )
+    if listing and source.listing != listing:
         raise UserError(
             f"{source.name} ({source.split}) has {n} images as before, but files were renamed, or "
             "added and removed, since this run began: restore the data, or give another --workdir"

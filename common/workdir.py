@@ -43,7 +43,7 @@ def claim(
     Raises:
         UserError: if the directory holds another run, or files but no run, or is in use.
     """
-    workdir, refusal, held = epath.Path(workdir), None, None
+    workdir, refusal, held = files.path(workdir), None, None
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
@@ -74,9 +74,8 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
 
     See `common.config.as_begun`. What is wrong with the directory, `claim` says.
     """
-    workdir = epath.Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists() or not _has_trained(workdir):
+    path = files.path(workdir) / "config.json"
+    if not path.exists() or not _has_trained(path.parent):
         return config
     try:
         saved = json.loads(path.read_text())
@@ -91,6 +90,25 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
             workdir, name, name, value,
         )  # fmt: skip
     return config
+
+
+def moved_from(config: ConfigDict, workdir: epath.Path) -> str:
+    """Where the data of the run in `workdir` was, if that is not where `config` has it; else ""."""
+    saved = json.loads((workdir / "config.json").read_text())["data"]["source"]
+    return saved if saved != config.data.source else ""
+
+
+def note_move(config: ConfigDict, workdir: epath.Path) -> None:
+    """Has `config.json` say where the data is now, for the modes that evaluate the run."""
+    if jax.process_index() != 0 or not (before := moved_from(config, workdir)):
+        return
+    path = workdir / "config.json"
+    saved = json.loads(path.read_text())
+    saved["data"]["source"] = config.data.source
+    files.write_text(path, json.dumps(saved, indent=2) + "\n")
+    logging.warning(
+        "the data of this run was %s and is now %s: config.json says so", before, config.data.source
+    )
 
 
 def _make(workdir: epath.Path) -> None:

@@ -9,6 +9,7 @@ import types
 import pytest
 import toy
 from test_end_to_end import TOTAL, lines
+from test_sources import write
 
 from common import config as configs
 from common import preemption
@@ -19,6 +20,7 @@ from common.errors import UserError
 from common.evaluate import pretrained
 from common.metrics import NonFiniteLossError
 from common.preemption import PreemptedError
+from common.train import same_data
 
 
 def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
@@ -165,6 +167,35 @@ def test_other_data_is_not_continued(name, value, words, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=words):
         toy.train(c, tmp_path)
     assert toy.saved_steps(tmp_path) == [3]
+
+
+def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, caplog):
+    photos = tmp_path / "photos"
+    for i in range(20):
+        write(photos / "train" / "ab"[i % 2] / f"{i}.png", i)
+    c = toy.config(data__source=f"folder:{photos}")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    toy.train(c, whole)
+    toy.train_until(5, c, run)
+    copy = tmp_path / "old"
+    shutil.copytree(run, copy)
+    photos.rename(tmp_path / "elsewhere")
+    c.data.source = f"folder:{tmp_path / 'elsewhere'}"
+    with caplog.at_level("WARNING"):
+        toy.train(c, run)
+    assert f"was folder:{photos} and is now {c.data.source}: config.json says so" in caplog.text
+    assert toy.weight(run, TOTAL) == toy.weight(whole, TOTAL)
+    assert json.loads((run / "config.json").read_text())["data"]["source"] == c.data.source
+    monkeypatch.setattr(loop, "same_data", lambda p, *rest: same_data(p | {"listing": ""}, *rest))
+    with pytest.raises(UserError, match="it did not note its files, so that nobody can tell whet"):
+        toy.train(c, copy)
+    monkeypatch.setattr(loop, "same_data", same_data)
+    (tmp_path / "elsewhere" / "train" / "a" / "0.png").rename(tmp_path / "elsewhere/train/a/x.png")
+    with pytest.raises(UserError, match="files were renamed, or added and removed"):
+        toy.train(c, copy)
+    c.data.source = "embedded"
+    with pytest.raises(UserError, match=r"holds the run of another config: data.source"):
+        toy.train(c, copy)
 
 
 def test_a_run_from_the_weights_of_another_one(tmp_path, monkeypatch):
