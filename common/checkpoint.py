@@ -270,12 +270,19 @@ class Checkpoints:
         """What was saved beside the state."""
         return json.loads((self._manager.directory / str(step) / "progress/metadata").read_text())
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """What was noted beside the state, without a look at that; {} if it cannot be read."""
+        try:
+            record = self._record(step)
+            return dict(record.get("progress", record))
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
     def score(self, step: int) -> float | None:
         """The last kNN accuracy before a checkpoint, None if there was none."""
         try:
-            record = self._record(step)
-            return record.get("progress", record)["results"].get("knn_top1")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return self.progress(step)["results"].get("knn_top1")
+        except (KeyError, AttributeError):
             return None
 
     def _damaged(self, step: int, reason: str) -> UserError:

@@ -93,6 +93,10 @@ def train(
     ):
         if checkpoints.latest_step == total and (summary := report.finished(workdir)):
             return summary
+        # before minutes of compiling, and before arrays of other shapes seem to be damaged
+        noted = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
+        if known := next(filter(None, noted), None):
+            same_data(known, train_source, moved_from(config, workdir))
         if config.resume_from and not checkpoints.latest_step:
             transfer.source_of(config.resume_from, workdir)  # known before minutes of compiling
         data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
@@ -101,7 +105,6 @@ def train(
         # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
         if checkpoints.latest_step and (found := checkpoints.restore_newest(abstract, shardings)):
             start, state, progress = found
-            same_data(progress, train_source, moved_from(config, workdir))
         else:
             start = 0
             state = init_state(make_method, method, setup, init_key, shardings)

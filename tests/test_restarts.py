@@ -21,6 +21,7 @@ from common.evaluate import pretrained
 from common.metrics import NonFiniteLossError
 from common.preemption import PreemptedError
 from common.train import same_data
+from simclr_jax.method import SimCLR
 
 
 def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monkeypatch, capsys):
@@ -193,6 +194,9 @@ def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, c
     (tmp_path / "elsewhere" / "train" / "a" / "0.png").rename(tmp_path / "elsewhere/train/a/x.png")
     with pytest.raises(UserError, match="files were renamed, or added and removed"):
         toy.train(c, copy)
+    shutil.rmtree(tmp_path / "elsewhere" / "train" / "a")  # a probe of another shape, too
+    with pytest.raises(UserError, match=r"has 10 images, and had 20 when this run began"):
+        toy.train(c, copy, SimCLR)
     c.data.source = "embedded"
     with pytest.raises(UserError, match=r"holds the run of another config: data.source"):
         toy.train(c, copy)
