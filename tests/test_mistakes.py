@@ -48,7 +48,7 @@ MISTAKES = [
     ),
     (
         (DEMO, NEW, "--config.data.source=folder:DIR/thesis"),
-        ["no image in", "expected files ending in .jpg"],
+        ["no image in", "expected image files (.jpg"],
     ),
     ((DEMO, NEW, "--config.data.on_corrupt=ignore"), ["on_corrupt", "(stop and name the file)"]),
     ((DEMO, NEW, "--config.batch_size=4096"), ["64 examples", "smaller config.batch_size"]),

@@ -80,8 +80,8 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
     left_out = tree.left_out_in_words()
     if not paths:
         raise UserError(
-            f"no image in {root}{left_out and f' (left out: {left_out})'}; expected files ending "
-            f"in {', '.join(tree.suffixes)}, either directly there or in one folder for each class."
+            f"no image in {root}{left_out and f' (left out: {left_out})'}; expected image files "
+            "(.jpg, .png, .tif, ...), either directly there or in one folder for each class"
         )
     names = tuple(folder.name for folder in folders)
     how = f"{_count(names, 'class')} by folder: {some(names)}" if names else "without labels"
