@@ -129,6 +129,8 @@ REFUSED = [
      ["no image in", "(left out: 1 .csv, 1 .raw)", ".jpg"]),
     (CLASSES, "test", ["no split 'test'", "it has no folder for any split"]),
     (CLASSES, "a/b", ["no split 'a/b'"]),
+    (below("pets/train", CLASSES) | below("pets/test", CLASSES) | {"pets/notes/x.csv": None},
+     "train", ["pets holds the splits notes, test, train, so", "a level too high"]),
     (below("train", CLASSES) | below("test", {"cow": 1}), "test",
      ["(test) has the class 'cow', which the split that it is compared with has not", "cat, dog"]),
 ]  # fmt: skip
@@ -174,6 +176,21 @@ def test_classes_are_compared_by_name(names, tmp_path):
     make(tmp_path, {"photos": 4})
     scored = opened(tmp_path, "test", train_split="photos", bank_split=train, test_split=test)
     assert scored.labels.tolist() == [1, 2, 2]
+
+
+def test_a_level_too_low(tmp_path):
+    make(tmp_path, below("train", CLASSES) | below("test", CLASSES))
+    assert opened(tmp_path / "train").num_examples == 5
+    with pytest.raises(UserError, match=f"is itself a split by its name: .*folder:{tmp_path}$"):
+        opened(tmp_path / "train", "test")
+
+
+def test_a_name_may_have_the_bytes_of_another_system(tmp_path):
+    """macOS writes the accent as a character of its own."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    make(tmp_path, {f"train/{composed}": 1, "train/bar": 1, f"test/{apart}": 2})
+    test = opened(tmp_path, "test")
+    assert test.labels.tolist() == [1, 1] and test.class_names == ("bar", composed)
 
 
 def test_the_user_is_told_what_was_read_and_what_was_not(tmp_path):
@@ -269,3 +286,13 @@ def test_a_slice_has_as_many_examples_as_tfds_gives_it(n):
         name, found = slices.parse(split)
         assert (name, len(slices.ids(split, found, n))) == ("train", last - first)
     assert slices.parse("train") == ("train", None)
+
+
+def test_splits_that_share_examples():
+    same = [("train", "train"), ("train[:80%]", "train[70%:]"), ("train", "train[-5:]"),
+            ("train[:100]", "train[50:60]"), ("train[:3shard]",) * 2]  # fmt: skip
+    apart = [("train", "test"), ("train[:80%]", "train[80%:]"), ("train[:100]", "train[100:]"),
+             ("train[:80%]", "test[:80%]"), ("train+test", "test"),
+             ("train[:3shard]", "train[3shard:]")]  # fmt: skip
+    assert all(slices.overlap(a, b) and slices.overlap(b, a) for a, b in same)
+    assert not any(slices.overlap(a, b) for a, b in apart)

@@ -164,3 +164,17 @@ def test_more_neighbours_than_images_are_refused_where_they_would_vote(
         return
     with pytest.raises(UserError, match=rf"evaluate\.knn_k={k} is more than the {limit or 20} im"):
         Evaluator.check(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("train", "bank", "test", "told"),
+    [("train", "", "train", True), ("train[:80%]", "", "train[80%:]", False),
+     ("a", "train", "train[:10]", True), ("train", "a", "train", False)],
+)  # fmt: skip
+def test_scores_of_images_that_vote_are_warned_of(train, bank, test, told, caplog):
+    c = tiny.config("simclr", data__train_split=train, data__bank_split=bank, data__test_split=test)
+    Evaluator.check(c, source(9, 1), source(9, 2))
+    assert ("share images: what is scored was seen" in caplog.text) == told
+    caplog.clear()
+    Evaluator.check(c, source(9, 1), None)
+    assert not caplog.text

@@ -58,6 +58,23 @@ def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch)
     assert train.listing != test.listing != ""
 
 
+def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path):
+    c = config(f"folder:{folder}", train_split="train[:50%]", test_split="train[50%:]")
+    shards.prepare(c, tmp_path / "s")
+    before = [sources.open_source(c.data, role).names(np.arange(7)) for role in ("train", "test")]
+    c.data.source = f"shards:{tmp_path / 's'}"
+    for role, names in zip(("train", "test"), before, strict=True):
+        source = sources.open_source(c.data, role)
+        assert source.names(np.arange(7)).tolist() == names.tolist()
+        assert source.labels.tolist() == [int("class1" in name) for name in names]
+    whole = config(f"folder:{folder}")
+    shards.prepare(whole, tmp_path / "whole")
+    whole.data.update(source=f"shards:{tmp_path / 'whole'}", train_split="train[:50%]")
+    source = sources.open_source(whole.data, "train")
+    assert sorted(source.names(np.arange(7))) == sorted(before[0])
+    assert source.labels.tolist() == [int("class1" in n) for n in source.names(np.arange(7))]
+
+
 def test_older_shards_whose_splits_number_their_classes_differently(tmp_path):
     """They were written before classes were compared by name."""
     root = tmp_path / "photos"

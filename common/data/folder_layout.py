@@ -177,6 +177,8 @@ class _Layout:
             f"no split {split!r} in {base} ({found}); expected the folder {base / split}. Make it, "
             "or name another one in data.train_split or data.test_split"
         )
+        if self.kind(base.name) and any(self.kind(n) for n in _beside(base)):
+            text += f"; {base} is itself a split by its name: data.source=folder:{base.parent}"
         if present and (others := self.no_splits(base)):
             text += f"; if {present[0]} is a class as {some(others)}: data.train_split=."
         return UserError(text)
@@ -185,7 +187,7 @@ class _Layout:
         for folder in self.tree.folders(base) if self.labels == "auto" else ():
             inner = [f.name for f in self.tree.folders(folder)]
             kinds = [self.kind(name) for name in inner]
-            if "train" in kinds and all(kinds):
+            if "train" in kinds and (all(kinds) or len({*kinds} - {None}) > 1):
                 raise UserError(
                     f"{folder} holds the splits {some(inner)}, so {base} is a level too high: set "
                     f"data.source=folder:{folder}, or data.labels if all images are meant"
@@ -228,6 +230,14 @@ class _Layout:
                     f"{some(names)} {'is the class' if len(names) == 1 else 'are the classes'}"
                 )
         return folders
+
+
+def _beside(folder: epath.Path) -> list[str]:
+    """Names of the folders beside one."""
+    try:
+        return [f.name for f in folder.parent.iterdir() if f.name != folder.name and f.is_dir()]
+    except OSError:
+        return []
 
 
 def _count(things: list[str] | tuple[str, ...], what: str) -> str:

@@ -176,6 +176,11 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
     )  # fmt: skip
 
 
+def holds(path: str, split: str) -> bool:
+    """Whether a split of that name, which may be a slice of the source's, was prepared."""
+    return split in _index(path)["splits"]
+
+
 def class_names(path: str, split: str) -> tuple[str, ...]:
     """The class names of a split; () where there are none."""
     return tuple(_index(path)["splits"].get(split, {}).get("class_names", ()))

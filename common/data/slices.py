@@ -12,6 +12,7 @@ import numpy as np
 from common.data import draws
 from common.errors import UserError
 
+_LARGE = 10**6
 _STREAM = 103  # of `draws.hash64`
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<first>[^:\[\]]*):(?P<last>[^:\[\]]*)\]")
 _BOUND = re.compile(r"\s*(?P<value>-?\d+)\s*(?P<percent>%?)\s*")
@@ -37,9 +38,7 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
     Raises:
       UserError: bounds that are no numbers, or nothing between them.
     """
-    first, last = (
-        _bound(split, text, default, n) for text, default in zip(bounds, (0, n), strict=True)
-    )
+    first, last = _places(split, bounds, n)
     if first >= last:
         raise UserError(
             f"the slice {split!r} is empty ({first} to {last} of {n} examples): expected e.g. "
@@ -47,6 +46,27 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
         )
     order = np.argsort(draws.hash64(_STREAM, np.arange(n)), kind="stable")
     return np.sort(order[first:last])
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether two splits share examples, as far as their names tell.
+
+    Of a percentage against a count that depends on the size of the set, which is taken to be large.
+    """
+    (name, first), (other, second) = parse(a), parse(b)
+    if name != other:
+        return False
+    everything = ("", "")
+    try:
+        low, high = _places(a, first or everything, _LARGE)
+        start, end = _places(b, second or everything, _LARGE)
+    except UserError:  # TFDS knows more kinds of slices
+        return a == b
+    return max(low, start) < min(high, end)
+
+
+def _places(split: str, bounds: tuple[str, str], n: int) -> tuple[int, int]:
+    return _bound(split, bounds[0], 0, n), _bound(split, bounds[1], n, n)
 
 
 def _bound(split: str, text: str, default: int, n: int) -> int:

@@ -12,6 +12,7 @@ Paths may be remote (`gs://...`). Nothing is ever downloaded. Grey images become
 import dataclasses
 import functools
 import pathlib
+import unicodedata
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -194,7 +195,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
             "class) or 'none'."
         )
     kind, path = _kind(config.source)
-    name, bounds = (split, None) if kind == "tfds" else slices.parse(split)
+    name, bounds = _part(kind, path, split)
     source = _open(kind, path, name, config)
     if config.labels == "none" and source.num_classes:
         source.num_classes, source.class_names = 0, ()
@@ -208,6 +209,18 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
     part = subset.select(source, slices.ids(split, bounds, source.num_examples))
     return dataclasses.replace(part, split=split)
+
+
+def _part(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None]:
+    """The split to open, and which slice of it to take."""
+    if kind == "tfds":  # which slices its own sets
+        return split, None
+    if kind == "shards":
+        from common.data import shards
+
+        if shards.holds(path, split):  # a slice that was prepared
+            return split, None
+    return slices.parse(split)
 
 
 def _kind(source: str) -> tuple[str, str]:
@@ -258,11 +271,11 @@ def _class_names(config: ConfigDict, split: str) -> tuple[str, ...]:
     if kind == "folder":
         from common.data import folder_source
 
-        return folder_source.class_names(path, slices.parse(split)[0], config.labels)
+        return folder_source.class_names(path, _part(kind, path, split)[0], config.labels)
     if kind == "shards":
         from common.data import shards
 
-        return shards.class_names(path, slices.parse(split)[0])
+        return shards.class_names(path, _part(kind, path, split)[0])
     if kind == "tfds":
         from common.data import tfds_source
 
@@ -278,15 +291,18 @@ def _name_as(source: Source, names: tuple[str, ...]) -> None:
     """
     if not names or names == source.class_names:
         return
-    if unknown := sorted(set(source.class_names) - set(names)):
+    # a name has other bytes where macOS wrote it
+    number = {unicodedata.normalize("NFC", name): i for i, name in enumerate(names)}
+    numbers = [number.get(unicodedata.normalize("NFC", name), -1) for name in source.class_names]
+    unknown = [n for n, i in zip(source.class_names, numbers, strict=True) if i < 0]
+    if unknown:
         raise UserError(
             f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the split that it "
             f"is compared with has not; expected classes out of {some(names)}. Rename or remove "
             "it, or name other splits."
         )
-    numbers = np.array([names.index(name) for name in source.class_names] + [-1], np.int32)
-    source.labels = numbers[source.labels]  # -1 stays -1
-    missing = [name for name in names if name not in source.class_names]
+    source.labels = np.array([*numbers, -1], np.int32)[source.labels]  # -1 stays -1
+    missing = [name for i, name in enumerate(names) if i not in numbers]
     source.class_names, source.num_classes = names, len(names)
     if missing:
         source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)

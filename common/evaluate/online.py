@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import pictures
-from common.data import pipeline
+from common.data import pipeline, slices
 from common.data.sources import Source
 from common.errors import UserError
 from common.evaluate import features, knn
@@ -56,7 +56,13 @@ class Evaluator:
 
     @staticmethod
     def check(config: ConfigDict, bank: Source, test: Source | None) -> None:
-        """Raises a `UserError` where more neighbours are asked for than there are images."""
+        """Says of settings that work and say nothing so, and refuses those that cannot work.
+
+        Raises:
+            UserError: if more neighbours are asked for than there are images.
+        """
+        if test is not None and bank.num_classes:
+            warn_of_overlap(config.data)
         c, n = config.evaluate, bank.num_examples
         n = min(n, c.knn_examples or n)
         if c.knn_k > n and bank.num_classes and test is not None:  # else nobody votes
@@ -155,6 +161,16 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+
+def warn_of_overlap(data: ConfigDict) -> None:
+    """Warns where the split that votes has images of the one that is scored."""
+    votes = data.bank_split or data.train_split
+    if slices.overlap(votes, data.test_split):
+        logging.warning(
+            "the splits %s and %s share images: what is scored was seen, so accuracies are too "
+            "high; name other splits, e.g. train[:80%%] and train[80%%:]", votes, data.test_split,
+        )  # fmt: skip
 
 
 def _labelled(*sets: tuple) -> bool:

@@ -20,6 +20,7 @@ from common.checkpoint import Checkpoints
 from common.data import pipeline, sources
 from common.errors import UserError
 from common.evaluate import features
+from common.evaluate.online import warn_of_overlap
 from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.optim import one_of
@@ -66,6 +67,8 @@ class Pretrained:
     def open_labelled(self, role: str) -> sources.Source:
         """`open`, for a mode that cannot do without labels."""
         source = self.open(role)
+        if role == "test":
+            warn_of_overlap(self.config.data)
         if not source.num_classes:
             raise UserError(
                 f"{source.name} ({source.split}) has no labels, and --mode needs some: give "
