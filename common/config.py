@@ -31,7 +31,10 @@ FREE_ON_RESUME = (
 
 # What the code did before a field was there, where that is not the default: a run without the field
 # goes on, and is evaluated, as it began.
-BEFORE: dict[str, Any] = {"data.labels": "legacy"}
+BEFORE: dict[str, Any] = {
+    "data.labels": "legacy",
+    "simclr.loss_scale": 1.0,
+}
 # A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
 AUTO = "auto"
 

@@ -22,7 +22,8 @@ def nt_xent(
 
     For each of the 2N rows: minus the log-softmax of the cosine similarity with its other view,
     over the similarities with the 2N - 1 other rows, all divided by `temperature`.
-    Chen et al. 2020 (arXiv 2002.05709), eq. 1. (Some code sums the two halves: twice this value.)
+    Chen et al. 2020 (arXiv 2002.05709), eq. 1. The authors' code averages over N and adds the two
+    halves, which is twice this value: `simclr.loss_scale` gives the optimiser their gradient.
 
     Args:
         z1: `[n, d]`, first view; any float type, any length of the vectors.

@@ -1,11 +1,13 @@
 """SimCLR (Chen et al. 2020): two views of an image attract, all other images of the batch repel."""
 
+import math
 from typing import Any
 
 import flax
 import jax
 from ml_collections import ConfigDict
 
+from common.errors import UserError
 from common.method import Setup, embedding_metrics
 from simclr_jax.loss import nt_xent_with_metrics
 
@@ -27,10 +29,23 @@ class SimCLR:
     @staticmethod
     def default_config() -> ConfigDict:
         """`config.simclr`."""
-        # Chen et al. 2020, table 5: 0.1 is best on ImageNet, 0.5 on CIFAR-10 (B.9).
-        return ConfigDict({"temperature": 0.1})
+        return ConfigDict(
+            {
+                # Chen et al. 2020, table 5: 0.1 is best on ImageNet, 0.5 on CIFAR-10 (B.9).
+                "temperature": 0.1,
+                # The gradient is that of so many times eq. 1; the loss that is logged is eq. 1. The
+                # authors' code adds the two halves of eq. 1 instead of averaging them: 2.
+                "loss_scale": 1.0,
+            }
+        )
 
     def __init__(self, setup: Setup) -> None:
+        """Raises a `UserError` for a scale of the loss that is not positive, where that matters."""
+        if setup.training and not 0 < (scale := setup.config.simclr.loss_scale) < math.inf:
+            raise UserError(
+                f"simclr.loss_scale={scale}: expected a finite number above 0, 1 for the paper's "
+                "equation or 2 for the authors' code"
+            )
         self.setup = setup
         self.chance = 1 / (2 * setup.config.batch_size - 1)  # of guessing an image's other view
 
@@ -47,7 +62,11 @@ class SimCLR:
         )
 
     def train_step(self, state: SimCLRState, batch: dict, key: jax.Array) -> tuple:
-        """See `Method.train_step`. Both views of an image go through the network together."""
+        """See `Method.train_step`. Both views of an image go through the network together.
+
+        Of the metrics "loss" is eq. 1 whatever `loss_scale` is, and "gradient_norm" is of the
+        gradient that the optimiser gets, which is `loss_scale` times that of eq. 1.
+        """
         del key  # nothing in this step is random: the views come augmented
         setup = self.setup
         b, views, *shape = batch["images"].shape
@@ -62,9 +81,10 @@ class SimCLR:
                 temperature=setup.config.simclr.temperature,
                 mesh=setup.mesh,
             )
-            return loss, (stats, features, metrics | embedding_metrics(features, embeddings))
+            metrics |= {"loss": loss} | embedding_metrics(features, embeddings)
+            return setup.config.simclr.loss_scale * loss, (stats, features, metrics)
 
-        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (_, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params
         )
         params, opt_state, update_metrics = setup.update(state, grads)
@@ -77,7 +97,7 @@ class SimCLR:
             opt_state=opt_state,
             probe=probe,
         )
-        return state, {"loss": loss} | metrics | update_metrics | probe_metrics
+        return state, metrics | update_metrics | probe_metrics
 
     def encode(self, state: SimCLRState, images: jax.Array, layer: str = "backbone") -> jax.Array:
         """See `Method.encode`."""

@@ -151,6 +151,17 @@ def test_the_configs_for_two_cores_are_sound(name):
     assert 1e6 < sum(x.size for x in jax.tree.leaves(state.params)) < 2e6
 
 
+def test_a_run_from_before_the_scale_of_the_loss_goes_on_with_1():
+    c = tiny.config("simclr", simclr__loss_scale=2.0)
+    saved = config.as_dict(c)
+    del saved["simclr"]["loss_scale"]
+    begun, newer = config.as_begun(c, saved)
+    assert begun.simclr.loss_scale == 1.0 and newer == {"simclr.loss_scale": 1.0}
+    config.check_same_run(saved, config.as_dict(begun), "w")
+    with pytest.raises(UserError, match=r"simclr.loss_scale \(was 'absent', now 2.0\)"):
+        config.check_same_run(saved, config.as_dict(c), "w")
+
+
 def test_a_run_starts_from_one_place():
     c = config.base_config("simclr", ConfigDict())
     c.init_from, c.resume_from = "a.npz", "b"

@@ -1,0 +1,129 @@
+"""Steps as the authors' code takes them, each written again from what they publish.
+
+The oracle has its own loss, gradient, optimiser and order of rows; only the network is shared.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from common.errors import UserError
+from common.method import make_setup
+from common.sharding import make_mesh
+from simclr_jax.method import SimCLR
+
+STEPS = 5
+
+
+class Pixels(nn.Module):
+    """An encoder without parameters: the mean of each 2 x 2 block. It compiles in no time."""
+
+    feature_dim: int = 48
+    dtype: type = jnp.float32
+    bn_groups: int = 1
+
+    @nn.compact
+    def __call__(self, images, train):
+        b, h, w, c = images.shape
+        return images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1)
+
+
+SETTINGS = {
+    "optimizer__name": "lars", "optimizer__schedule": "cosine", "optimizer__scaling": "sqrt",
+    "optimizer__learning_rate": 0.02, "optimizer__weight_decay": 1e-2, "simclr__loss_scale": 2.0,
+    "optimizer__trust_coefficient": 0.1,  # theirs, 1e-3, hardly moves kernels in 5 steps
+}  # fmt: skip
+
+
+def simclr(devices):
+    """SimCLR with its head of 2 layers, so with kernels, BN scales and a BN shift to train."""
+    c = tiny.config("simclr", **SETTINGS)
+    setup = make_setup(c, make_mesh(jax.devices()[:devices]), STEPS, STEPS, num_classes=0)
+    return SimCLR(dataclasses.replace(setup, network=setup.network.clone(backbone=Pixels())))
+
+
+def two_cross_entropies(z, temperature):
+    """Each half of the 2N rows has a softmax cross entropy, averaged over N; their sum."""
+    n = len(z) // 2
+    z = z / jnp.sqrt(jnp.sum(z * z, axis=1, keepdims=True))
+    a, b = z[:n], z[n:]
+    own = 1e9 * jnp.eye(n)
+    halves = [
+        jnp.concatenate([x @ y.T, x @ x.T - own * temperature], axis=1) / temperature
+        for x, y in ((a, b), (b, a))
+    ]
+    return sum(-jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=1))) for logits in halves)
+
+
+def lars_by_name(params, grads, momenta, rate, decay, eta=0.1, momentum=0.9):
+    """LARS of You et al. 2017 with the learning rate inside the momentum; BN is left out by name.
+
+    float64, NumPy; all trees are flat, by path.
+    """
+    for name, p in params.items():
+        g = np.asarray(grads[name], np.float64)
+        trust = 1.0
+        if "bn" not in name and "bias" not in name:
+            g = g + decay * p
+            trust = eta * np.sqrt((p * p).sum()) / np.sqrt((g * g).sum())
+        momenta[name] = momentum * momenta.get(name, 0.0) + rate * trust * g
+        params[name] = p - momenta[name]
+
+
+@functools.cache
+def theirs():
+    """`(parameters before, after, loss of each step, length of each gradient)`."""
+    method = simclr(1)
+    state = tiny.draw_state(jax.eval_shape(method.init, jax.random.key(0)))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    params = {k: v.astype(np.float64) for k, v in tiny.named_leaves(state.params).items()}
+    before, momenta, losses, norms = dict(params), {}, [], []
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(params, images):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        network = method.setup.network
+        (_, z), _ = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        return two_cross_entropies(z, temperature=0.1)
+
+    for t in range(STEPS):
+        images = tiny.host_batch(method.setup.config, t)["images"]
+        images = np.concatenate([images[:, 0], images[:, 1]])  # all first views, all second views
+        images = ((images / 255 - mean) / std).astype(np.float32)
+        now = [p.astype(np.float32) for p in params.values()]
+        loss, grads = gradient(jax.tree.unflatten(jax.tree.structure(state.params), now), images)
+        rate = 0.02 * np.sqrt(16) / 2 * (1 + np.cos(np.pi * t / STEPS))
+        grads = tiny.named_leaves(grads)
+        lars_by_name(params, grads, momenta, rate, decay=1e-2)
+        losses.append(float(loss))
+        norms.append(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values())))
+    return before, params, losses, norms
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_five_steps_of_simclr_are_those_of_its_authors_code(devices):
+    """In float32, to 1e-5 of the way that each parameter went; the loss that is logged is eq. 1."""
+    before, after, losses, norms = theirs()
+    run = tiny.run(simclr(devices), STEPS)
+    got = tiny.named_leaves(run.states[-1].params)
+    assert got.keys() == after.keys() and len(after) == 5
+    for name, want in after.items():
+        way = np.linalg.norm(want - before[name])
+        assert way > 0.02 * np.linalg.norm(want), name
+        assert np.linalg.norm(got[name] - want) <= 1e-5 * way, name
+    np.testing.assert_allclose([m["loss"] for m in run.metrics], np.array(losses) / 2, rtol=1e-5)
+    np.testing.assert_allclose([m["gradient_norm"] for m in run.metrics], norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    c = tiny.config("simclr", simclr__loss_scale=scale)
+    with pytest.raises(UserError, match=r"loss_scale=.*: expected a finite number above 0, 1 for"):
+        tiny.build(c, 1)
