@@ -34,6 +34,10 @@ FREE_ON_RESUME = (
 BEFORE: dict[str, Any] = {
     "data.labels": "legacy",
     "simclr.loss_scale": 1.0,
+    "model.conv_init": "he",
+    "model.stem_init": "",
+    "model.zero_init_residual": True,
+    "head.init": "lecun",
 }
 # A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
 AUTO = "auto"
@@ -103,9 +107,14 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
             "dtype": "float32",  # of convolutions and matrix products: float32 | bfloat16
             "remat": "none",  # less memory, more work: none | convs | blocks
             "fold_norm": True,  # batch norm worked into widening 1x1 convolutions: less traffic
+            # How parameters start: common/models/initial.py has the distributions.
+            "conv_init": "he",  # he (torchvision) | lecun (SimCLR's code) | torch | normal
+            "stem_init": "",  # of the stem alone, as above; "" = as the other convolutions
+            "zero_init_residual": True,  # last scale of a block: 0 (SimCLR), or 1 (torchvision)
         }
     )
     c.head = ConfigDict({"kind": "simclr", "layers": 2, "hidden": 0, "dim": 128})
+    c.head.init = "lecun"  # lecun (Flax) | torch (PyTorch's linear layers) | normal (SimCLR) | he
     c.optimizer = optim.default_config()
     c.probe = probe.default_config()
     c.evaluate = ConfigDict(

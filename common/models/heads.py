@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
+from common.models import initial
 from common.models.resnet import BatchNorm, ResNet, at_least_float32, make_encoder
 from common.optim import one_of
 
@@ -28,6 +29,7 @@ class ProjectionHead(nn.Module):
         dim: length of the embedding.
         bn_groups: see `BatchNorm`.
         dtype: of the matrix products; the embedding is at least float32.
+        init_as: how linear maps are drawn, one of `initial.KERNELS`.
     """
 
     kind: str = "simclr"
@@ -36,6 +38,7 @@ class ProjectionHead(nn.Module):
     dim: int = 128
     bn_groups: int = 1
     dtype: Any = jnp.float32
+    init_as: str = "lecun"
 
     @property
     def depth(self) -> int:
@@ -55,6 +58,8 @@ class ProjectionHead(nn.Module):
                 use_bias=not normed,
                 dtype=self.dtype,
                 param_dtype=at_least_float32(self.dtype),
+                kernel_init=initial.KERNELS[self.init_as],
+                bias_init=initial.bias(self.init_as, x.shape[-1]),
                 name=f"dense{i + 1}",
             )(x)
             if normed:
@@ -112,10 +117,11 @@ def make_network(config: Any) -> Network:
     """Builds encoder and head from `config.model` and `config.head`.
 
     Raises:
-        UserError: for an unknown head, or a head without layers.
+        UserError: for an unknown head or initialisation, or a head without layers.
     """
     head = config.head
     one_of("head.kind", head.kind, HEADS)
+    one_of("head.init", head.init, initial.KERNELS)
     if head.layers < 1:
         raise UserError(f"head.layers={head.layers}: a head needs at least one layer")
     return Network(
@@ -127,5 +133,6 @@ def make_network(config: Any) -> Network:
             dim=head.dim,
             bn_groups=config.model.bn_groups,
             dtype=jnp.dtype(config.model.dtype),
+            init_as=head.init,
         ),
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from common.errors import UserError
-from common.models import cpu_conv, fold
+from common.models import cpu_conv, fold, initial
 from common.optim import one_of
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
@@ -32,7 +32,6 @@ STEMS = ("imagenet", "cifar", "patch2", "patch4")
 # What the backward pass finds stored and what it computes again, from least to most memory saved:
 # docs/tpu.md has the figures.
 REMAT = ("none", "convs", "blocks")
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -131,17 +130,23 @@ class Kernel(nn.Module):
 
     features: int
     dtype: Any
+    init_as: str = "he"
 
     @nn.compact
     def __call__(self, channels: int) -> jax.Array:
-        shape = (1, 1, channels, self.features)
-        return self.param("kernel", KERNEL_INIT, shape, at_least_float32(self.dtype))[0, 0]
+        shape, kind = (1, 1, channels, self.features), at_least_float32(self.dtype)
+        return self.param("kernel", initial.KERNELS[self.init_as], shape, kind)[0, 0]
 
 
 def conv(
-    features: int, size: int, stride: int = 1, dtype: Any = jnp.float32, name: str | None = None
+    features: int,
+    size: int,
+    stride: int = 1,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+    init_as: str = "he",
 ) -> nn.Conv:
-    """A convolution without bias, `size // 2` zeros on every side, He fan-out initialisation."""
+    """A convolution without bias, `size // 2` zeros on every side."""
     return nn.Conv(
         features,
         (size, size),
@@ -150,7 +155,7 @@ def conv(
         use_bias=False,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
-        kernel_init=KERNEL_INIT,
+        kernel_init=initial.KERNELS[init_as],
         conv_general_dilated=cpu_conv.conv_general_dilated,
         name=name,
     )
@@ -165,17 +170,20 @@ class Block(nn.Module):
     norm: Any
     dtype: Any
     fold_norm: bool = True
+    conv_init: str = "he"
+    zero_init_residual: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = self.features * (4 if self.bottleneck else 1)
+        zero = self.zero_init_residual
         if self.bottleneck:
             y = nn.relu(self._conv_norm(x, "1", self.features, 1, 1, train))
             y = nn.relu(self._conv_norm(y, "2", self.features, 3, self.stride, train))
-            y = self._conv_norm(y, "3", width, 1, 1, train, zero_scale=True)
+            y = self._conv_norm(y, "3", width, 1, 1, train, zero_scale=zero)
         else:
             y = nn.relu(self._conv_norm(x, "1", self.features, 3, self.stride, train))
-            y = self._conv_norm(y, "2", self.features, 3, 1, train, zero_scale=True)
+            y = self._conv_norm(y, "2", self.features, 3, 1, train, zero_scale=zero)
         if x.shape != y.shape:
             x = self._conv_norm(x, "downsample_", width, 1, self.stride, train)
         return nn.relu(x + y)
@@ -187,8 +195,9 @@ class Block(nn.Module):
         normalise = self.norm(name=names[1], **norm)
         if self.fold_norm and size == 1 and self.bottleneck and features > x.shape[-1]:
             x = x[:, ::stride, ::stride].astype(self.dtype)
-            return normalise(x, train, Kernel(features, self.dtype, name=names[0])(x.shape[-1]))
-        y = conv(features, size, stride, self.dtype, names[0])(x)
+            kernel = Kernel(features, self.dtype, self.conv_init, name=names[0])(x.shape[-1])
+            return normalise(x, train, kernel)
+        y = conv(features, size, stride, self.dtype, names[0], self.conv_init)(x)
         return normalise(checkpoint_name(y, "conv"), train)
 
 
@@ -208,6 +217,11 @@ class ResNet(nn.Module):
             its input and its convolutions' outputs) or "blocks" (store its input only).
         fold_norm: in bottlenecks, work the batch norm of a widening 1x1 convolution into its
             kernel (`common/models/fold.py`): the same function with less memory traffic.
+        conv_init: how convolutions are drawn, one of `initial.KERNELS`.
+        stem_init: how that of the stem is; "" = as the others.
+        zero_init_residual: start the last BN scale of each residual block at 0, so that the block
+            starts as the identity (Goyal et al. 2017, section 5.1), as SimCLR's code does; False:
+            at 1, as torchvision does unless told otherwise.
     """
 
     depth: int = 50
@@ -219,6 +233,9 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     fold_norm: bool = True
+    conv_init: str = "he"
+    stem_init: str = ""
+    zero_init_residual: bool = True
 
     @property
     def feature_dim(self) -> int:
@@ -245,12 +262,11 @@ class ResNet(nn.Module):
         bottleneck, stages = self._layout()
         width = self.width * self.width_multiplier
         x = images.astype(self.dtype)
-        if self.stem == "imagenet":
-            x = conv(width, 7, 2, self.dtype, "stem_conv")(x)
-        elif self.stem == "cifar":
-            x = conv(width, 3, 1, self.dtype, "stem_conv")(x)
-        else:
-            x = conv(width, 3, 1, self.dtype, "stem_conv")(space_to_depth(x, int(self.stem[-1])))
+        if self.stem.startswith("patch"):
+            x = space_to_depth(x, int(self.stem[-1]))
+        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        init_as = self.stem_init or self.conv_init
+        x = conv(width, size, stride, self.dtype, "stem_conv", init_as)(x)
         x = nn.relu(norm(name="stem_bn")(x, train))
         if self.stem == "imagenet":
             # zeros are below every ReLU output, so they pad a maximum as -inf does
@@ -265,7 +281,7 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 x = block(
                     width * 2**i, stride, bottleneck, norm, self.dtype, self.fold_norm,
-                    name=f"layer{i + 1}_{j}",
+                    self.conv_init, self.zero_init_residual, name=f"layer{i + 1}_{j}",
                 )(x, train)  # fmt: skip
         return x.astype(at_least_float32(self.dtype)).mean((1, 2))
 
@@ -285,7 +301,7 @@ def make_encoder(config: Any) -> ResNet:
     """Builds the encoder of `config.model`.
 
     Raises:
-        UserError: for an unknown depth, stem or remat.
+        UserError: for an unknown depth, stem, remat or initialisation.
     """
     model = config.model
     if not model.stages and model.depth not in DEPTHS:
@@ -295,6 +311,9 @@ def make_encoder(config: Any) -> ResNet:
         )
     one_of("model.remat", model.remat, REMAT)
     one_of("model.stem", model.stem, STEMS)
+    one_of("model.conv_init", model.conv_init, initial.KERNELS)
+    if model.stem_init:
+        one_of("model.stem_init", model.stem_init, initial.KERNELS)
     return ResNet(
         depth=model.depth,
         stages=tuple(model.stages),
@@ -305,4 +324,7 @@ def make_encoder(config: Any) -> ResNet:
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
         fold_norm=model.fold_norm,
+        conv_init=model.conv_init,
+        stem_init=model.stem_init,
+        zero_init_residual=model.zero_init_residual,
     )
