@@ -8,6 +8,9 @@ warm-up, cosine, T 0.2, m 0.999, shuffling BN over 8 groups at batch 256. Publis
 of a linear classifier after 200 epochs at batch 256. Not run by us; the batch here is 1024, with
 the learning rate scaled and the groups kept at 32 images, as the authors advise.
 
+The network starts as theirs, torchvision's: the last scale of a residual block is 1, the head is
+drawn as PyTorch draws linear layers. What else differs: docs/fidelity.md.
+
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """
 
@@ -30,7 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.depth = 50
     c.model.bn_groups = 32
     c.model.dtype = "bfloat16"
+    c.model.zero_init_residual = False
     c.head.kind = "moco_v2"
+    c.head.init = "torch"
     c.moco.temperature = 0.2
     c.moco.queue_length = 65536
     c.moco.momentum = 0.999

@@ -7,6 +7,12 @@ The recipe is Chen et al. 2020, appendix A, with the settings of the authors' RE
 decay 1e-4, T 0.1, 10 epochs of warm-up). Published: 64.5 % top-1 of a linear classifier after
 these 100 epochs (paper, table B.1; kNN is lower). Not run by us.
 
+These rates belong to the loss of their code, which is twice eq. 1 (`simclr.loss_scale`), and the
+network starts as theirs: convolutions with variance 1 / fan-in, linear layers with deviation 0.01,
+the last scale of a residual block 0. The head has the 2 layers of the paper, of which the figure
+above is; the flag of their present code has 3 as its default, those of SimCLR v2: for them give
+--config.head.layers=3. What else differs: docs/fidelity.md.
+
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """
 
@@ -29,7 +35,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.depth = 50
     c.model.bn_groups = 1  # statistics of the global batch
     c.model.dtype = "bfloat16"
+    c.model.conv_init = "lecun"
+    c.head.init = "normal"
     c.simclr.temperature = 0.1
+    c.simclr.loss_scale = 2.0
     c.optimizer.name = "lars"
     c.optimizer.learning_rate = 0.075
     c.optimizer.scaling = "sqrt"

@@ -151,6 +151,28 @@ def test_the_configs_for_two_cores_are_sound(name):
     assert 1e6 < sum(x.size for x in jax.tree.leaves(state.params)) < 2e6
 
 
+OURS = (True, "he", "", "lecun", 1.0)  # what the figures of the demos and of :cpu are measured with
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "want"),
+    [
+        ("simclr_tpu", "", (True, "lecun", "", "normal", 2.0)),  # the authors' TensorFlow
+        ("simclr_cifar10", "", (False, "he", "torch", "torch", 1.0)),  # torchvision, a new stem
+        ("moco_cifar10", "", (False, "he", "torch", "torch", None)),
+        ("moco_tpu", "", (False, "he", "", "torch", None)),  # torchvision
+        ("simclr_cifar10", "cpu", OURS),
+        ("moco_cifar10", "cpu", (*OURS[:4], None)),
+        ("simclr_demo", "", OURS),
+        ("moco_demo", "", (*OURS[:4], None)),
+    ],
+)
+def test_each_config_starts_as_the_code_that_it_cites(name, arg, want):
+    c = importlib.import_module(f"configs.{name}").get_config(arg)
+    m, scale = c.model, c.simclr.loss_scale if "simclr" in c else None
+    assert (m.zero_init_residual, m.conv_init, m.stem_init, c.head.init, scale) == want
+
+
 def test_a_run_from_before_the_scale_of_the_loss_goes_on_with_1():
     c = tiny.config("simclr", simclr__loss_scale=2.0)
     saved = config.as_dict(c)

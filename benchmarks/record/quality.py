@@ -76,7 +76,8 @@ def config(run: Run, sizes: Sizes) -> ConfigDict:
     """The config of a run, on random images of the same number and shape."""
     c = CONFIGS[run.method].get_config()
     flat = {name: (1,) if value == "(1,)" else value for name, value in changes(run, sizes).items()}
-    configs.update(c, flat, "the run")
+    # all fields: for those that are lacking, `update` takes what old runs had
+    configs.update(c, configs.flatten(configs.as_dict(c)) | flat, "the run")
     c.data.source, c.data.fake_examples = "fake", sizes.images
     return c
 
