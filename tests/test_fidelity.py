@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from common.errors import UserError
+from common.export import layout
 from common.method import make_setup
 from common.sharding import make_mesh
 from simclr_jax.method import SimCLR
@@ -127,3 +128,121 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     c = tiny.config("simclr", simclr__loss_scale=scale)
     with pytest.raises(UserError, match=r"loss_scale=.*: expected a finite number above 0, 1 for"):
         tiny.build(c, 1)
+
+
+class InPyTorch:
+    """A network of ours as PyTorch modules in float64, trained by autograd and optim.SGD."""
+
+    def __init__(self, params, batch_stats):
+        import torch
+        import torch_resnet
+        from torch import nn
+
+        from benchmarks.torch_steps import CIFAR_STEM
+
+        self.before = layout.to_torchvision(params["backbone"], batch_stats["backbone"])
+        self.backbone = torch_resnet.ResNet((1, 1), False, 4, CIFAR_STEM, classes=1).double()
+        arrays = {name: torch.tensor(x) for name, x in self.before.items()}
+        self.backbone.load_state_dict(self.backbone.state_dict() | arrays)
+        self.backbone.fc = nn.Identity()
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double()
+        for module, name in ((self.head[0], "dense1"), (self.head[2], "dense2")):
+            module.weight.data = torch.tensor(params["head"][name]["kernel"].T)
+            module.bias.data = torch.tensor(params["head"][name]["bias"])
+        self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.9, weight_decay=1e-2)
+
+    def __call__(self, images):
+        """Unit vectors of bytes `[b, h, w, 3]`."""
+        import torch
+
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        x = torch.tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2))
+        return torch.nn.functional.normalize(self.head(self.backbone(x)))
+
+    def step(self, t, loss):
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.1 / 2 * (1 + np.cos(np.pi * t / STEPS))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def assert_equal(self, params, batch_stats, rows):
+        """To 1e-11 of the way that each array went; `rows` images saw a batch norm together.
+
+        Our running variance is PyTorch's without its n / (n - 1), n values a channel.
+        """
+        got = layout.to_torchvision(params["backbone"], batch_stats["backbone"])
+        want = {n: x.numpy() for n, x in self.backbone.state_dict().items() if n in got}
+        assert got.keys() == want.keys()
+        for name, before in self.before.items():
+            if name.endswith("running_var"):
+                n = rows * (4 if name.startswith("layer2") else 8) ** 2
+                kept = 0.9**STEPS * before
+                want[name] = kept + (want[name] - kept) * (n - 1) / n
+            error, way = (np.linalg.norm(want[name] - x) for x in (got[name], before))
+            assert way > 0 and error <= 1e-11 * way, name
+        for module, name in ((self.head[0], "dense1"), (self.head[2], "dense2")):
+            found = params["head"][name]["kernel"].T, params["head"][name]["bias"]
+            for x, y in zip(found, (module.weight, module.bias), strict=True):
+                np.testing.assert_allclose(x, y.detach(), rtol=1e-9, atol=1e-12)
+
+
+def in_float64(method, **changes):
+    """Five steps of ours, with SGD that decays everything, as PyTorch's does."""
+    c = tiny.config(
+        method, model__dtype="float64", head__kind="moco_v2", optimizer__schedule="cosine",
+        optimizer__learning_rate=0.1, optimizer__weight_decay=1e-2,
+        optimizer__decay_bn_and_bias=True, **changes,
+    )  # fmt: skip
+    with jax.enable_x64(True):
+        setup = make_setup(c, make_mesh(jax.devices()[:1]), STEPS, STEPS, num_classes=0)
+        return tiny.run(tiny.METHODS[method](setup), STEPS)
+
+
+@pytest.mark.torch
+def test_five_steps_of_simclr_are_those_of_pytorch():
+    import torch
+
+    run = in_float64("simclr")
+    start, end = run.states[0], run.states[-1]
+    theirs, partner = InPyTorch(start.params, start.batch_stats), torch.arange(32).roll(16)
+    for t in range(STEPS):
+        images = tiny.host_batch(run.method.setup.config, t)["images"]
+        z = theirs(np.concatenate([images[:, 0], images[:, 1]]))
+        logits = (z @ z.T / 0.1).fill_diagonal_(float("-inf"))
+        loss = torch.nn.functional.cross_entropy(logits, partner)
+        np.testing.assert_allclose(run.metrics[t]["loss"], loss.item(), rtol=1e-10)
+        theirs.step(t, loss)
+    theirs.assert_equal(end.params, end.batch_stats, rows=32)
+
+
+@pytest.mark.torch
+def test_five_steps_of_moco_are_those_of_pytorch():
+    """He et al. 2020, algorithm 1, with the momentum update before the keys, as their code has it.
+
+    One BN group, where shuffling changes nothing.
+    """
+    import torch
+
+    run = in_float64("moco", moco__queue_length=48)
+    start, end = run.states[0], run.states[-1]
+    query = InPyTorch(start.params, start.batch_stats)
+    key = InPyTorch(start.key_params, start.key_batch_stats)
+    queue = torch.tensor(start.queue.keys.reshape(48, 8))
+    for t in range(STEPS):
+        images = tiny.host_batch(run.method.setup.config, t)["images"]
+        with torch.no_grad():
+            for q, k in zip(query.parameters, key.parameters, strict=True):
+                k.mul_(0.75).add_(q, alpha=0.25)
+            keys = key(images[:, 1])
+        q = query(images[:, 0])
+        logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / 0.2
+        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(16, dtype=torch.long))
+        np.testing.assert_allclose(run.metrics[t]["loss"], loss.item(), rtol=1e-10)
+        query.step(t, loss)
+        queue = queue.clone()
+        queue[t * 16 % 48 :][:16] = keys
+    query.assert_equal(end.params, end.batch_stats, rows=16)
+    key.assert_equal(end.key_params, end.key_batch_stats, rows=16)
+    np.testing.assert_allclose(end.queue.keys.reshape(48, 8), queue, rtol=1e-9, atol=1e-12)
