@@ -109,7 +109,8 @@ def learning_rate_schedule(
         t >= w, constant:   p
 
     so the first update (t = 0) already moves the parameters, p is reached at t = w, and the
-    cosine would be 0 at t = T, one step after the last.
+    cosine would be 0 at t = T, one step after the last. SimCLR's code warms up with p t / w, and
+    its first update moves nothing; MoCo's takes the cosine of the epoch, not of the step.
 
     Args:
         config: with `batch_size` (global) and `optimizer` (see `default_config`).

@@ -15,7 +15,7 @@ def shuffle(x: jax.Array, groups: int, mesh: Mesh | None = None) -> jax.Array:
     """Deals the rows of `x [b, ...]` over the BN groups, so that no group keeps its own images.
 
     Row j of group g goes to place `j * groups + g`. The new group g shares at most
-    `ceil(b / groups^2)` images with the old one.
+    `ceil(b / groups^2)` images with the old one. (The authors' code draws a permutation each step.)
 
     Args:
         x: `[b, ...]`, on a mesh split along its rows.

@@ -9,6 +9,16 @@ import tiny
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
+def test_the_tests_that_a_page_names_are_there():
+    named = set()
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        named |= set(re.findall(r"(test_[a-z_]+\.py)(?:::(\w+))?", page.read_text()))
+    assert len(named) > 10
+    for file, name in named:
+        code = (DOCS.parent / "tests" / file).read_text()
+        assert f"def {name}(" in code if name else code, (file, name)
+
+
 @pytest.mark.slow
 def test_the_example_of_a_method_trains(monkeypatch):
     text = (DOCS / "adding_a_method.md").read_text()

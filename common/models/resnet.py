@@ -45,7 +45,8 @@ class BatchNorm(nn.Module):
     Under `jit` over a sharded batch, `groups=1` is the global batch (SimCLR's "global BN"), and
     `groups=G` means the same on any number of devices: block g is rows `[g*B/G, (g+1)*B/G)`. The
     running statistics are updated once, with the mean over the groups (Ioffe & Szegedy 2015,
-    algorithm 1; the variance is the biased one, as in TensorFlow and Flax).
+    algorithm 1). The variance is the biased one, as in TensorFlow and Flax; PyTorch records
+    n / (n - 1) of it, and its DistributedDataParallel the statistics of the first process only.
 
     Attributes:
         groups: number of blocks G; must divide the batch.
