@@ -31,7 +31,7 @@ FREE_ON_RESUME = (
 
 # What the code did before a field was there, where that is not the default: a run without the field
 # goes on, and is evaluated, as it began.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"data.value_range": "upper8", "data.jpeg": "fast"}
 # A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
 AUTO = "auto"
 

@@ -51,12 +51,15 @@ EXACT = {  # to the last bit what Pillow makes of the first frame
     "exif rotation": rotated(),
     "one pixel wide": encoded(RGB.resize((1, 20)), "PNG"),
     "20,000 pixels wide": encoded(RGB.resize((20_000, 2)), "PNG"),
-}
-NEARLY = {  # two JPEG decoders round differently
     "jpeg": encoded(RGB, "JPEG", quality=95),
+    "jpeg of quality 100": encoded(RGB, "JPEG", quality=100),
+    "jpeg without subsampling": encoded(RGB, "JPEG", quality=75, subsampling=0),
+    "jpeg with columns halved": encoded(RGB, "JPEG", quality=75, subsampling=1),
     "grey jpeg": encoded(RGB.convert("L"), "JPEG", quality=95),
-    "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
     "progressive": encoded(RGB, "JPEG", quality=95, progressive=True),
+}
+NEARLY = {  # the inks are mixed in another way
+    "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
 }
 
 
@@ -70,7 +73,7 @@ HUGE = EXACT["png"][:8] + chunk(b"IHDR", SIDES + b"\x08\x02\x00\x00\x00") + chun
 BAD = {
     "empty": (b"", "the file is empty"),
     "text": (b"<html>404</html>", "no image of a kind that is known"),
-    "cut jpeg": (NEARLY["jpeg"][:300], "JPEG"),
+    "cut jpeg": (EXACT["jpeg"][:300], "JPEG"),
     "cut png": (EXACT["png"][:300], "PNG"),
     "cut gif": (EXACT["gif"][:300], ""),
     "cut webp": (EXACT["webp"][:100], ""),

@@ -16,7 +16,8 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.data import draws
+from common.data import decoding, draws
+from common.data.decoding import DEFAULT, Decoding
 from common.errors import UserError
 
 
@@ -40,6 +41,11 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
     config.shuffle_buffer = 16384  # encoded images, for streamed sets only
     config.on_corrupt = "error"  # or "replace": by the next good image, with a counted warning
+    # Images of more than 8 bits: the values "LOW:HIGH" that become black and white, in all of them
+    # alike; "auto" = decided from a sample of the training images when a run begins
+    config.value_range = "auto"
+    config.jpeg = "exact"  # as Pillow decodes, to the byte; or "fast", off by some levels
+    config.exif_rotation = False  # turn photographs as their EXIF says; ImageFolder does not
     # Where the views are made: "host" (TensorFlow), "both" (the host decodes, crops and flips, the
     # rest runs inside the train step) or "device" (all inside the step, with the data set in device
     # memory: small sets of images of one shape)
@@ -64,6 +70,7 @@ class Source:
       labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
       image_shape: (h, w) when all images share it, else None.
       on_corrupt: "error" or "replace".
+      decoding: how files become pixels.
       replaced: id of a corrupt image -> id of the image that stands in for it.
       seen_good: ids that a search for corrupt images could decode; it need not look again.
       listing: changes when examples are added, removed or renamed, even if their number stays.
@@ -78,6 +85,7 @@ class Source:
     labels: np.ndarray | None
     image_shape: tuple[int, int] | None = None
     on_corrupt: str = "error"
+    decoding: Decoding = DEFAULT
     replaced: dict[int, int] = dataclasses.field(default_factory=dict)
     seen_good: set[int] = dataclasses.field(default_factory=set)
 
@@ -162,6 +170,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
             f"data.on_corrupt is {config.on_corrupt!r}; expected 'error' (stop and name the file) "
             "or 'replace' (use another image and count it)."
         )
+    how = decoding.of(config)
     kind, _, rest = config.source.partition(":")
     if kind == "embedded" and not rest:
         source = _open_embedded(split)
@@ -189,7 +198,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
             f"data.source is {config.source!r}; expected 'embedded', 'tfds:NAME', 'folder:PATH', "
             f"'shards:PATH' or 'fake'.{near}"
         )
-    source.on_corrupt = config.on_corrupt
+    source.on_corrupt, source.decoding = config.on_corrupt, how
     return source
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.data.sources import Source, open_source
+from common.data.sources import Source
 from common.errors import UserError
 from common.evaluate import feature_files, modes
 from common.evaluate.feature_files import Embedded
@@ -57,9 +57,9 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 
 def _open(opened: Pretrained) -> Source:
     """The split that is named, else test, else (a folder of photos has no other) train."""
-    data, split = opened.config.data, opened.settings.embed.split
+    split = opened.settings.embed.split
     try:
-        return open_source(data, split) if split else opened.open("test")
+        return opened.open_split(split) if split else opened.open("test")
     except UserError as error:
         if not split and not opened.settings.test_split:
             return opened.open("train")

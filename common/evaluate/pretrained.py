@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 from common.checkpoint import Checkpoints
-from common.data import pipeline, sources
+from common.data import pipeline, sources, survey
+from common.data.decoding import AUTO, UPPER_8
 from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.settings import FEATURES
@@ -53,7 +55,21 @@ class Pretrained:
                 f"no {role} split: the run of {self.workdir} named none, so give "
                 f"--eval.{role}_split=NAME"
             )
-        return sources.open_source(self.config.data, role)
+        return self.open_split(role)
+
+    def open_split(self, split: str) -> sources.Source:
+        """The source of a role or of any split, by its name.
+
+        Of data that are not the run's own, the first split to be opened decides the value range.
+        """
+        data = self.config.data
+        source = sources.open_source(data, split)
+        if data.value_range == AUTO:
+            config, lines = survey.settle(self.config, source)
+            data.value_range = config.data.value_range
+            for line in lines if jax.process_index() == 0 else ():
+                print(line, file=sys.stderr, flush=True)
+        return source
 
     def open_labelled(self, role: str) -> sources.Source:
         """`open`, for a mode that cannot do without labels."""
@@ -124,6 +140,8 @@ def load(
     config = read_config(workdir, methods)
     with config.unlocked():
         d = config.data
+        d.value_range = value_range_of(settings, d, settings.source or d.source)
+        d.on_corrupt = settings.on_corrupt or d.on_corrupt
         d.source = settings.source or d.source
         d.dir = settings.data_dir or d.dir
         d.train_split = settings.train_split or d.bank_split or d.train_split
@@ -136,6 +154,15 @@ def load(
     elif settings.features == "untrained":
         state = untrained(method, config.seed, mesh)
     return Pretrained(config, settings, workdir, mesh, method, state, step)
+
+
+def value_range_of(settings: ConfigDict, data: ConfigDict, source: str) -> str:
+    """The value range of `source` in the evaluation of a run with the section `data`.
+
+    Of the run's own data it is the run's, of others that of their own values, unless it is given.
+    """
+    own = source == data.source or data.value_range == UPPER_8
+    return settings.value_range or (data.value_range if own else AUTO)
 
 
 def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
