@@ -202,6 +202,15 @@ def open_source(config: ConfigDict, split: str) -> Source:
     return source
 
 
+def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
+    """"; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
+    if not names:
+        return ""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    plural = "s" if len(names) > 1 else ""
+    return f"; {len(names):,} {noun}{plural} {verb}: {', '.join(names[:most])}{more}"
+
+
 def to_rgb(images: np.ndarray) -> np.ndarray:
     """Repeats the one channel of grey images: [..., h, w, 1] -> [..., h, w, 3]."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
