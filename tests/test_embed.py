@@ -76,6 +76,7 @@ def reopened(opened, workdir, s) -> Pretrained:
     with c.unlocked():
         c.data.source = s.source or c.data.source
         c.data.test_split = s.test_split or c.data.test_split
+        c.data.on_corrupt = s.on_corrupt or c.data.on_corrupt
     return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
 
 
@@ -212,6 +213,41 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     table = parquet.read_table(tmp_path / "run" / "features-photos-train-untrained.parquet")
     assert table["label"].to_pylist() == [None] * 3
     assert table["name"].to_pylist() == ["a.png", "b.png", "\\udcff.png"]
+
+
+def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path):
+    """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
+    names = [f"{i}.png" for i in range(7)]
+    for k in (0, 1):
+        write_images(tmp_path / "photos" / "test" / f"kind{k}", names, seed=k)
+    make_run(tmp_path / "run")
+
+    def embed(**changes):
+        s = eval_settings(source=f"folder:{tmp_path}/photos", batch_size=8,
+                          embed__format="npz,parquet", embed__report=False, **changes)  # fmt: skip
+        opened = reopened(labelled[2], tmp_path / "run", s)
+        metrics, sentence = embed_mode.run(opened)
+        with np.load(tmp_path / "run" / "features-photos-test-untrained.npz") as found:
+            return metrics, sentence, dict(found)
+
+    _, sentence, whole = embed()
+    assert "left out" not in sentence and whole["left_out"].size == 0
+    bad = [2, 6, 11]
+    for i in bad:
+        (tmp_path / "photos" / whole["names"][i]).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot decode .*kind0/2.png.* .--eval.on_corrupt of an"):
+        embed()
+    metrics, sentence, found = embed(on_corrupt="replace")
+    gone = ["test/kind0/2.png", "test/kind0/6.png", "test/kind1/4.png"]
+    assert sentence.endswith(f"; 3 damaged images left out: {', '.join(gone)}")
+    assert (metrics["left_out"], metrics["examples"]) == (3, 11)
+    assert found["left_out"].tolist() == gone
+    for name in ("features", "labels", "ids", "names"):
+        np.testing.assert_array_equal(found[name], np.delete(whole[name], bad, 0))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(tmp_path / "run" / "features-photos-test-untrained.parquet")
+    assert json.loads(table.schema.metadata[b"left_out"]) == gone
+    assert table["name"].to_pylist() == found["names"].tolist()
 
 
 @pytest.mark.parametrize(

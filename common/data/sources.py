@@ -203,7 +203,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
-    """"; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
+    """ "; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
     if not names:
         return ""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
