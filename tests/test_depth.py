@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+import toy
 from PIL import Image
 from test_sources import config, write_tfds
 
@@ -248,3 +249,24 @@ def test_integers_among_floats_are_said_and_bad_files_are_passed_over(tmp_path):
     source = sources.open_source(config(f"folder:{tmp_path}"), "train")
     line = survey.look(source)[0]
     assert "1 have floats and the others integers: give LOW:HIGH" in line
+
+
+def test_a_run_goes_on_with_the_range_that_it_began_with(tmp_path, capsys):
+    """Written into its config.json, of all its splits, whatever the files have become meanwhile."""
+    for split in ("train", "test"):
+        folder(tmp_path / "x" / split, np.repeat(BYTES, 4, 0).astype(np.uint16) * 16, "PNG")
+    fields = {"augment__jitter": 0.0, "augment__grey": 0.0, "augment__blur": 0.0}  # traced sooner
+    c = toy.config(data__source=f"folder:{tmp_path}/x", data__test_split="test", **fields)
+    toy.train_until(5, c, tmp_path / "run")
+    assert capsys.readouterr().err.count("(data.value_range=0:4095)") == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["value_range"] == (
+        "0:4095"
+    )
+    assert c.data.value_range == "auto"
+    first = tmp_path / "x" / "train" / "00.png"
+    first.write_bytes(saved(BYTES[0].astype(np.uint16) * 256, "PNG"))
+    toy.train(c, tmp_path / "run")
+    assert "value_range" not in capsys.readouterr().err
+    c.data.value_range = "0:65535"
+    with pytest.raises(UserError, match=r"another config: data.value_range"):
+        toy.train(c, tmp_path / "run")
