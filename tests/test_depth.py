@@ -243,6 +243,37 @@ def test_images_of_nearly_one_colour_are_counted(tmp_path):
     assert "10 of 20 images" in line
 
 
+def test_signed_values_of_other_data_have_the_range_of_the_run_where_they_are_inside(tmp_path):
+    """The least and greatest of a sample are no scale; that of the images of training is."""
+    signed = [(BYTES[0].astype(np.int32) - 128) * 4]
+    for known, found in (
+        ("-1024:3071", "-1024:3071"), ("-500:3071", "-512:508"), ("upper8", "-512:508"),
+    ):  # fmt: skip
+        source = folder(tmp_path, signed)
+        (line,) = survey.look(source, known)
+        assert source.decoding.value_range == found and f"data.value_range={found})" in line
+    source = folder(tmp_path / "usual", [BYTES[0].astype(np.uint16) * 4])
+    survey.look(source, "-1024:3071")
+    assert source.decoding.value_range == "0:1023"
+
+
+def test_transparency_is_no_value():
+    values = np.full((4, 4, 4), 65535, np.uint16)
+    values[..., :3] = RNG.integers(0, 4096, (4, 4, 3))
+    found = decode.deep_values(tf.io.encode_png(values).numpy())
+    np.testing.assert_array_equal(found, values[..., :3])
+
+
+def test_the_sample_is_spread_over_the_set(tmp_path, monkeypatch):
+    """Folders are sorted by class: of the first files only, the later classes would not count."""
+    monkeypatch.setattr(survey, "SAMPLE", 4)
+    monkeypatch.setattr(survey, "_DEEP", (2, 2))
+    plain = [BYTES[0]] * 8
+    source = folder(tmp_path, [*plain, *(BYTES[:4].astype(np.uint16) * 16)], "PNG")
+    survey.look(source)
+    assert source.decoding.value_range == "0:4095"
+
+
 def test_integers_among_floats_are_said_and_bad_files_are_passed_over(tmp_path):
     source = folder(tmp_path, [BYTES[0].astype(np.uint16) * 16, BYTES[1] / np.float32(255)])
     (tmp_path / "02.tif").write_bytes(b"no image")

@@ -115,7 +115,11 @@ def deep_values(data: bytes) -> np.ndarray | None:
         tf.errors.OpError: a PNG that is not whole.
     """
     if data.startswith(_PNG):
-        return tf.io.decode_png(data, dtype=tf.uint16).numpy() if data[24:25] == b"\x10" else None
+        if data[24:25] != b"\x10":
+            return None
+        return tf.io.decode_png(
+            data, 3, tf.uint16
+        ).numpy()  # without alpha, which is full as a rule
     if data.startswith(b"\xff\xd8"):
         return None
     return _opened(data, lambda image: np.asarray(image) if _is_deep(image) else None)

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from common.data.decoding import AUTO, SIXTEEN_BITS
+from common.data.decoding import AUTO, SIXTEEN_BITS, UPPER_8, Decoding
 from common.data.sources import Source
 
 SAMPLE = 256  # images whose beginnings are read, spread evenly
@@ -31,18 +31,21 @@ _SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # kinds that have 8 bits at m
 _PNG = b"\x89PNG"
 
 
-def settle(config: ConfigDict, source: Source) -> tuple[ConfigDict, list[str]]:
+def settle(
+    config: ConfigDict, source: Source, known: str = UPPER_8
+) -> tuple[ConfigDict, list[str]]:
     """The config with `data.value_range` decided, and what there is to say of the set.
 
     Args:
         config: a whole config; it is not changed.
         source: the images that decide; its `decoding` is decided too.
+        known: a range that others have, see `look`.
 
     Returns:
         The config (of a set that is held as pixels as it was: there is nothing to decide), and
         lines for the user.
     """
-    lines = look(source)
+    lines = look(source, known)
     if config.data.value_range == AUTO != source.decoding.value_range:
         config = config.copy_and_resolve_references()
         config.data.value_range = source.decoding.value_range
@@ -56,8 +59,14 @@ def decide(source: Source) -> None:
             logging.info("%s", line)
 
 
-def look(source: Source) -> list[str]:
-    """Looks at a sample; decides `source.decoding`, and returns what is to be said, in lines."""
+def look(source: Source, known: str = UPPER_8) -> list[str]:
+    """Looks at a sample; decides `source.decoding`, and returns what is to be said, in lines.
+
+    Args:
+        source: of any kind.
+        known: a value range that is taken where the values are inside, and would otherwise only
+            give the least and greatest that was seen: of a run that sees other data.
+    """
     what = f"{source.name} ({source.split})"
     if source.kind == "views":
         return []
@@ -65,7 +74,7 @@ def look(source: Source) -> list[str]:
         images = source.read(_spread(source.num_examples, _DECODED))[0]
         return _of_contrast(what, [_spread_of(image) for image in images], "")
     heads, whole = _sample(source)
-    lines = _of_depth(what, source, heads, whole) + _of_rotation(what, source, heads)
+    lines = _of_depth(what, source, heads, whole, known) + _of_rotation(what, source, heads)
 
     def spread(i: int) -> int:
         return _spread_of(_decoded(whole(i), source))
@@ -95,7 +104,9 @@ def range_of(lows: list, highs: list, whole_numbers: bool) -> tuple[str, bool]:
     return (f"{int(low)}:{int(high)}" if whole_numbers else f"{low:.9g}:{high:.9g}"), False
 
 
-def _of_depth(what: str, source: Source, heads: list[bytes], whole: Callable) -> list[str]:
+def _of_depth(
+    what: str, source: Source, heads: list[bytes], whole: Callable, known: str
+) -> list[str]:
     """Decides the range, if nobody has."""
     from common.data import decode
 
@@ -121,6 +132,9 @@ def _of_depth(what: str, source: Source, heads: list[bytes], whole: Callable) ->
         return []
     integers, lows, highs = zip(*found, strict=True)
     chosen, usual = range_of(lows, highs, all(integers))
+    low, high = Decoding(known).bounds or (np.inf, -np.inf)
+    if not usual and low <= min(lows) and max(highs) <= high:
+        chosen, usual = known, True
     _set_range(source, chosen)
     line = (
         f"{what}: images of more than 8 bits, of which {len(found)} were looked at, have values "

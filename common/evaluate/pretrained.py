@@ -38,6 +38,7 @@ class Pretrained:
         method: built from `config`, without a probe.
         state: of the checkpoint; only `step`, `params` and `batch_stats` are filled.
         step: of the checkpoint; 0 for an untrained encoder and for raw pixels.
+        value_range: that the run had for its own data.
     """
 
     config: ConfigDict
@@ -47,6 +48,7 @@ class Pretrained:
     method: Method
     state: Any
     step: int
+    value_range: str = UPPER_8
 
     def open(self, role: str) -> sources.Source:
         """The source of a role ("train" or "test"); a missing split is a `UserError`."""
@@ -65,7 +67,7 @@ class Pretrained:
         data = self.config.data
         source = sources.open_source(data, split)
         if data.value_range == AUTO:
-            config, lines = survey.settle(self.config, source)
+            config, lines = survey.settle(self.config, source, self.value_range)
             data.value_range = config.data.value_range
             for line in lines if jax.process_index() == 0 else ():
                 print(line, file=sys.stderr, flush=True)
@@ -138,6 +140,7 @@ def load(
     workdir = epath.Path(workdir)
     one_of("eval.features", settings.features, FEATURES)
     config = read_config(workdir, methods)
+    value_range = config.data.value_range
     with config.unlocked():
         d = config.data
         d.value_range = value_range_of(settings, d, settings.source or d.source)
@@ -153,7 +156,7 @@ def load(
         state, step = _restore(workdir, method, mesh, settings.step)
     elif settings.features == "untrained":
         state = untrained(method, config.seed, mesh)
-    return Pretrained(config, settings, workdir, mesh, method, state, step)
+    return Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
 
 
 def value_range_of(settings: ConfigDict, data: ConfigDict, source: str) -> str:
