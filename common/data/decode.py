@@ -117,9 +117,8 @@ def deep_values(data: bytes) -> np.ndarray | None:
     if data.startswith(_PNG):
         if data[24:25] != b"\x10":
             return None
-        return tf.io.decode_png(
-            data, 3, tf.uint16
-        ).numpy()  # without alpha, which is full as a rule
+        # without alpha, whose values say nothing of the others
+        return tf.io.decode_png(data, 3, tf.uint16).numpy()
     if data.startswith(b"\xff\xd8"):
         return None
     return _opened(data, lambda image: np.asarray(image) if _is_deep(image) else None)
