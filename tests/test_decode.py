@@ -11,6 +11,7 @@ from PIL import Image
 from test_sources import config, picture, write
 
 from common.data import corrupt, decode, feed, sources
+from common.data.decoding import Decoding
 from common.data.folder_source import shown
 from common.data.tensorflow_host import tf, traced
 from common.errors import UserError
@@ -104,6 +105,14 @@ def test_of_sixteen_bits_the_upper_eight_count(kind, graph):
     """Pillow's own conversion cuts them off at 255, which leaves a white picture."""
     got = graph(tf.constant(encoded(Image.fromarray(WIDE), kind))).numpy()
     np.testing.assert_array_equal(got, np.repeat((WIDE >> 8)[..., None], 3, axis=-1))
+
+
+def test_runs_that_began_with_the_quick_decoder_keep_it():
+    data = tf.constant(EXACT["jpeg of quality 100"])
+    before = tf.io.decode_jpeg(data, channels=3).numpy()
+    fast, exact = (decode.decode(data, Decoding(jpeg=kind)).numpy() for kind in ("fast", "exact"))
+    np.testing.assert_array_equal(fast, before)
+    assert (exact != before).any()
 
 
 @pytest.mark.parametrize("name", BAD)
