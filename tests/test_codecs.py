@@ -1,10 +1,13 @@
 """Which files can be read here: what Pillow's build has, and HEIC with pillow-heif."""
 
+import io
 import sys
 import types
 
+import numpy as np
 import pytest
 from PIL import Image, features
+from test_sources import picture
 
 from common.data import codecs
 
@@ -50,3 +53,21 @@ def test_heic_where_its_library_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert not {".heic", ".heif"} & set(codecs.readable_suffixes())
     assert not codecs.register_heif()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "options"),
+    [(".jp2", "JPEG2000", {}), (".avif", "AVIF", {}), (".heic", "HEIF", {"quality": 90}),
+     (".jfif", "JPEG", {})],
+)  # fmt: skip
+def test_what_is_readable_is_decoded(suffix, kind, options):
+    from common.data import decode
+
+    if suffix not in codecs.readable_suffixes():
+        pytest.skip(f"no codec for {suffix} on this machine")
+    buffer = io.BytesIO()
+    Image.fromarray(picture(1)).save(buffer, kind, **options)
+    want = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+    found = decode.decode(decode.tf.constant(buffer.getvalue())).numpy()
+    np.testing.assert_array_equal(found, want)
+    assert np.abs(found.astype(int) - picture(1)).mean() < 8

@@ -203,7 +203,7 @@ def _spread(n: int, count: int) -> np.ndarray:
 def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
     """The beginnings of some files, and a function of the place of one to all of it.
 
-    A streamed set has no random access: its first images it is there.
+    A streamed set has no random access: its first images are taken.
     """
     if source.kind == "stream":
         from common.data import stream
