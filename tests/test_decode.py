@@ -107,6 +107,11 @@ def test_of_sixteen_bits_the_upper_eight_count(kind, graph):
     np.testing.assert_array_equal(got, np.repeat((WIDE >> 8)[..., None], 3, axis=-1))
 
 
+def test_a_png_too_large_to_decode_is_not_looked_into():
+    wide = HUGE.replace(b"\x08\x02", b"\x10\x02")
+    assert wide[24] == 16 and decode.deep_values(wide) is None
+
+
 def test_runs_that_began_with_the_quick_decoder_keep_it():
     data = tf.constant(EXACT["jpeg of quality 100"])
     before = tf.io.decode_jpeg(data, channels=3).numpy()

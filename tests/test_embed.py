@@ -9,13 +9,16 @@ import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common.data.sources import ArraySource
 from common.errors import UserError
 from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
 from common.evaluate.pretrained import Pretrained
@@ -270,6 +273,15 @@ def test_parquet_without_pyarrow(monkeypatch):
     assert feature_files.formats_of("npz") == ["npz"]
     with pytest.raises(UserError, match=r"needs pyarrow.*pip install pyarrow"):
         feature_files.formats_of("npz,parquet")
+
+
+def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
+    source = ArraySource("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = np.array([False, False, False, True, False])
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([others, mine]))
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_features_that_are_no_numbers():

@@ -115,7 +115,7 @@ def deep_values(data: bytes) -> np.ndarray | None:
         tf.errors.OpError: a PNG that is not whole.
     """
     if data.startswith(_PNG):
-        if data[24:25] != b"\x10":
+        if data[24:25] != b"\x10" or not _is_fine_png(tf.constant(data)):
             return None
         # without alpha, whose values say nothing of the others
         return tf.io.decode_png(data, 3, tf.uint16).numpy()
