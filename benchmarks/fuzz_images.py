@@ -30,15 +30,18 @@ def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
     rgb = small.resize((40, 30), Image.BICUBIC)
     more = {"save_all": True, "append_images": [rgb.rotate(180)]}
     wide = Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16))
-    found = []
+    exif, found = Image.Exif(), []
+    exif[0x0112] = 6  # an orientation
     for suffix, kind, image, options in (
         ("jpg", "JPEG", rgb, {}),
         ("jpg", "JPEG", rgb, {"progressive": True}),
         ("jpg", "JPEG", rgb.convert("L"), {}),
+        ("jpg", "JPEG", rgb, {"exif": exif}),
         ("jpg", "JPEG", rgb.convert("CMYK"), {}),
         ("png", "PNG", rgb, {}),
         ("png", "PNG", rgb.convert("P"), {}),
         ("png", "PNG", rgb.convert("RGBA"), {}),
+        ("png", "PNG", rgb, {"exif": exif}),
         ("png", "PNG", wide, {}),
         ("png", "PNG", rgb, more),
         ("gif", "GIF", rgb, more),
@@ -46,6 +49,7 @@ def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
         ("webp", "WEBP", rgb, {}),
         ("webp", "WEBP", rgb, more),
         ("tiff", "TIFF", rgb, {}),
+        ("tiff", "TIFF", wide, {"exif": exif}),
         ("ppm", "PPM", rgb, {}),
     ):
         buffer = io.BytesIO()
@@ -91,7 +95,7 @@ def read(folder: pathlib.Path, count: int) -> int:
 
     c = base_config("simclr", METHODS["simclr"].default_config())
     c.data.source, c.data.on_corrupt = f"folder:{folder}", "replace"
-    c.data.image_size, c.batch_size = 16, 20
+    c.data.image_size, c.batch_size, c.data.exif_rotation = 16, 20, True
     source = sources.open_source(c.data, "train")
     assert source.num_examples == count
     batches = pipeline.train_batches(source, c, rows=np.arange(20))

@@ -33,6 +33,8 @@ FREE_ON_RESUME = (
 # goes on, and is evaluated, as it began.
 BEFORE: dict[str, Any] = {
     "data.labels": "legacy",
+    "data.value_range": "upper8",
+    "data.jpeg": "fast",
     "simclr.loss_scale": 1.0,
     "model.conv_init": "he",
     "model.stem_init": "",

@@ -14,7 +14,7 @@ from common import config as configs
 from common import files, report, transfer
 from common.checkpoint import Checkpoints
 from common.compiling import compile_step
-from common.data import pipeline, resident, sources
+from common.data import pipeline, resident, sources, survey
 from common.dispatch import spans
 from common.divergence import SkipNonFinite, Watch
 from common.errors import UserError
@@ -62,6 +62,9 @@ def train(
     mesh = mesh or make_mesh()
     rows = local_rows(mesh, config.batch_size)
     train_source = sources.open_source(config.data, "train")
+    config, seen = survey.settle(config, train_source)
+    for line in seen:
+        report.say(line)
     test_source = report.open_test(config)
     bank_source = train_source
     if config.data.bank_split:

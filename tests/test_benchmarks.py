@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import loss, methods, moco_queue, resident, running, scaling, side_by_side
+from benchmarks import (
+    input_pipeline,
+    jpeg,
+    loss,
+    methods,
+    moco_queue,
+    resident,
+    running,
+    scaling,
+    side_by_side,
+)
 from common.contrast import normalize
 from moco_jax import queue as queues
 
@@ -80,3 +90,10 @@ def test_a_turn_of_training_from_device_memory():
     # as compiled for a CPU, where no work is in calls of libraries
     compiled = running.Running(c).compiled.cost_analysis()["flops"]
     assert running.flops(c) == pytest.approx(compiled, rel=0.1)
+
+
+def test_exact_jpegs_are_pillows_and_fast_ones_are_not():
+    found = jpeg.measured(input_pipeline.photographs(2), rounds=1, size=32)
+    assert found["exact"]["worst"] == 0 and 2 <= found["fast"]["worst"] <= 25
+    assert found["fast"]["mean"][2] < -0.5  # blue is darker
+    assert found["exact"]["pairs"] > 0 < found["exact"]["of_fast"]

@@ -11,6 +11,7 @@ from PIL import Image
 from test_sources import config, picture, write
 
 from common.data import corrupt, decode, feed, sources
+from common.data.decoding import Decoding
 from common.data.folder_source import shown
 from common.data.tensorflow_host import tf, traced
 from common.errors import UserError
@@ -51,12 +52,15 @@ EXACT = {  # to the last bit what Pillow makes of the first frame
     "exif rotation": rotated(),
     "one pixel wide": encoded(RGB.resize((1, 20)), "PNG"),
     "20,000 pixels wide": encoded(RGB.resize((20_000, 2)), "PNG"),
-}
-NEARLY = {  # two JPEG decoders round differently
     "jpeg": encoded(RGB, "JPEG", quality=95),
+    "jpeg of quality 100": encoded(RGB, "JPEG", quality=100),
+    "jpeg without subsampling": encoded(RGB, "JPEG", quality=75, subsampling=0),
+    "jpeg with columns halved": encoded(RGB, "JPEG", quality=75, subsampling=1),
     "grey jpeg": encoded(RGB.convert("L"), "JPEG", quality=95),
-    "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
     "progressive": encoded(RGB, "JPEG", quality=95, progressive=True),
+}
+NEARLY = {  # the inks are mixed in another way
+    "cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
 }
 
 
@@ -70,7 +74,7 @@ HUGE = EXACT["png"][:8] + chunk(b"IHDR", SIDES + b"\x08\x02\x00\x00\x00") + chun
 BAD = {
     "empty": (b"", "the file is empty"),
     "text": (b"<html>404</html>", "no image of a kind that is known"),
-    "cut jpeg": (NEARLY["jpeg"][:300], "JPEG"),
+    "cut jpeg": (EXACT["jpeg"][:300], "JPEG"),
     "cut png": (EXACT["png"][:300], "PNG"),
     "cut gif": (EXACT["gif"][:300], ""),
     "cut webp": (EXACT["webp"][:100], ""),
@@ -101,6 +105,19 @@ def test_of_sixteen_bits_the_upper_eight_count(kind, graph):
     """Pillow's own conversion cuts them off at 255, which leaves a white picture."""
     got = graph(tf.constant(encoded(Image.fromarray(WIDE), kind))).numpy()
     np.testing.assert_array_equal(got, np.repeat((WIDE >> 8)[..., None], 3, axis=-1))
+
+
+def test_a_png_too_large_to_decode_is_not_looked_into():
+    wide = HUGE.replace(b"\x08\x02", b"\x10\x02")
+    assert wide[24] == 16 and decode.deep_values(wide) is None
+
+
+def test_runs_that_began_with_the_quick_decoder_keep_it():
+    data = tf.constant(EXACT["jpeg of quality 100"])
+    before = tf.io.decode_jpeg(data, channels=3).numpy()
+    fast, exact = (decode.decode(data, Decoding(jpeg=kind)).numpy() for kind in ("fast", "exact"))
+    np.testing.assert_array_equal(fast, before)
+    assert (exact != before).any()
 
 
 @pytest.mark.parametrize("name", BAD)

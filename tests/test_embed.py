@@ -9,13 +9,16 @@ import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common.data.sources import ArraySource
 from common.errors import UserError
 from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
 from common.evaluate.pretrained import Pretrained
@@ -76,6 +79,7 @@ def reopened(opened, workdir, s) -> Pretrained:
     with c.unlocked():
         c.data.source = s.source or c.data.source
         c.data.test_split = s.test_split or c.data.test_split
+        c.data.on_corrupt = s.on_corrupt or c.data.on_corrupt
     return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
 
 
@@ -214,6 +218,41 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     assert table["name"].to_pylist() == ["a.png", "b.png", "\\udcff.png"]
 
 
+def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path):
+    """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
+    names = [f"{i}.png" for i in range(7)]
+    for k in (0, 1):
+        write_images(tmp_path / "photos" / "test" / f"kind{k}", names, seed=k)
+    make_run(tmp_path / "run")
+
+    def embed(**changes):
+        s = eval_settings(source=f"folder:{tmp_path}/photos", batch_size=8,
+                          embed__format="npz,parquet", embed__report=False, **changes)  # fmt: skip
+        opened = reopened(labelled[2], tmp_path / "run", s)
+        metrics, sentence = embed_mode.run(opened)
+        with np.load(tmp_path / "run" / "features-photos-test-untrained.npz") as found:
+            return metrics, sentence, dict(found)
+
+    _, sentence, whole = embed()
+    assert "left out" not in sentence and whole["left_out"].size == 0
+    bad = [2, 6, 11]
+    for i in bad:
+        (tmp_path / "photos" / whole["names"][i]).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot decode .*kind0/2.png.* .--eval.on_corrupt of an"):
+        embed()
+    metrics, sentence, found = embed(on_corrupt="replace")
+    gone = ["test/kind0/2.png", "test/kind0/6.png", "test/kind1/4.png"]
+    assert sentence.endswith(f"; 3 damaged images left out: {', '.join(gone)}")
+    assert (metrics["left_out"], metrics["examples"]) == (3, 11)
+    assert found["left_out"].tolist() == gone
+    for name in ("features", "labels", "ids", "names"):
+        np.testing.assert_array_equal(found[name], np.delete(whole[name], bad, 0))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(tmp_path / "run" / "features-photos-test-untrained.parquet")
+    assert json.loads(table.schema.metadata[b"left_out"]) == gone
+    assert table["name"].to_pylist() == found["names"].tolist()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -234,6 +273,15 @@ def test_parquet_without_pyarrow(monkeypatch):
     assert feature_files.formats_of("npz") == ["npz"]
     with pytest.raises(UserError, match=r"needs pyarrow.*pip install pyarrow"):
         feature_files.formats_of("npz,parquet")
+
+
+def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
+    source = ArraySource("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = np.array([False, False, False, True, False])
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([others, mine]))
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_features_that_are_no_numbers():

@@ -6,8 +6,10 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
+from PIL import Image
 
 from common.checkpoint import Checkpoints
+from common.evaluate import transfer_mode
 from common.method import root_keys
 
 
@@ -57,6 +59,47 @@ def test_another_source_is_opened_where_one_is_asked_for(runs):
     )
     assert (opened.config.data.source, opened.config.data.dir) == ("embedded", "/x")
     assert opened.open("train").num_examples == 10_000
+
+
+def deep(folder, most):
+    """Two classes of 16-bit images of which the largest value is `most`."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            values = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+            Image.fromarray(values).save(folder / split / name / "0.png")
+    return f"folder:{folder}"
+
+
+def test_other_data_have_a_value_range_of_their_own(runs, tmp_path, capsys):
+    """One for all their splits, said in one line; `--eval` may give it, and `on_corrupt`."""
+    source = deep(tmp_path / "x", 1000)
+    splits = {"train_split": "train", "test_split": "test"}
+    opened = opened_run.load(
+        runs[0], features="pixels", source=source, on_corrupt="replace", **splits
+    )
+    assert capsys.readouterr().err == ""
+    train = opened.open("train")
+    assert capsys.readouterr().err.count("data.value_range=0:1023)") == 1
+    test = opened.open_labelled("test")
+    assert capsys.readouterr().err == ""
+    assert train.decoding.value_range == test.decoding.value_range == "0:1023"
+    assert train.on_corrupt == "replace" and opened.config.data.on_corrupt == "replace"
+    given = opened_run.load(
+        runs[0], features="pixels", source=source, value_range="0:2000", **splits
+    )
+    assert given.open("test").decoding.value_range == "0:2000"
+    assert given.open("test").on_corrupt == "error"
+
+
+def test_each_set_of_a_transfer_has_a_value_range_of_its_own(runs, tmp_path):
+    few, many = deep(tmp_path / "few", 1000), deep(tmp_path / "many", 60_000)
+    opened = opened_run.load(runs[0], features="pixels", source=few)
+    found = [
+        [part.decoding.value_range for part in transfer_mode._open(opened, data_set)]
+        for data_set in transfer_mode.parse(f"{few},{many},{few}@test:train", None)
+    ]
+    assert found == [["0:1023"] * 2, ["0:65535"] * 2, ["0:1023"] * 2]
 
 
 @flax.struct.dataclass

@@ -136,3 +136,45 @@ def test_mistakes(folder, tmp_path):
     index.write_text(index.read_text().replace(shard.name, "../../etc/x.npz"))
     with pytest.raises(UserError, match=r"names the file '../../etc/x.npz': expected names w"):
         sources.open_source(config(good).data, "train")
+
+
+def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypatch, capsys):
+    """Names, labels and images of the others stay together, over the bounds of shards too."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    before = sources.open_source(config(f"folder:{folder}").data, "train")
+    bad = [0, 5, 6, 13]
+    for i in bad:
+        pathlib.Path(before.paths[i]).write_bytes(b"no image")
+    pathlib.Path(before.paths[6]).unlink()
+    pathlib.Path(before.paths[6]).symlink_to(folder / "nowhere.png")
+    with pytest.raises(UserError, match=r"or leave such files out with data.on_corrupt='replace'"):
+        shards.prepare(config(f"folder:{folder}"), tmp_path / "strict")
+    c = config(f"folder:{folder}", on_corrupt="replace")
+    index = shards.prepare(c, tmp_path / "s")["splits"]["train"]
+    names = [before.describe(i) for i in range(14)]
+    assert index["left_out"] == [names[i] for i in bad]
+    said = capsys.readouterr().err
+    assert f"train: 10 images in {len(index['shards'])} files; 4 damaged images left out: " in said
+    assert names[13] in said and "test: 3 images in 1 files\n" in said
+    copy = sources.open_source(config(f"shards:{tmp_path / 's'}").data, "train")
+    good = [i for i in range(14) if i not in bad]
+    assert copy.num_examples == index["num_examples"] == 10
+    assert [copy.describe(i) for i in range(10)] == [names[i] for i in good]
+    np.testing.assert_array_equal(copy.labels, before.labels[good])
+    for i, data in enumerate(copy.fetch(np.arange(10))):
+        assert data == pathlib.Path(before.paths[good[i]]).read_bytes()
+
+
+def test_a_split_of_damaged_files_only(folder, tmp_path):
+    for path in (folder / "val" / "class1").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for one"):
+        shards.prepare(config(f"folder:{folder}", on_corrupt="replace"), tmp_path / "s")
+    assert not (tmp_path / "s" / "index.json").exists()
+
+
+def test_lists_for_messages():
+    assert sources.listed([], "image", "gone") == ""
+    assert sources.listed(["a"], "image", "gone") == "; 1 image gone: a"
+    found = sources.listed([*"abcdefg"], "image", "gone")
+    assert found == "; 7 images gone: a, b, c, d, e and 2 more"

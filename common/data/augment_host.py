@@ -8,8 +8,9 @@ import functools
 
 import numpy as np
 
-from common.data import draws, pixel_ops
+from common.data import decoding, draws, orientation, pixel_ops
 from common.data.decode import decode, is_fine_jpeg
+from common.data.decoding import Decoding
 from common.data.presets import Augmentation, crop_only
 from common.data.tensorflow_host import fused, tf
 
@@ -111,6 +112,7 @@ def augment_encoded(
     crops: tf.Tensor,
     augmentations: tuple[Augmentation, Augmentation],
     whole: bool = False,
+    how: Decoding = decoding.DEFAULT,
 ) -> tf.Tensor:
     """Two views of one encoded image.
 
@@ -122,6 +124,7 @@ def augment_encoded(
       crops: float32 [2, draws.CROP_DRAWS].
       augmentations: of view 1 and view 2.
       whole: decode all of the image, so that any damage in it is seen.
+      how: the rules by which its data set is decoded.
 
     Returns:
       uint8 [2, size, size, 3].
@@ -132,24 +135,32 @@ def augment_encoded(
         return tf.stack([draw_box(a, shape[0], shape[1], crop) for a, crop in pair])
 
     def everything():
-        image = decode(data)
+        image = decode(data, how)
         return image, boxes_for(tf.shape(image))
 
     def jpeg_part():
-        shape = tf.image.extract_jpeg_shape(data)
-        boxes = boxes_for(shape)
+        shape = tf.image.extract_jpeg_shape(data)[:2]
+        if how.exif_rotation:
+            turn = orientation.of(data)
+            boxes = boxes_for(orientation.shape_shown(shape, turn))
+            needed = orientation.box_stored(_around(boxes), shape, turn)
+        else:
+            boxes = boxes_for(shape)
+            needed = _around(boxes)
         # One column more on each side: libjpeg smooths colours between columns, and at the edge of
         # a window it does not know the next one.
-        start = tf.maximum(tf.reduce_min(boxes[:, :2], axis=0) - [0, 1], 0)
-        end = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0) + [0, 1]
-        end = tf.minimum(end, shape[:2])
+        start = tf.maximum(needed[:2] - [0, 1], 0)
+        end = tf.minimum(needed[:2] + needed[2:] + [0, 1], shape)
         # Of the columns all are decoded where more than half are needed: that takes less time
         # than to cut the rest off.
-        whole_side = tf.constant([False, True]) & (2 * (end - start) > shape[:2])
-        start, end = tf.where(whole_side, 0, start), tf.where(whole_side, shape[:2], end)
+        whole_side = tf.constant([False, True]) & (2 * (end - start) > shape)
+        start, end = tf.where(whole_side, 0, start), tf.where(whole_side, shape, end)
         window = tf.concat([start, end - start], axis=0)
-        image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
-        return image, boxes - tf.concat([start, [0, 0]], axis=0)
+        image = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method=how.dct_method)
+        if how.exif_rotation:
+            image = orientation.turned(image, turn)
+            window = orientation.box_shown(window, shape, turn)
+        return image, boxes - tf.concat([window[:2], [0, 0]], axis=0)
 
     if whole:
         image, boxes = everything()
@@ -166,6 +177,12 @@ def augment_encoded(
     # one view at a time: each does only what it needs
     rest = zip(views, tf.unstack(parameters), augmentations, strict=True)
     return tf.concat([colour_ops(_planes(view), p[None], a) for view, p, a in rest], axis=0)
+
+
+def _around(boxes: tf.Tensor) -> tf.Tensor:
+    """The smallest box int32 [4] (top, left, height, width) around all of [n, 4]."""
+    start = tf.reduce_min(boxes[:, :2], axis=0)
+    return tf.concat([start, tf.reduce_max(boxes[:, :2] + boxes[:, 2:], axis=0) - start], axis=0)
 
 
 def _resized(crop: tf.Tensor, a: Augmentation) -> tf.Tensor:

@@ -91,7 +91,7 @@ def error_for(source: Source, index: int, reason: str) -> UserError:
     """The error that names a corrupt example."""
     return UserError(
         f"cannot decode {source.describe(index)} ({reason}); expected a whole image. Repair or "
-        "remove it, or set config.data.on_corrupt='replace'."
+        "remove it, or set config.data.on_corrupt='replace' (--eval.on_corrupt of an evaluation)."
     )
 
 

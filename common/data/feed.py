@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from common.data import augment_host, corrupt, decode, draws, presets
+from common.data import augment_host, corrupt, decode, draws, presets, survey
 from common.data.centre import resize_to
+from common.data.decoding import Decoding
 from common.data.presets import Augmentation
 from common.data.sources import Source
 from common.data.tensorflow_host import arrays, plain, tf, traced
@@ -104,7 +105,7 @@ def eval_feed(
     def single(index, label, payload):
         return {"images": shown(corrupt.file_bytes(source, payload)), "labels": label}
 
-    shown = evaluator(image_size)
+    shown = evaluator(source, image_size)
     start = tf.Variable(0, dtype=tf.int64)
     data = _loaded(start, len(plan), load, source, ()).unbatch()
     data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -128,26 +129,31 @@ def augmenter(
     depend on the crop, or a resumed run could choose otherwise.
     """
     whole = source.on_corrupt == "replace"
+    survey.decide(source)
     if not colour:
         augmentations = tuple(map(presets.crop_only, augmentations))
-    return _augmenter(augmentations, source.kind == "pixels", whole)
+    return _augmenter(augmentations, source.kind == "pixels", whole, source.decoding)
 
 
 @functools.cache  # one trace for all epochs and restarts
-def _augmenter(augmentations: tuple, pixels: bool, whole: bool) -> Callable:
+def _augmenter(augmentations: tuple, pixels: bool, whole: bool, how: Decoding) -> Callable:
     if pixels:
         return traced(lambda x, p: augment_host.augment_pixels(x, p, augmentations))
     return traced(
-        lambda x, p, crops: augment_host.augment_encoded(x, p, crops, augmentations, whole)
+        lambda x, p, crops: augment_host.augment_encoded(x, p, crops, augmentations, whole, how)
     )
 
 
-@functools.cache
-def evaluator(image_size: int) -> Callable:
+def evaluator(source: Source, image_size: int) -> Callable:
     """Function of the bytes of an image's file to uint8 [image_size, image_size, 3]."""
+    survey.decide(source)
+    return _evaluator(image_size, source.decoding)
 
+
+@functools.cache
+def _evaluator(image_size: int, how: Decoding) -> Callable:
     def shown(data):
-        return augment_host.centre(decode.decode(data), resize_to(image_size), image_size)
+        return augment_host.centre(decode.decode(data, how), resize_to(image_size), image_size)
 
     return traced(shown)
 

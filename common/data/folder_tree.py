@@ -1,20 +1,19 @@
 """Listings of a tree of folders: the images in it, and the count of what is none."""
 
 import collections
-import importlib.util
 import os
 import stat
 
 from absl import logging
 from etils import epath
 
+from common.data import codecs
 from common.errors import UserError
 
-# What Pillow reads wherever it runs; `suffixes` adds what it reads here.
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_MORE = (".jfif", ".jpe", ".pnm", ".pbm")
-_CODECS = {"jpg_2000": (".jp2", ".j2k", ".jpx"), "avif": (".avif",)}
-_HEIF = (".heic", ".heif")
+# What runs took for images that began before there were `codecs`.
+_LEGACY_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
 # What operating systems and network disks leave among a user's folders and files.
 _JUNK_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information",
@@ -23,23 +22,12 @@ _JUNK_FOLDERS = {
 _JUNK_FILES = {"thumbs.db", "desktop.ini"}
 
 
-def suffixes() -> tuple[str, ...]:
-    """File name extensions, in lower case, of the images that can be read on this machine."""
-    from PIL import features
-
-    found = _SUFFIXES + _MORE
-    for codec, names in _CODECS.items():
-        if codec in features.get_supported():
-            found += names
-    return found + (_HEIF if importlib.util.find_spec("pillow_heif") else ())
-
-
 class Tree:
     """Folders, each listed once.
 
     Args:
         legacy: list what runs saw that began before folders of the system were left out and before
-            all of `suffixes` were read.
+            all of `codecs.readable_suffixes` were read.
 
     Attributes:
         suffixes: file name extensions of images.
@@ -47,7 +35,7 @@ class Tree:
     """
 
     def __init__(self, legacy: bool = False) -> None:
-        self.suffixes = _SUFFIXES if legacy else suffixes()
+        self.suffixes = _LEGACY_SUFFIXES if legacy else codecs.readable_suffixes()
         self.left_out: collections.Counter[str] = collections.Counter()
         self._junk = set() if legacy else _JUNK_FOLDERS
         self._listings: dict[str, tuple[list[str], list[epath.Path], list[str]]] = {}
@@ -83,8 +71,8 @@ class Tree:
     def left_out_in_words(self) -> str:
         """E.g. "3 .csv, 12 .heic", or "" where nothing was left out."""
         parts = (f"{n:,} {plural(what, n)}" for what, n in sorted(self.left_out.items()))
-        heif = any(suffix in self.left_out for suffix in _HEIF)
-        return ", ".join(parts) + (" (.heic needs: pip install pillow-heif)" if heif else "")
+        heif = any(suffix in self.left_out for suffix in codecs.HEIF)
+        return ", ".join(parts) + (" (for HEIC: pip install pillow-heif)" if heif else "")
 
     def _has_image(self, folder: epath.Path, above: tuple[str, ...] = ()) -> bool:
         here = _real(folder)

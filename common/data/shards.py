@@ -42,15 +42,18 @@ _PARSING = threading.Lock()
 def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
     """Writes the splits of `config.data` as shards.
 
+    With `data.on_corrupt="replace"` images that cannot be decoded are left out, and listed.
+
     Args:
-        config: a whole config; of `data`, the source and the splits count.
+        config: a whole config; of `data`, the source, the splits and `on_corrupt` count.
         directory: new or empty; local or e.g. `gs://...`.
 
     Returns:
         What `index.json` holds.
 
     Raises:
-        UserError: the directory is in use, an image cannot be decoded, or the source is not there.
+        UserError: the directory is in use, an image cannot be decoded (none of a split, with
+            "replace"), or the source is not there.
     """
     directory = files.path(directory)
     if directory.exists() and any(directory.iterdir()):
@@ -64,24 +67,36 @@ def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
     files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
     for name, found in index["splits"].items():
         n, count = found["num_examples"], len(found["shards"])
-        print(f"{name}: {n:,} images in {count:,} files", file=sys.stderr)
+        left_out = sources.listed(found["left_out"], "damaged image", "left out")
+        print(f"{name}: {n:,} images in {count:,} files{left_out}", file=sys.stderr)
     return index
 
 
 def _write_split(source: Source, directory: epath.Path) -> dict:
     pieces = list(_sizes(source))
-    written = []
+    written, left_out = [], []
     for i, ids in enumerate(pieces):
+        arrays, damaged = _arrays(source, ids)
+        left_out += damaged
+        count = len(arrays["labels"])
+        if not count:
+            continue
         name = f"{source.split}-{i:05}-of-{len(pieces):05}.npz"
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
         buffer = io.BytesIO()
-        np.savez(buffer, **_arrays(source, ids))
+        np.savez(buffer, **arrays)
         (directory / name).write_bytes(buffer.getvalue())
-        written.append({"file": name, "examples": len(ids)})
+        written.append({"file": name, "examples": count})
+    if not written:
+        raise UserError(
+            f"no image of {source.name} ({source.split}) is whole, {left_out[0]} for one: repair "
+            "the files, then prepare again"
+        )
     return {
-        "num_examples": source.num_examples,
+        "num_examples": sum(shard["examples"] for shard in written),
         "num_classes": source.num_classes,
         "class_names": list(source.class_names),
+        "left_out": left_out,
         "shards": written,
     }
 
@@ -98,7 +113,7 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
         sizes = np.full(len(ids), int(np.prod(source.image_shape)) * 3)
     elif source.kind == "path":
         paths = map(os.fsdecode, source.read(ids)[0])
-        sizes = np.array([epath.Path(path).stat().length for path in paths])
+        sizes = np.array([_length(epath.Path(path)) for path in paths])
     else:
         sizes = np.array([len(source.read(ids[i : i + 1])[0][0]) for i in ids])
     shard = (np.cumsum(sizes) - sizes) // SHARD_BYTES
@@ -106,32 +121,48 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
         yield ids[shard == number]
 
 
-def _arrays(source: Source, ids: np.ndarray) -> dict[str, np.ndarray]:
+def _length(path: epath.Path) -> int:
+    try:
+        return path.stat().length
+    except OSError:  # a link to nowhere, say: `_arrays` says so
+        return 0
+
+
+def _arrays(source: Source, ids: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a shard holds, and the names of the images that are left out of it."""
     payload, labels = source.read(ids)
     names = source.names(ids)
     if source.kind in ("pixels", "views"):
-        return {"images": payload, "labels": labels, "names": names}
+        return {"images": payload, "labels": labels, "names": names}, []
     from common.data import corrupt  # imports TensorFlow
 
-    def load(i: int) -> bytes:
-        data = payload[i]
+    def load(i: int) -> bytes | None:
+        data, reason = payload[i], ""
         if source.kind == "path":
-            data = epath.Path(os.fsdecode(data)).read_bytes()
-        if reason := corrupt.fault_of(data):
+            try:
+                data = epath.Path(os.fsdecode(data)).read_bytes()
+            except OSError as error:
+                reason = error.strerror or str(error)
+        reason = reason or corrupt.fault_of(data)
+        if reason and source.on_corrupt == "replace":
+            return None
+        if reason:
             raise UserError(
                 f"cannot decode {source.describe(int(ids[i]))} ({reason}): repair or remove it, "
-                "then prepare again"
+                "or leave such files out with data.on_corrupt='replace', then prepare again"
             )
         return data
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        encoded = list(pool.map(load, range(len(ids))))
+        found = list(pool.map(load, range(len(ids))))
+    good = np.array([data is not None for data in found])
+    encoded = [data for data in found if data is not None]
     return {
         "data": np.frombuffer(b"".join(encoded), np.uint8),
         "offsets": np.cumsum([0, *map(len, encoded)]),
-        "labels": labels,
-        "names": names,
-    }
+        "labels": labels[good],
+        "names": names[good],
+    }, names[~good].tolist()
 
 
 def open_shards(path: str, split: str, config: ConfigDict) -> Source:

@@ -17,7 +17,8 @@ import unicodedata
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.data import draws, folder_layout, slices
+from common.data import decoding, draws, folder_layout, slices
+from common.data.decoding import DEFAULT, Decoding
 from common.data.folder_tree import some
 from common.errors import UserError
 
@@ -46,6 +47,11 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
     config.shuffle_buffer = 16384  # encoded images, for streamed sets only
     config.on_corrupt = "error"  # or "replace": by the next good image, with a counted warning
+    # Images of more than 8 bits: the values "LOW:HIGH" that become black and white, in all of them
+    # alike; "auto" = decided from a sample of the training images when a run begins
+    config.value_range = "auto"
+    config.jpeg = "exact"  # as Pillow decodes, to the byte; or "fast", off by some levels
+    config.exif_rotation = False  # turn photographs as their EXIF says; ImageFolder does not
     # Where the views are made: "host" (TensorFlow), "both" (the host decodes, crops and flips, the
     # rest runs inside the train step) or "device" (all inside the step, with the data set in device
     # memory: small sets of images of one shape)
@@ -70,6 +76,7 @@ class Source:
       labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
       image_shape: (h, w) when all images share it, else None.
       on_corrupt: "error" or "replace".
+      decoding: how files become pixels.
       replaced: id of a corrupt image -> id of the image that stands in for it.
       seen_good: ids that a search for corrupt images could decode; it need not look again.
       listing: changes when examples are added, removed or renamed, even if their number stays.
@@ -85,6 +92,7 @@ class Source:
     labels: np.ndarray | None
     image_shape: tuple[int, int] | None = None
     on_corrupt: str = "error"
+    decoding: Decoding = DEFAULT
     replaced: dict[int, int] = dataclasses.field(default_factory=dict)
     seen_good: set[int] = dataclasses.field(default_factory=set)
     account: tuple[str, ...] = ()
@@ -194,13 +202,14 @@ def open_source(config: ConfigDict, split: str) -> Source:
             f"data.labels is {config.labels!r}; expected 'auto', 'folders' (each folder is a "
             "class) or 'none'."
         )
+    how = decoding.of(config)
     kind, path = _kind(config.source)
     name, bounds = _part(kind, path, split)
     source = _open(kind, path, name, config)
     if config.labels == "none" and source.num_classes:
         source.num_classes, source.class_names = 0, ()
         source.labels = np.full(source.num_examples, -1, np.int32)
-    source.on_corrupt = config.on_corrupt
+    source.on_corrupt, source.decoding = config.on_corrupt, how
     if role in ("test", "bank") and source.class_names:
         _name_as(source, _reference(config))
     if bounds is None:
@@ -306,6 +315,15 @@ def _name_as(source: Source, names: tuple[str, ...]) -> None:
     source.class_names, source.num_classes = names, len(names)
     if missing:
         source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)
+
+
+def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
+    """ "; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
+    if not names:
+        return ""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    plural = "s" if len(names) > 1 else ""
+    return f"; {len(names):,} {noun}{plural} {verb}: {', '.join(names[:most])}{more}"
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ def eval_batches(
     start, end = part_of(source.num_examples, index, count)
     largest = -(-source.num_examples // count)
 
-    shown = feed.evaluator(image_size)
+    shown = feed.evaluator(source, image_size)
 
     @plain
     def single(index, label, image):

@@ -51,7 +51,7 @@ def select(source: Source, ids: np.ndarray) -> Source:
     common = dict(
         name=source.name, split=source.split, num_examples=len(ids),
         num_classes=source.num_classes, class_names=source.class_names,
-        on_corrupt=source.on_corrupt, account=source.account,
+        on_corrupt=source.on_corrupt, decoding=source.decoding, account=source.account,
     )  # fmt: skip
     if source.kind == "stream":
         images, labels = _from_stream(source, ids)

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.data.sources import Source, open_source
+from common.data.folder_source import shown
+from common.data.sources import Source, listed
 from common.errors import UserError
 from common.evaluate import feature_files, modes
 from common.evaluate.feature_files import Embedded
@@ -13,7 +14,11 @@ from common.evaluate.pretrained import Pretrained
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Writes the features of one split, and `report.html`; see `settings.embed`."""
+    """Writes the features of one split, and `report.html`; see `settings.embed`.
+
+    An image that cannot be decoded has no features: with `on_corrupt="replace"`, where others train
+    and score with another image in its place, it gets no row.
+    """
     c = opened.settings.embed
     formats = feature_files.formats_of(c.format)
     if c.examples < 0 or c.points < 1:
@@ -23,11 +28,15 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         )
     source = _open(opened)
     features, labels, ids = opened.extract(source, c.examples)
+    names = source.names(ids)
+    damaged = _damaged(source, ids)
+    left_out = names[damaged]
+    features, labels, ids, names = (x[~damaged] for x in (features, labels, ids, names))
     _check_finite(features)
     embedded = Embedded(
-        features, labels, ids, source.names(ids),
+        features, labels, ids, names,
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
-        _about(opened, source),
+        _about(opened, source), left_out,
     )  # fmt: skip
     written = [opened.workdir / f"{_stem(embedded.about)}.{kind}" for kind in formats]
     page = opened.workdir / "report.html"
@@ -45,6 +54,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "examples": n,
         "dimensions": d,
         "labelled": int((labels >= 0).sum()),
+        "left_out": len(left_out),
         "embedded_source": opened.config.data.source,
         "embedded_split": source.split,
         "files": [path.name for path in written],
@@ -52,18 +62,29 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     return metrics, (
         f"{d:,} features of {n:,} images of {source.name} ({source.split}) by "
         f"{modes.subject(opened)}: {', '.join(str(path) for path in written)}"
+        + listed([shown(name) for name in left_out], "damaged image", "left out")
     )
 
 
 def _open(opened: Pretrained) -> Source:
     """The split that is named, else test, else (a folder of photos has no other) train."""
-    data, split = opened.config.data, opened.settings.embed.split
+    split = opened.settings.embed.split
     try:
-        return open_source(data, split) if split else opened.open("test")
+        return opened.open_split(split) if split else opened.open("test")
     except UserError as error:
         if not split and not opened.settings.test_split:
             return opened.open("train")
         raise UserError(f"{error} (Here: --eval.embed.split=NAME.)") from error
+
+
+def _damaged(source: Source, ids: np.ndarray) -> np.ndarray:
+    """Which of `ids` had another image put in their place; each process knows of those it read."""
+    damaged = np.isin(ids, list(source.replaced))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        damaged = multihost_utils.process_allgather(damaged).any(0)
+    return damaged
 
 
 def _check_finite(features: np.ndarray) -> None:

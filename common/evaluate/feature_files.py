@@ -23,6 +23,7 @@ class Embedded:
         names: str `[n]`, `Source.names`: of files below the folder that the user named.
         class_names: of the labels 0, 1, ...; empty where nothing is labelled.
         about: which encoder, which data; JSON.
+        left_out: str `[m]`, names of the damaged images that have no row.
     """
 
     features: np.ndarray
@@ -31,6 +32,7 @@ class Embedded:
     names: np.ndarray
     class_names: tuple[str, ...]
     about: dict[str, Any]
+    left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.array([], str))
 
 
 def formats_of(text: str) -> list[str]:
@@ -64,7 +66,10 @@ def write_npz(path: epath.Path, embedded: Embedded) -> None:
 
 
 def write_parquet(path: epath.Path, embedded: Embedded) -> None:
-    """Writes the columns id, name, label, class_name (null: none) and features, a list of d."""
+    """Writes the columns id, name, label, class_name (null: none) and features, a list of d.
+
+    The metadata of the schema have `about` and `left_out`, a list, as JSON.
+    """
     pa, parquet = _pyarrow()
     n, d = embedded.features.shape
     unlabelled = embedded.labels < 0
@@ -82,7 +87,10 @@ def write_parquet(path: epath.Path, embedded: Embedded) -> None:
             ),
         }
     )
-    table = table.replace_schema_metadata({"about": json.dumps(embedded.about)})
+    left_out = [printable(str(name)) for name in embedded.left_out]
+    table = table.replace_schema_metadata(
+        {"about": json.dumps(embedded.about), "left_out": json.dumps(left_out)}
+    )
     files.write_binary(path, lambda file: parquet.write_table(table, file))
 
 

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common import files, report
 from common.checkpoint import Checkpoints
-from common.data import pipeline, sources
+from common.data import pipeline, sources, survey
+from common.data.decoding import AUTO, UPPER_8
 from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.online import warn_of_overlap
@@ -39,6 +40,7 @@ class Pretrained:
         method: built from `config`, without a probe.
         state: of the checkpoint; only `step`, `params` and `batch_stats` are filled.
         step: of the checkpoint; 0 for an untrained encoder and for raw pixels.
+        value_range: that the run had for its own data.
     """
 
     config: ConfigDict
@@ -48,6 +50,7 @@ class Pretrained:
     method: Method
     state: Any
     step: int
+    value_range: str = UPPER_8
 
     def open(self, role: str) -> sources.Source:
         """The source of a role ("train" or "test"); a missing split is a `UserError`."""
@@ -56,12 +59,26 @@ class Pretrained:
                 f"no {role} split: the run of {self.workdir} named none, so give "
                 f"--eval.{role}_split=NAME"
             )
-        try:
-            source = sources.open_source(self.config.data, role)
-        except UserError as error:
-            raise UserError(in_eval(str(error))) from error
+        source = self.open_split(role)
         if source.account:
             report.say("\n  ".join(source.summary()))
+        return source
+
+    def open_split(self, split: str) -> sources.Source:
+        """The source of a role or of any split, by its name.
+
+        Of data that are not the run's own, the first split to be opened decides the value range.
+        """
+        data = self.config.data
+        try:
+            source = sources.open_source(data, split)
+        except UserError as error:
+            raise UserError(in_eval(str(error))) from error
+        if data.value_range == AUTO:
+            config, lines = survey.settle(self.config, source, self.value_range)
+            data.value_range = config.data.value_range
+            for line in lines:
+                report.say(line)
         return source
 
     def open_labelled(self, role: str) -> sources.Source:
@@ -139,8 +156,11 @@ def load(
     workdir = files.path(workdir)
     one_of("eval.features", settings.features, FEATURES)
     config = read_config(workdir, methods)
+    value_range = config.data.value_range
     with config.unlocked():
         d = config.data
+        d.value_range = value_range_of(settings, d, settings.source or d.source)
+        d.on_corrupt = settings.on_corrupt or d.on_corrupt
         d.source = settings.source or d.source
         d.labels = settings.labels or ("auto" if settings.source else d.labels)
         d.dir = settings.data_dir or d.dir
@@ -154,7 +174,16 @@ def load(
         state, step = _restore(workdir, method, mesh, settings.step)
     elif settings.features == "untrained":
         state = untrained(method, config.seed, mesh)
-    return Pretrained(config, settings, workdir, mesh, method, state, step)
+    return Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
+
+
+def value_range_of(settings: ConfigDict, data: ConfigDict, source: str) -> str:
+    """The value range of `source` in the evaluation of a run with the section `data`.
+
+    Of the run's own data it is the run's, of others that of their own values, unless it is given.
+    """
+    own = source == data.source or data.value_range == UPPER_8
+    return settings.value_range or (data.value_range if own else AUTO)
 
 
 def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:

@@ -19,6 +19,10 @@ def default_config() -> ConfigDict:
     c.data_dir = ""  # of TensorFlow data sets; "" = the run's
     c.train_split = ""  # "" = the run's, data.bank_split before data.train_split
     c.test_split = ""
+    c.on_corrupt = ""  # error | replace; "" = the run's
+    # Of images of more than 8 bits, "LOW:HIGH"; "" = the run's for its own data, and for another
+    # source what a sample of it says
+    c.value_range = ""
     # k = 0 is min(200, n / 10); knn.metric: cosine | euclidean
     c.knn = ConfigDict({"k": 0, "temperature": 0.1, "metric": "cosine", "center": False})
     c.linear = ConfigDict(
