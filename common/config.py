@@ -219,6 +219,15 @@ def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dic
     return begun, newer
 
 
+def with_decided(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A saved config (as JSON has it) with the values of another for what is "auto" in it."""
+    return {
+        name: with_decided(value, current[name]) if isinstance(value, dict) and name in current
+        else current.get(name, value) if value == AUTO else value
+        for name, value in saved.items()
+    }  # fmt: skip
+
+
 def _before(config: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
     """What `BEFORE` says of the fields that a config has and a saved one (flat) has not."""
     return {n: BEFORE[n] for n in BEFORE.keys() & flatten(as_dict(config)).keys() - saved.keys()}
@@ -264,8 +273,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
 
     def same(name: str) -> bool:
-        if name in a:
-            return a[name] == b.get(name, ...)
+        if name in a:  # what `--mode=import` left is not decided yet
+            return a[name] == b.get(name, ...) or (a[name] == AUTO and name in b)
         # a field that the code of the run did not have yet; without an entry it is one that is off
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 

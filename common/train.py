@@ -26,7 +26,7 @@ from common.optim import steps_of
 from common.preemption import PreemptedError, Preemption
 from common.profiling import Profile
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
-from common.workdir import as_begun, claim, moved_from, note_move
+from common.workdir import as_begun, claim, moved_from, note_changes
 
 # Programs the host may have handed to the device: each holds a batch in its memory.
 IN_FLIGHT = 2
@@ -114,7 +114,7 @@ def train(
             if config.resume_from:
                 state = transfer.adopt(config, workdir, method, state)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
-        note_move(config, workdir)
+        note_changes(config, workdir)
         evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
         report.start_up(
             config, workdir, mesh, setup, state, step_fn, train_source, test_source, start, total,

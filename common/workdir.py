@@ -98,17 +98,20 @@ def moved_from(config: ConfigDict, workdir: epath.Path) -> str:
     return saved if saved != config.data.source else ""
 
 
-def note_move(config: ConfigDict, workdir: epath.Path) -> None:
-    """Has `config.json` say where the data is now, for the modes that evaluate the run."""
-    if jax.process_index() != 0 or not (before := moved_from(config, workdir)):
-        return
-    path = workdir / "config.json"
+def note_changes(config: ConfigDict, workdir: epath.Path) -> None:
+    """Has `config.json` say where the data is now and what was decided since it was written."""
+    path, before = workdir / "config.json", moved_from(config, workdir)
     saved = json.loads(path.read_text())
-    saved["data"]["source"] = config.data.source
-    files.write_text(path, json.dumps(saved, indent=2) + "\n")
-    logging.warning(
-        "the data of this run was %s and is now %s: config.json says so", before, config.data.source
-    )
+    current = configs.with_decided(saved, configs.as_dict(config))
+    current["data"]["source"] = config.data.source
+    if jax.process_index() != 0 or current == saved:
+        return
+    files.write_text(path, json.dumps(current, indent=2) + "\n")
+    if before:
+        logging.warning(
+            "the data of this run was %s and is now %s: config.json says so", before,
+            config.data.source,
+        )  # fmt: skip
 
 
 def _make(workdir: epath.Path) -> None:

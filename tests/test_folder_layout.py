@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from common.data import slices, sources
+from common.data import codecs, slices, sources
 from common.errors import UserError
 
 

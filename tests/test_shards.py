@@ -1,6 +1,7 @@
 """Shards: what comes back is what went in, in files of bounded size, whole or not at all."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest

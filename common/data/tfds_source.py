@@ -14,6 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common import files
+from common.data import decode, decoding
+from common.data.decoding import Decoding
 from common.data.sources import ArraySource, Source, to_rgb
 from common.data.tensorflow_host import arrays, plain, tf, traced
 from common.errors import UserError
@@ -171,6 +173,7 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
     fixed = None not in shape
     decoded = chosen.num_examples * np.prod(shape) * 3 / _GIB if fixed else np.inf
     random_access = info.file_format.name == "ARRAY_RECORD"
+    how = decoding.of(config)
     in_memory = (decoded if random_access else min(encoded, decoded)) <= config.cache_gib
     if features.by_value and not in_memory:
         features = Features(info, labelled=False)
@@ -192,7 +195,7 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
             return source
         pairs = (source.read(ids) for ids in np.array_split(
             np.arange(chosen.num_examples), max(1, chosen.num_examples // 1024)))  # fmt: skip
-        return _in_memory(pairs, shape, common, features)
+        return _in_memory(pairs, shape, common, features, how)
     shards = _shards(chosen)
     if not in_memory:
         return StreamSource(
@@ -200,7 +203,7 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
             shuffle_buffer=config.get("shuffle_buffer", 16384), **common,
         )  # fmt: skip
     shape = shape if decoded <= config.cache_gib else None
-    return _in_memory(_read(shards, features), shape, common, features)
+    return _in_memory(_read(shards, features), shape, common, features, how)
 
 
 def class_names(name: str, split: str, config: ConfigDict) -> tuple[str, ...]:
@@ -278,7 +281,11 @@ def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray,
 
 
 def _in_memory(
-    pairs: Iterator, shape: tuple[int, int] | None, common: dict, features: Features
+    pairs: Iterator,
+    shape: tuple[int, int] | None,
+    common: dict,
+    features: Features,
+    how: Decoding,
 ) -> ArraySource:
     """Keeps the set in memory: as pixels if all images have one shape, else encoded.
 
@@ -294,7 +301,7 @@ def _in_memory(
             done += len(label)
             if done > n:
                 break
-            images[part] = payload if shape is None else _decode_all(payload, shape)
+            images[part] = payload if shape is None else _decode_all(payload, shape, how)
             labels[part] = label
     except tf.errors.OpError as error:
         raise unreadable(common["name"], error) from error
@@ -318,13 +325,9 @@ def unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it anew")
 
 
-def _decode_all(payload: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _decode_all(payload: np.ndarray, shape: tuple[int, int], how: Decoding) -> np.ndarray:
     data = tf.data.Dataset.from_tensor_slices(list(payload)).map(
-        plain(
-            lambda x: tf.ensure_shape(
-                tf.io.decode_image(x, channels=3, expand_animations=False), [*shape, 3]
-            )
-        ),
+        plain(lambda x: tf.ensure_shape(decode.decode(x, how), [*shape, 3])),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
