@@ -166,7 +166,7 @@ def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
     os.close(reader)
     text = output.decode()
     assert process.wait() == 0, text
-    assert "\rstep 4/4" in text
+    assert "\rstep 4/4  " in text and "\r\n" in text
     for word in ("oneDNN", "absl::InitializeLog", "WARNING", "Traceback", "E0000", "W0000"):
         assert word not in text, text
 
