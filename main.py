@@ -63,7 +63,8 @@ def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
     try:
         command_line.define(modes.MODES)
-        app.run(main, flags_parser=functools.partial(command_line.parse, values=flags.FLAGS))
+        parse = functools.partial(command_line.parse, values=flags.FLAGS, methods=METHODS)
+        app.run(main, flags_parser=parse)
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020): two views of an image attract, all other images of the batch repel."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -23,6 +23,9 @@ class SimCLRState:
 
 class SimCLR:
     """The `common.method.Method` of SimCLR."""
+
+    # of the fields of its section, for `main.py -h`
+    MEANINGS: ClassVar = {"temperature": "of the loss: similarities are divided by it"}
 
     @staticmethod
     def default_config() -> ConfigDict:

@@ -114,7 +114,7 @@ def test_a_run_on_the_device_is_evaluated_without_tensorflow(tmp_path):
 @pytest.mark.slow  # `test_mistakes.py` makes all of these within one process
 def test_unknown_key_is_one_line():
     done = call(DEMO, "--workdir=unused", "--config.batch_sze=3")
-    assert_one_error(done, "batch_sze", "did you mean 'batch_size'")
+    assert_one_error(done, "batch_sze", "did you mean --config.batch_size?")
     assert done.stderr.count("\n") == 1
 
 
