@@ -1,6 +1,5 @@
 """The flags of `main.py`; what is wrong with a command line is said in one line."""
 
-import errno
 import os
 import re
 import sys
@@ -9,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from common import config_file, fields, overrides, usage
+from common import config_file, fields, files, overrides, usage
 from common.errors import UserError
 
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
@@ -21,6 +20,7 @@ MODES = {
     "replay": "take the step again at which the run of --workdir diverged",
 }  # the others evaluate a run
 _HELP = ("-h", "--help", "-help")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,@]+")  # of "folder:gs://bucket/images@train"
 _BAD = re.compile(r"flag --([^=]+)=(.*)", re.DOTALL)
 
 
@@ -122,9 +122,17 @@ def parse(
     return left
 
 
-def is_of_the_disk(error: OSError) -> bool:
-    """Whether an error is of a disk that is full, read-only or broken, and not of this code."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+def reach_stores(values: flags.FlagValues) -> None:
+    """Asks every object store that the flags and the config name whether it answers.
+
+    Raises:
+        UserError: if one does not.
+    """
+    given = {"workdir": values.workdir} | fields.defaults(values.eval)
+    given |= fields.defaults(values.config) if values.config is not None else {}
+    texts = [text for text in given.values() if isinstance(text, str)]
+    for path in dict.fromkeys(path for text in texts for path in _REMOTE.findall(text)):
+        files.reach(path)
 
 
 def _last(argv: Sequence[str], name: str) -> str | None:

@@ -147,6 +147,14 @@ def test_mistakes_on_the_command_line(arguments, words):
 
 
 @pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_one_line_and_tensorflow_is_quiet():
+    """TensorFlow, which is imported for it, writes C++ lines about credentials and oneDNN."""
+    done = call("--mode=knn", "--workdir=gs://there-is-no-bucket-of-this-name/run")
+    assert_one_error(done, "gs://there-is-no-bucket-of-this-name/run")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
     reader, terminal = pty.openpty()
     process = subprocess.Popen(

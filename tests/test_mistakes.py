@@ -43,6 +43,7 @@ MISTAKES = [
     ((NEW,), ["--config is missing"]),
     (("--config=configs/nope.py", NEW), ["no config file configs/nope.py"]),
     (("--config=configs/simclr_demo.py:fast", NEW), ["'fast' is unknown: use :smoke or nothing"]),
+    ((DEMO, "--workdir=xx://bucket/run"), ["no library here reads xx://"]),
     ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
     ((DEMO, "--workdir=DIR/file"), ["is a file: give a new or an empty"]),
     ((DEMO, "--workdir=DIR/thesis"), ["is not empty and holds no run"]),
