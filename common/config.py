@@ -257,7 +257,14 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]
         )
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"{workdir} holds the run of another config: {shown}{more} differ; "
+        advice = (
             "give another --workdir, or the config of that run (its config.json) to continue it"
+        )
+        if differing == ["duration"]:  # a finished run that is to train for longer, most likely
+            advice = (
+                "its learning rates follow from that, so train on in a new --workdir, with "
+                f"--config.resume_from={workdir} --config.resume_optimizer"
+            )
+        raise UserError(
+            f"{workdir} holds the run of another config: {shown}{more} differ; {advice}"
         )

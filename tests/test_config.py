@@ -193,6 +193,19 @@ def test_what_a_continued_run_may_change():
             config.check_same_run(saved, config.as_dict(tiny.config("moco", **{field: value})), "w")
 
 
+def test_a_run_that_is_to_train_for_longer_is_told_how():
+    saved = config.as_dict(tiny.config("simclr", duration="8 steps"))
+    longer = tiny.config("simclr", duration="9 steps")
+    with pytest.raises(UserError) as caught:
+        config.check_same_run(saved, config.as_dict(longer), "runs/mine")
+    how = "--config.resume_from=runs/mine --config.resume_optimizer"
+    words = ["duration (was '8 steps', now '9 steps')", f"train on in a new --workdir, with {how}"]
+    assert_one_line(caught.value, words)
+    two = tiny.config("simclr", duration="9 steps", seed=1)
+    with pytest.raises(UserError, match="give another --workdir, or the config of that run"):
+        config.check_same_run(saved, config.as_dict(two), "runs/mine")
+
+
 def test_a_field_of_another_version_is_named():
     saved = config.as_dict(tiny.config("simclr"))
     now = json.loads(json.dumps(saved))

@@ -36,6 +36,7 @@ MISTAKES = [
     ((DEMO, NEW, "--config.temperature=0.5"), ["did you mean --config.simclr.temperature?"]),
     ((DEMO, NEW, "--config.augment.blur_probability=0"), ["--config.augment.blur or"]),
     ((DEMO, NEW, "--mode=kn"), ["expected one of train, plan,", "did you mean --mode=knn?"]),
+    ((DEMO, "--mode=plan", "--config.model.bn_groups=3"), ["bn_groups=3", "divisor"]),
     ((DEMO, NEW, "--mode=plan", "--quick=perhaps"), ["expected true or false"]),
     ((DEMO, NEW, "--confg=x"), ["did you mean --config?"]),
     ((), ["nothing to do: try python main.py --config="]),
@@ -48,6 +49,10 @@ MISTAKES = [
     ((DEMO, "--workdir=DIR/file"), ["is a file: give a new or an empty"]),
     ((DEMO, "--workdir=DIR/thesis"), ["is not empty and holds no run"]),
     ((DEMO, "--workdir=DIR/other", "--config.seed=1"), ["another config", "seed (was 0, now 1)"]),
+    (
+        (DEMO, "--workdir=DIR/other", "--config.duration=8 steps"),
+        ["in a new --workdir, with --config.resume_from=DIR/other --config.resume_optimizer"],
+    ),
     (("--mode=knn", NEW), ["give the --workdir that a run was trained in"]),
     (("--mode=knn", DEMO, NEW), ["leave --config out"]),
     (("--mode=replay", NEW), ["nothing to replay"]),

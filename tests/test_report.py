@@ -108,13 +108,14 @@ def test_on_a_terminal_nothing_that_is_said_breaks_inside_a_word(monkeypatch, ca
     assert capsys.readouterr().err == text + "\n"  # a log file gets it as it is
     monkeypatch.setattr(report.sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(report.sys.stderr, "fileno", lambda: 99)
-    sizes = {99: types.SimpleNamespace(columns=31)}
+    sizes = {99: types.SimpleNamespace(columns=28)}
     monkeypatch.setattr(report.os, "get_terminal_size", sizes.get)
     report.say(text, indent=12)
     assert capsys.readouterr().err.splitlines() == [
         "      data  a set with a",
-        "            name-of-parts, and",
-        "            a second half",
+        "            name-of-parts,",
+        "            and a second",
+        "            half",
         "   workdir",
         "            /a/path-of/parts",
     ]
