@@ -65,12 +65,10 @@ class Progress:
             parts.append(f"{rate:,.0f} images/s")
             waiting = timing["seconds_input"] / max(timing["seconds_step"], 1e-9)
         parts += [f"ETA {duration(eta)}"] if eta is not None and step < self._total else []
-        labels = _SHORT if self._terminal else {}
-        parts += [
-            describe(name, values[name], labels.get(name)) for name in SHOWN if name in values
-        ]
+        parts += [f"input {waiting:.0%}"] if waiting > 0.1 else []  # a warning
+        short = _SHORT if self._terminal else {}
+        parts += [describe(n, values[n], short.get(n)) for n in SHOWN if n in values]
         parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
-        parts += [f"input {waiting:.0%}"] if waiting > 0.1 else []
         if self._terminal:
             parts = _that_fit(parts, self._columns() - 1)  # a line that wraps cannot be rewritten
         self._print("  ".join(parts), stay=not self._terminal)

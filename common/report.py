@@ -155,7 +155,7 @@ def finished(workdir: epath.Path) -> dict[str, Any] | None:
     except ValueError:  # torn by a full disk: it is written again
         return None
     say(f"This run is finished: {path} has the result. For another run give another --workdir.")
-    say("\n".join(in_words(summary, workdir)))
+    say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 
@@ -194,7 +194,7 @@ def finish(
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say("\n".join(in_words(summary, workdir)))
+    say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 

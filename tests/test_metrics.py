@@ -471,7 +471,7 @@ def test_a_terminal_line_rewrites_itself(terminal):
     bar.close()
     assert out.lines() == [
         "step 2  knn_top1 50.0 %",
-        "step 100/100  5 images/s  loss 1.000  epoch 10.0  input 75%",
+        "step 100/100  5 images/s  input 75%  loss 1.000  epoch 10.0",
         "",
     ]
 
