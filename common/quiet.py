@@ -1,8 +1,8 @@
-"""C++ lines of TensorFlow and of JAX: errors only, unless the user asks for more.
+"""C++ lines of TensorFlow: errors only, unless the user asks for more.
 
-Both read `TF_CPP_MIN_LOG_LEVEL` when they are loaded, and JAX sets it to 1 (no notices, but
-warnings) where nobody has: this has to come before the first import of either. Whatever loads
-TensorFlow first, the input pipeline or a path in a bucket, then finds it set.
+It reads `TF_CPP_MIN_LOG_LEVEL` when it is loaded, and JAX sets that to 1 (no notices, but warnings)
+where nobody has: this has to come before the first import of either. Whatever loads TensorFlow
+first, the input pipeline or a path in a bucket, then finds it set.
 """
 
 import os
