@@ -1,7 +1,4 @@
-"""Pretrains an image encoder: `python main.py --config=configs/simclr_demo.py --workdir=DIR`.
-
-`--mode` has what else can be done: plan a run, prepare data, evaluate what a workdir holds.
-"""
+"""Pretrains an image encoder, evaluates it: `python main.py -h` lists modes, flags and fields."""
 
 from common import interrupts, quiet
 
@@ -65,8 +62,7 @@ def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
     try:
         command_line.define(modes.MODES)
-        parse = functools.partial(command_line.parse, values=flags.FLAGS, methods=METHODS)
-        app.run(main, flags_parser=parse)
+        app.run(main, flags_parser=functools.partial(command_line.parse, methods=METHODS))
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

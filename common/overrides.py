@@ -116,8 +116,10 @@ def _find(config: ConfigDict, flag: str, name: str) -> tuple[ConfigDict, str]:
         section = section.get(part) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or rest[-1] not in section:
         tree = flag.removeprefix("--").removeprefix("no").partition(".")[0]
-        names = near(name, fields.defaults(config))
-        hint = did_you_mean([f"{tree}.{n}" for n in names]) if names else ALL
+        other, known = ("eval", fields.EVAL) if tree == "config" else ("config", fields.CONFIG)
+        names = [f"{tree}.{n}" for n in near(name, fields.defaults(config))]
+        names += [f"{other}.{name}"] if name in known else []
+        hint = did_you_mean(names) if names else ALL
         raise UserError(f"{flag}: there is no such field; {hint}")
     return section, rest[-1]
 

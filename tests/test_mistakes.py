@@ -32,7 +32,7 @@ MISTAKES = [
     ((DEMO, NEW, "--config.optimizer.nesterov=maybe"), ["takes true or false"]),
     ((DEMO, NEW, "--config.model.stages=(1,"), ["a whole number, or several by commas"]),
     ((DEMO, NEW, "--config.batch_size=None"), ["this field always has a value"]),
-    ((DEMO, NEW, "--config.knn.k=20"), ["did you mean --config.evaluate.knn_k?"]),
+    ((DEMO, NEW, "--config.knn.k=20"), ["did you mean --config.evaluate.knn_k or --eval.knn.k?"]),
     ((DEMO, NEW, "--config.temperature=0.5"), ["did you mean --config.simclr.temperature?"]),
     ((DEMO, NEW, "--config.augment.blur_probability=0"), ["--config.augment.blur or"]),
     ((DEMO, NEW, "--mode=kn"), ["expected one of train, plan,", "did you mean --mode=knn?"]),
