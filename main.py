@@ -1,12 +1,10 @@
-"""Pretrains an image encoder: `python main.py --config=configs/simclr_demo.py --workdir=DIR`.
+"""Pretrains an image encoder, evaluates it: `python main.py -h` lists modes, flags and fields."""
 
-`--mode` has what else can be done: plan a run, prepare data, evaluate what a workdir holds.
-"""
-
-from common import interrupts
+from common import interrupts, quiet
 
 if __name__ == "__main__":
     interrupts.install()  # importing the rest takes seconds
+    quiet.install()
 
 import functools
 import logging
@@ -15,7 +13,7 @@ import sys
 import jax
 from absl import app, flags
 
-from common import command_line, distributed
+from common import command_line, distributed, files
 from common.data import shards
 from common.errors import UserError
 from common.evaluate import modes
@@ -38,6 +36,7 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: options are --config.NAME=VALUE")
     logging.getLogger().setLevel(logging.WARNING)
     command_line.check(f, modes.MODES)
+    command_line.reach_stores(f)
     if f.distributed or f.coordinator:
         distributed.start(f.coordinator)
     if f.compile_cache and f.mode != "plan":  # what comes out of the cache cannot be analysed
@@ -63,16 +62,16 @@ def run() -> None:
     """`app.run`, with a user's mistake as one line and no stack trace."""
     try:
         command_line.define(modes.MODES)
-        app.run(main, flags_parser=functools.partial(command_line.parse, values=flags.FLAGS))
+        app.run(main, flags_parser=functools.partial(command_line.parse, methods=METHODS))
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)
     except (UserError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if not command_line.is_of_the_disk(error):
-            raise
-        sys.exit(f"error: {error}: make room or mend the disk, then give the same command again")
+    except Exception as error:
+        if line := files.in_one_line(error):
+            sys.exit(f"error: {line}")
+        raise
 
 
 if __name__ == "__main__":

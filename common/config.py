@@ -70,30 +70,24 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
         method_config: that section.
 
     Returns:
-        A locked `ConfigDict`. Durations are strings: "100 epochs", "500 steps", "5 %".
+        A locked `ConfigDict`; `common/fields.py` says what each field means. Durations are strings:
+        "100 epochs", "500 steps", "5 %".
     """
     c = ConfigDict()
     c.method = method
     c.seed = 0
-    c.batch_size = 256  # images of the global batch; each gives two views
-    # Images of it that the encoder sees at a time (0 = all): less memory, the same step. Needs
-    # model.bn_groups to be a multiple of batch_size / microbatch x devices; free on resume.
+    c.batch_size = 256
     c.microbatch = 0
     c.duration = "100 epochs"
-    c.log_every = 50  # steps
-    # A new run may start from an encoder (and head) trained elsewhere: a file, see docs/export.md,
-    # or from all that fits of another run: "DIR" or "DIR@STEP".
+    c.log_every = 50
     c.init_from = ""
     c.resume_from = ""
-    c.resume_optimizer = False  # with resume_from: momenta too, not only the weights
-    # A loss or weight that is no number: "stop", or "skip" that step's update and count.
+    c.resume_optimizer = False
     c.on_nonfinite = "stop"
-    c.max_skipped = 10  # in a row; then the run stops after all
-    # Steps that one call of the compiled program takes, at most: it ends where a line, scores or a
-    # checkpoint is due. More than 1 needs data.augment_on="device".
+    c.max_skipped = 10
     c.steps_per_dispatch = 1
-    c.profile = ""  # "FIRST:LAST": trace these steps for TensorBoard
-    c.tpu_compiler_options = True  # those of common/xla_options.py; False: XLA's defaults
+    c.profile = ""
+    c.tpu_compiler_options = True
     c[method] = method_config
     c.data = sources.default_config()
     c.augment = presets.default_config("simclr")
@@ -101,18 +95,17 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.model = ConfigDict(
         {
             "depth": 50,
-            "stages": (),  # a network of your own, e.g. (2, 2, 2); then depth is ignored
+            "stages": (),
             "width": 64,
             "width_multiplier": 1,
-            "stem": "imagenet",  # imagenet | cifar | patch2 | patch4
-            "bn_groups": 1,  # blocks of the global batch that share batch statistics
-            "dtype": "float32",  # of convolutions and matrix products: float32 | bfloat16
-            "remat": "none",  # less memory, more work: none | convs | blocks
-            "fold_norm": True,  # batch norm worked into widening 1x1 convolutions: less traffic
-            # How parameters start: common/models/initial.py has the distributions.
-            "conv_init": "he",  # he (torchvision) | lecun (SimCLR's code) | torch | normal
-            "stem_init": "",  # of the stem alone, as above; "" = as the other convolutions
-            "zero_init_residual": True,  # last scale of a block: 0 (SimCLR), or 1 (torchvision)
+            "stem": "imagenet",
+            "bn_groups": 1,
+            "dtype": "float32",
+            "remat": "none",
+            "fold_norm": True,
+            "conv_init": "he",
+            "stem_init": "",
+            "zero_init_residual": True,
         }
     )
     c.head = ConfigDict({"kind": "simclr", "layers": 2, "hidden": 0, "dim": 128})
@@ -121,21 +114,21 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.probe = probe.default_config()
     c.evaluate = ConfigDict(
         {
-            "every": "10 %",  # weighted kNN; "0 steps" = only before and after the run
-            "knn_k": 0,  # 0 = min(200, n / 10)
+            "every": "10 %",
+            "knn_k": 0,
             "knn_temperature": 0.1,
-            "knn_center": False,  # subtract the train mean first
-            "knn_examples": 0,  # of the train split, 0 = all
-            "batch_size": 0,  # 0 = the training batch
-            "pictures": True,  # augmented pairs and nearest neighbours, as PNG in the workdir
+            "knn_center": False,
+            "knn_examples": 0,
+            "batch_size": 0,
+            "pictures": True,
         }
     )
     c.checkpoint = ConfigDict(
         {
             "every": "5 %",
-            "keep": 2,  # the newest; with 1 there is none to go back to when it is damaged
-            "keep_every": "0 steps",  # the first of each so many steps stays too; 0: none does
-            "keep_best": 0,  # so many with the highest kNN stay too
+            "keep": 2,
+            "keep_every": "0 steps",
+            "keep_best": 0,
         }
     )
     return c.lock()
@@ -287,7 +280,14 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]
         )
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"{workdir} holds the run of another config: {shown}{more} differ; "
+        advice = (
             "give another --workdir, or the config of that run (its config.json) to continue it"
+        )
+        if differing == ["duration"]:  # a finished run that is to train for longer, most likely
+            advice = (
+                "its learning rates follow from that, so train on in a new --workdir, with "
+                f"--config.resume_from={workdir} --config.resume_optimizer"
+            )
+        raise UserError(
+            f"{workdir} holds the run of another config: {shown}{more} differ; {advice}"
         )

@@ -4,12 +4,18 @@ An object store (`gs://...`) can neither append nor rename, but replaces a whole
 disk can rename, and a write to it may be torn.
 """
 
+import errno
 import io
 import os
 from collections.abc import Callable
 from typing import IO
 
 from etils import epath
+
+from common.errors import UserError
+
+# What TensorFlow, fsspec and the stores' own clients raise comes from these packages.
+_CLIENTS = ("tensorflow", "fsspec", "gcsfs", "s3fs", "google", "aiohttp", "botocore", "tensorstore")
 
 
 def path(text: str | epath.PathLike) -> epath.Path:
@@ -20,6 +26,50 @@ def path(text: str | epath.PathLike) -> epath.Path:
 def is_remote(path: str | epath.PathLike) -> bool:
     """Whether `path` is in an object store."""
     return "://" in os.fspath(path)
+
+
+def reach(path: str) -> None:
+    """Asks an object store for a path, whatever there is.
+
+    Raises:
+        UserError: if there is no client for it, or if it does not answer.
+    """
+    scheme = path.partition("://")[0]
+    try:
+        epath.Path(path).exists()
+    except UserError:
+        raise
+    except Exception as error:  # of whatever client there is
+        reason = " ".join(str(error).split())
+        none = isinstance(error, (ImportError, KeyError, NotImplementedError))
+        if none or type(error).__name__ == "UnimplementedError":
+            raise UserError(
+                f"no library here reads {scheme}:// ({reason}): give {path} as a directory, or as "
+                "a gs:// path"
+            ) from error
+        raise UserError(_unreachable(path, reason)) from error
+
+
+def in_one_line(error: Exception) -> str | None:
+    """What a person needs to know of an error of a disk or a store; None of any other.
+
+    Of a disk that is full, read-only or broken, or a store that does not answer.
+    """
+    reason = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO,
+    ):  # fmt: skip
+        return f"{reason}: make room or repair the disk, then give the same command again"
+    if "://" in reason and type(error).__module__.partition(".")[0] in _CLIENTS:
+        return _unreachable("an object store", reason)
+    return None
+
+
+def _unreachable(what: str, reason: str) -> str:
+    return (
+        f"cannot reach {what} ({reason}): check the name, the network and the credentials "
+        "(`gcloud auth application-default login`), then give the same command again"
+    )
 
 
 def write_text(path: epath.Path, text: str) -> None:

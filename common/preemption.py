@@ -8,6 +8,7 @@ handler would hide it, so there none is installed; SIGINT is passed on to it as 
 """
 
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -62,9 +63,12 @@ class Preemption:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
             if callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored, as under nohup
                 self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        if self._several:
+            logging.getLogger("absl").addFilter(_is_news)
         return self
 
     def __exit__(self, *error: object) -> None:
+        logging.getLogger("absl").removeFilter(_is_news)
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -95,3 +99,8 @@ class Preemption:
         if self._several:
             return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._told
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax warns that processes agree to stop, several times, when that is what was asked."""
+    return "Reached preemption sync point" not in record.getMessage()

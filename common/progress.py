@@ -1,7 +1,8 @@
 """The line that a person watches: one that rewrites itself on a terminal, plain ones elsewhere."""
 
+import logging
 import math
-import shutil
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,12 +10,18 @@ from typing import TextIO
 
 # Shown on the line, in this order; the rest is in metrics.jsonl.
 SHOWN = ("loss", "contrastive_top1", "probe_top1", "knn_top1")
+# What a terminal of 80 columns has room for: top1 is that of the contrastive task.
+_SHORT = {"contrastive_top1": "top1", "probe_top1": "probe", "knn_top1": "kNN"}
+_COLUMNS = 80  # of a terminal that does not say
 _PLAIN_SECONDS = 10.0  # between lines when nothing can be rewritten (a log file, a notebook)
 _TERMINAL_SECONDS = 0.1
 
 
 class Progress:
     """Progress of a run on `stream`.
+
+    On a terminal the cursor waits at the start of the line: what else is written there, such as a
+    line of TensorFlow's C++ code, takes the place of the progress instead of running on from it.
 
     Args:
         total_steps: updates in the whole run.
@@ -27,6 +34,9 @@ class Progress:
         self._terminal = bool(self._stream and self._stream.isatty())
         self._last = -math.inf
         self._width = 0  # of what stands on the current terminal line
+        self._handlers = logging.getLogger().handlers[:] if self._terminal else []
+        for handler in self._handlers:
+            handler.addFilter(self._make_way)
 
     def show(
         self,
@@ -50,45 +60,79 @@ class Progress:
             return
         self._last = now
         parts = [f"step {step}/{self._total}"]
-        parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
-        parts += [describe(name, values[name]) for name in SHOWN if name in values]
-        if rate := timing.get("images_per_second"):
+        rate, waiting = timing.get("images_per_second"), 0.0
+        if rate:
             parts.append(f"{rate:,.0f} images/s")
             waiting = timing["seconds_input"] / max(timing["seconds_step"], 1e-9)
-            parts += [f"input {waiting:.0%}"] if waiting > 0.1 else []
         parts += [f"ETA {duration(eta)}"] if eta is not None and step < self._total else []
+        parts += [f"input {waiting:.0%}"] if waiting > 0.1 else []  # a warning
+        short = _SHORT if self._terminal else {}
+        parts += [describe(n, values[n], short.get(n)) for n in SHOWN if n in values]
+        parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
+        if self._terminal:
+            parts = _that_fit(parts, self._columns() - 1)  # a line that wraps cannot be rewritten
         self._print("  ".join(parts), stay=not self._terminal)
 
     def message(self, step: int, values: Mapping[str, float]) -> None:
         """Prints a line that stays: the result of an evaluation."""
         if self._stream:
-            text = "  ".join(describe(name, value) for name, value in values.items())
-            self._print(f"step {step}  {text}", stay=True)
+            parts = [f"step {step}", *(describe(name, value) for name, value in values.items())]
+            columns = self._columns() - 1 if self._terminal else math.inf
+            while parts:  # nothing breaks inside a word
+                line = _that_fit(parts, columns)
+                self._print("  ".join(line), stay=True)
+                parts = parts[len(line) :]
 
     def close(self) -> None:
         """Leaves the last line standing."""
+        for handler in self._handlers:
+            handler.removeFilter(self._make_way)
+        self._handlers = []
         if self._width:
             print(file=self._stream, flush=True)
             self._width = 0
 
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
+        except (OSError, ValueError, AttributeError):
+            return _COLUMNS
+
+    def _make_way(self, record: logging.LogRecord) -> bool:
+        """Clears the line before Python's `logging` writes one."""
+        if self._width:
+            print("\r" + " " * self._width, end="\r", file=self._stream, flush=True)
+            self._width = 0
+        return True
+
     def _print(self, text: str, stay: bool) -> None:
         if self._terminal:
-            # A line that wraps cannot be rewritten.
-            text = text[: shutil.get_terminal_size().columns - 1] if not stay else text
-            print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
-            self._width = len(text)
+            end = "\n" if stay else "\r"
+            print("\r" + text.ljust(self._width), end=end, file=self._stream, flush=True)
+            self._width = 0 if stay else len(text)
         else:
-            print(text, end="", file=self._stream)
-        if stay:
-            print(file=self._stream, flush=True)
-            self._width = 0
+            print(text, file=self._stream, flush=True)
 
 
-def describe(name: str, value: float) -> str:
-    """Returns e.g. "loss 4.812"; a fraction whose name says top-k becomes "top1 41.2 %"."""
+def _that_fit(parts: list[str], columns: float) -> list[str]:
+    """The first of `parts` that fit in a line, at least one."""
+    while len(parts) > 1 and len("  ".join(parts)) > columns:
+        parts = parts[:-1]
+    return parts
+
+
+def describe(name: str, value: float, label: str | None = None) -> str:
+    """Returns e.g. "loss 4.812"; a fraction whose name says top-k becomes "top1 41.2 %".
+
+    Args:
+        name: of the scalar.
+        value: of it.
+        label: to show instead of the name.
+    """
+    label = label or name
     if "top" in name:
-        return f"{name} {100 * value:.1f} %"
-    return f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+        return f"{label} {100 * value:.1f} %"
+    return f"{label} {value:.3f}" if isinstance(value, float) else f"{label} {value}"
 
 
 def duration(seconds: float) -> str:

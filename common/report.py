@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import shlex
 import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -21,6 +24,11 @@ from common.evaluate.online import Evaluator
 from common.method import Setup
 
 PAIRS = 16  # augmented pairs in the picture
+PICTURES = {
+    "augmented_pairs.png": "the two views of an image, as training sees them",
+    "nearest_neighbours.png": "test images, each with those nearest to it by the features",
+}
+TOO_FEW = 100  # steps of a run that says nothing about learning
 _MADE = {
     "host": "on the host",
     "both": "crop and flip on the host, the rest on the device",
@@ -28,10 +36,28 @@ _MADE = {
 }
 
 
-def say(text: str) -> None:
-    """Prints on process 0."""
+def say(text: str, indent: int = 0) -> None:
+    """Prints on process 0; on a terminal no line breaks inside a word.
+
+    Args:
+        text: of one line or more.
+        indent: spaces before what does not fit in a line.
+    """
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(_wrapped(text, indent), file=sys.stderr, flush=True)
+
+
+def _wrapped(text: str, indent: int) -> str:
+    if not sys.stderr.isatty():
+        return text
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        columns = 80
+    wrap = textwrap.TextWrapper(
+        columns - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(line) for line in text.split("\n"))
 
 
 def open_test(config: ConfigDict) -> Source | None:
@@ -89,7 +115,7 @@ def start_up(
         lines["test data"] = "\n            ".join(test.summary())
     if start:
         lines["resuming"] = f"after step {start:,} of {total:,}"
-    say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()))
+    say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), indent=12)
 
 
 def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
@@ -131,7 +157,7 @@ def finished(workdir: epath.Path) -> dict[str, Any] | None:
     except ValueError:  # torn by a full disk: it is written again
         return None
     say(f"This run is finished: {path} has the result. For another run give another --workdir.")
-    say("\n".join(in_words(summary, workdir, [])))
+    say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 
@@ -150,12 +176,8 @@ def finish(
         progress: of the last checkpoint: results, images_per_second, seconds.
     """
     results = progress["results"]
-    drawn = []
     if config.evaluate.pictures:
-        path = workdir / "nearest_neighbours.png"
-        drawn = ["augmented_pairs.png"] if (workdir / "augmented_pairs.png").exists() else []
-        if evaluator.draw_neighbours(state, path):
-            drawn.append(path.name)
+        evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png")
     summary = {
         "method": config.method,
         "dataset": dataset,
@@ -174,18 +196,20 @@ def finish(
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say("\n".join(in_words(summary, workdir, drawn)))
+    say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 
-def in_words(summary: dict[str, Any], workdir: epath.Path, drawn: list[str]) -> list[str]:
+def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
     """The last lines of a run."""
     lines = ["", f"Trained {summary['method']} for {summary['steps']:,} steps."]
+    drawn = {
+        str(workdir / name): text for name, text in PICTURES.items() if (workdir / name).exists()
+    }
     if summary["knn_top1"] is not None:
         knn, init, raw = (
             100 * summary[name] for name in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
         )
-        verb = "learned" if knn > init else "did NOT learn"
         # Weights of another run are no untrained state: the gain is then only that of this run, and
         # whether those weights have seen labels is not known here. (Absent in older summaries.)
         given = summary.get("started_from")
@@ -194,12 +218,36 @@ def in_words(summary: dict[str, Any], workdir: epath.Path, drawn: list[str]) -> 
             f"The same network at its start, from {given}: {init:.1f} %, raw pixels: {raw:.1f} %."
             if given
             else f"The same network before training: {init:.1f} %, raw pixels: {raw:.1f} %.",
-            f"So it {verb}{' more' if given else ''}: {knn - init:+.1f} points over its "
-            f"{'start' if given else 'untrained state'}, {knn - raw:+.1f} points over raw pixels, "
-            f"without seeing a label{' in this run' if given else ''}.",
+            _conclusion(summary, knn, init, raw),
         ]
     if summary["probe_top1"] is not None:
         lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")
-    if drawn:
-        lines.append(f"Pictures to look at: {', '.join(str(workdir / name) for name in drawn)}")
+    if summary["knn_top1"] is None and summary["probe_top1"] is None:
+        lines.append("No test images with labels, so no score. What can be looked at next:")
+        lines += [f"  {path}: {text}" for path, text in drawn.items()]
+        embed = f"python main.py --mode=embed --workdir={shlex.quote(str(workdir))}"
+        lines.append(f"  {embed}: features, and a report with a map of them")
+    elif drawn:
+        lines.append(f"Pictures to look at: {', '.join(drawn)}")
     return lines
+
+
+def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) -> str:
+    """Whether it learned: only an encoder that beats its start and raw pixels did; all in %."""
+    if summary.get("dataset", "").startswith("fake "):
+        return "The images are random: these figures only show that all of it runs."
+    if summary["steps"] < TOO_FEW:
+        return f"{summary['steps']} steps are too few to say whether it learns."
+    given = summary.get("started_from")
+    start = "start" if given else "untrained state"
+    gain, lead = f"{knn - init:+.1f} points over its {start}", f"{knn - raw:+.1f} points"
+    if init < knn <= raw:
+        return (
+            f"It gained {gain}, but does not beat raw pixels ({lead}): too little to say that it "
+            "learned."
+        )
+    verb = "learned" if knn > init else "did NOT learn"
+    return (
+        f"So it {verb}{' more' if given else ''}: {gain}, {lead} over raw pixels, "
+        f"without seeing a label{' in this run' if given else ''}."
+    )

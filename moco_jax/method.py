@@ -1,7 +1,7 @@
 """MoCo v1 and v2 (He et al. 2020; Chen et al. 2020c): momentum encoder and queue of keys."""
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -33,6 +33,14 @@ class MoCoState:
 
 class MoCo:
     """The `common.method.Method` of MoCo."""
+
+    # of the fields of its section, for `main.py -h`
+    MEANINGS: ClassVar = {
+        "temperature": "of the loss: similarities are divided by it; 0.2 in v2, 0.07 in v1",
+        "queue_length": "keys in the queue, which are the negatives",
+        "momentum": "of the key encoder's parameters",
+        "symmetric": "both views are queries once and keys once, and the two losses are added",
+    }
 
     @staticmethod
     def default_config() -> ConfigDict:

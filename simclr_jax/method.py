@@ -1,7 +1,7 @@
 """SimCLR (Chen et al. 2020): two views of an image attract, all other images of the batch repel."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -25,6 +25,13 @@ class SimCLRState:
 
 class SimCLR:
     """The `common.method.Method` of SimCLR."""
+
+    # of the fields of its section, for `main.py -h`
+    MEANINGS: ClassVar = {
+        "temperature": "of the loss: similarities are divided by it",
+        "loss_scale": "the gradient is that of so many times eq. 1: 1 in the paper, 2 in its "
+        "authors' code",
+    }
 
     @staticmethod
     def default_config() -> ConfigDict:

@@ -4,15 +4,19 @@ import json
 
 import jax
 import pytest
+from absl import flags
 from bucket import Refused, mounted
 from etils import epath
 from test_end_to_end import Killed, kill_before, lines, small
 from test_metrics import read_events
 
 import main
+from common import command_line, files
 from common import train as loop
 from common.checkpoint import Checkpoints
 from common.data import shards, sources
+from common.errors import UserError
+from common.evaluate import modes
 from common.sharding import make_mesh
 
 
@@ -27,6 +31,56 @@ def test_the_bucket_refuses_what_a_store_cannot_do(tmp_path, monkeypatch):
             path.replace("gs://b/y.txt")
         with pytest.raises(Refused):
             path.rename("gs://b/y.txt")
+
+
+class Unreachable(RuntimeError):
+    """Of TensorFlow's kind: no OSError, and two lines long."""
+
+    __module__ = "tensorflow.python.framework.errors_impl"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--workdir=gs://b/x", "--config.data.source=shards:gs://b/x", "--config.init_from=gs://b/x",
+        "--config.resume_from=gs://b/x@7", "--config.data.dir=gs://b/x",
+        "--eval.transfer.sources=embedded,folder:gs://b/x@train:val",
+    ],
+)  # fmt: skip
+def test_a_store_that_does_not_answer_is_one_line(flag, tmp_path, monkeypatch):
+    """Whatever names it, and before anything is compiled or trained."""
+    asked = []
+
+    def exists(path):
+        asked.append(str(path))
+        raise Unreachable("Could not resolve host\n\t when reading gs://b/x")
+
+    demo = "--config=configs/simclr_demo.py:smoke"
+    values = flags.FlagValues()
+    command_line.define(modes.MODES, values)
+    argv = ["main.py", demo, f"--workdir={tmp_path}", "--compile_cache=", flag]
+    left = command_line.parse(argv, values, main.METHODS)
+    with mounted(tmp_path, monkeypatch) as bucket, pytest.raises(UserError) as caught:
+        bucket.exists = exists
+        main.main(left, values)
+    assert asked == ["gs://b/x"] and list(tmp_path.iterdir()) == []
+    assert str(caught.value).startswith(
+        "cannot reach gs://b/x (Could not resolve host when reading gs://b/x): check the name, "
+    )
+
+
+def test_what_is_said_of_a_store_or_a_disk_that_fails_in_the_middle():
+    line = files.in_one_line(Unreachable("Timeout\nof gs://b/x"))
+    assert line.startswith("cannot reach an object store (Timeout of gs://b/x): check the name")
+    assert "make room or repair" in files.in_one_line(OSError(28, "No space left on device", "x"))
+    assert files.in_one_line(OSError(2, "No such file", "x")) is None
+    assert files.in_one_line(Unreachable("shapes differ")) is None  # a fault of this code
+    assert files.in_one_line(RuntimeError("gs://b/x")) is None
+
+
+def test_a_scheme_that_nothing_reads():
+    with pytest.raises(UserError, match="no library here reads xx://"):
+        files.reach("xx://b/x")
 
 
 @pytest.mark.slow

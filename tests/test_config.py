@@ -25,8 +25,8 @@ NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*_*.py") if p.stem != "_
 def parse(*arguments):
     """What `main.py` makes of a command line, with flags of its own."""
     argv, values = ["main.py", *map(str, arguments)], flags.FlagValues()
-    command_line.define(modes.MODES, values, argv)
-    command_line.parse(argv, values)
+    command_line.define(modes.MODES, values)
+    command_line.parse(argv, values, tiny.METHODS)
     command_line.check(values, modes.MODES)
     return values.config
 
@@ -63,17 +63,7 @@ def test_overrides_arrive_with_their_types():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.batch_sze=3"], ["batch_sze", "did you mean 'batch_size'"]),
-        (["--config.optimizer.learning_rat=3"], ["learning_rat", "did you mean 'learning_rate'"]),
-        (["--config.zzz=3"], ["no field 'zzz'"]),
-        (["--config.batch_size=abc"], ["--config.batch_size=abc"]),
-        (["--config.optimizer.learning_rate=fast"], ["--config.optimizer.learning_rate=fast"]),
-        (["--bogus=3"], ["bogus"]),
-        (["--eval.knn.kk=3"], ["--eval has no field 'kk'", "settings.py"]),
-        (["--eval.knn.temprature=1"], ["--eval has no field", "did you mean 'temperature'"]),
-        (["--eval.knn.k=many"], ["--eval.knn.k=many"]),
         (["--mode=knn"], ["takes the config from the workdir"]),
-        (["--mode=kn"], ["--mode=kn", "knn"]),
         (["--mode=plan", "--quick"], ["--quick goes with --mode=plan and --topology"]),
         (["--topology=v5e:4x8"], ["--topology goes with --mode=plan, not with --mode=train"]),
     ],
@@ -91,8 +81,13 @@ def test_bad_arguments_are_one_line(arguments, words):
         ([f"--config={DEMO}"], ["--workdir"]),
         (["--config=nowhere.py", "--workdir=x"], ["no config file nowhere.py", "get_config()"]),
         (["--config=nowhere.py", "--workdir=x", "--config.seed=1"], ["no config file nowhere.py"]),
+        (["--config=", "--workdir=x"], ["no config file ''", "needs a Python file"]),
         ([f"--config={DEMO}:nope", "--workdir=x"], ["'nope' is unknown", "smoke"]),
-        (["--config.seed=1", f"--config={DEMO}", "--workdir=x"], ["--config.seed=1", "before"]),
+        ([f"--config={DEMO}", "--workdir"], ["--workdir stands alone"]),
+        (
+            ["--mode=knn", "--workdir=x", "--config.seed=1"],
+            ["--config.seed is a field of a config"],
+        ),
     ],
 )
 def test_bad_flags_are_one_line(arguments, words):
@@ -101,14 +96,35 @@ def test_bad_flags_are_one_line(arguments, words):
     assert_one_line(caught.value, words)
 
 
-def test_a_mistake_inside_a_config_file_says_where(tmp_path):
-    text = DEMO.read_text()
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("    c.model.widht = 64", ["did you mean 'width'"]),
+        ("    c.model.width =", ["this is no Python"]),
+        ("    c.model.width = nothing", ["NameError: name 'nothing' is not defined"]),
+        ("    c.model.width = 'wide'", ["'width'", "cannot be casted to type <class 'int'>"]),
+        ("    import no_such_module", ["No module named 'no_such_module'"]),
+    ],
+)
+def test_a_mistake_inside_a_config_file_says_where(line, words, tmp_path):
+    text = DEMO.read_text().splitlines()
+    at = next(i for i, x in enumerate(text) if "c.model.width" in x)
     path = tmp_path / "mine.py"
-    line = next(i for i, x in enumerate(text.splitlines(), 1) if "c.model.width" in x)
-    path.write_text(text.replace("c.model.width", "c.model.widht"))
+    path.write_text("\n".join([*text[:at], line, *text[at + 1 :]]))
     with pytest.raises(UserError) as caught:
         parse(f"--config={path}", "--workdir=x")
-    assert_one_line(caught.value, [f"{path}, line {line}", "did you mean 'width'"])
+    assert_one_line(caught.value, [f"{path}, line {at + 1}: ", *words])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("x = 1", "mine.py has no get_config()"), ("def get_config(): return 3", "no ConfigDict")],
+)
+def test_a_file_that_is_no_config(text, words, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={tmp_path / 'mine.py'}", "--workdir=x")
+    assert_one_line(caught.value, [words])
 
 
 def assert_one_line(error, words):
@@ -208,6 +224,19 @@ def test_what_a_continued_run_may_change():
     for field, value in fixed.items():
         with pytest.raises(UserError, match=rf"^w holds.*{field.replace('__', '.')} \(was"):
             config.check_same_run(saved, config.as_dict(tiny.config("moco", **{field: value})), "w")
+
+
+def test_a_run_that_is_to_train_for_longer_is_told_how():
+    saved = config.as_dict(tiny.config("simclr", duration="8 steps"))
+    longer = tiny.config("simclr", duration="9 steps")
+    with pytest.raises(UserError) as caught:
+        config.check_same_run(saved, config.as_dict(longer), "runs/mine")
+    how = "--config.resume_from=runs/mine --config.resume_optimizer"
+    words = ["duration (was '8 steps', now '9 steps')", f"train on in a new --workdir, with {how}"]
+    assert_one_line(caught.value, words)
+    two = tiny.config("simclr", duration="9 steps", seed=1)
+    with pytest.raises(UserError, match="give another --workdir, or the config of that run"):
+        config.check_same_run(saved, config.as_dict(two), "runs/mine")
 
 
 def test_a_field_of_another_version_is_named():

@@ -114,7 +114,7 @@ def test_a_run_on_the_device_is_evaluated_without_tensorflow(tmp_path):
 @pytest.mark.slow  # `test_mistakes.py` makes all of these within one process
 def test_unknown_key_is_one_line():
     done = call(DEMO, "--workdir=unused", "--config.batch_sze=3")
-    assert_one_error(done, "batch_sze", "did you mean 'batch_size'")
+    assert_one_error(done, "batch_sze", "did you mean --config.batch_size?")
     assert done.stderr.count("\n") == 1
 
 
@@ -147,6 +147,14 @@ def test_mistakes_on_the_command_line(arguments, words):
 
 
 @pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_one_line_and_tensorflow_is_quiet():
+    """TensorFlow, which is imported for it, writes C++ lines about credentials and oneDNN."""
+    done = call("--mode=knn", "--workdir=gs://there-is-no-bucket-of-this-name/run")
+    assert_one_error(done, "gs://there-is-no-bucket-of-this-name/run")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
     reader, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -166,7 +174,7 @@ def test_on_a_terminal_one_line_is_rewritten_and_tensorflow_is_quiet(tmp_path):
     os.close(reader)
     text = output.decode()
     assert process.wait() == 0, text
-    assert "\rstep 4/4" in text
+    assert "\rstep 4/4  " in text and "\r\n" in text
     for word in ("oneDNN", "absl::InitializeLog", "WARNING", "Traceback", "E0000", "W0000"):
         assert word not in text, text
 

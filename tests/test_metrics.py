@@ -1,8 +1,11 @@
 """What lands in the files, also after a crash, and what the terminal says."""
 
 import io
+import itertools
 import json
+import logging
 import math
+import os
 import pathlib
 import time
 
@@ -408,9 +411,9 @@ def test_a_log_file_gets_plain_lines(tmp_path, monkeypatch):
         writer.write_now(121, {"knn_top1": 0.5})
     got = out.getvalue().splitlines()
     # One step a second, a line each 10 s: and none of it with control characters.
-    assert got[0] == "step 1/1560  epoch 0.2  loss 4.812  contrastive_top1 41.2 %"
+    assert got[0] == "step 1/1560  loss 4.812  contrastive_top1 41.2 %  epoch 0.2"
     assert got[1] == (
-        "step 11/1560  epoch 2.2  loss 4.812  contrastive_top1 41.2 %  812 images/s  ETA 25:49"
+        "step 11/1560  812 images/s  ETA 25:49  loss 4.812  contrastive_top1 41.2 %  epoch 2.2"
     )
     assert len(got) == 14
     assert got[-1] == "step 121  knn_top1 50.0 %"
@@ -418,37 +421,111 @@ def test_a_log_file_gets_plain_lines(tmp_path, monkeypatch):
 
 
 class Terminal(io.StringIO):
+    """What is written to a terminal, and what then stands on it."""
+
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 99
 
-def test_a_terminal_line_rewrites_itself(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setenv("COLUMNS", "60")
-    out = Terminal()
+    def lines(self):
+        """Line feed and carriage return as a terminal takes them (`stty onlcr`)."""
+        screen, column = [""], 0
+        for c in self.getvalue():
+            if c == "\n":
+                screen.append("")
+            elif c != "\r":
+                screen[-1] = screen[-1][:column].ljust(column) + c + screen[-1][column + 1 :]
+            column = column + 1 if c not in "\r\n" else 0
+        return [line.rstrip() for line in screen]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of `columns`, of which `progress` shows everything."""
+
+    def make(columns):
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr(progress.os, "get_terminal_size", lambda fd: {99: size}[fd])
+        return Terminal()
+
+    ticks = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
+    return make
+
+
+TIMING = {"images_per_second": 20_000.0, "seconds_step": 0.2, "seconds_input": 0.01}
+LATE = {"images_per_second": 5.0, "seconds_step": 0.2, "seconds_input": 0.15}
+
+
+def test_a_terminal_line_rewrites_itself(terminal):
+    out = terminal(60)
     bar = progress.Progress(100, out)
     bar.show(1, 0.1, {"loss": 12.5, "probe_top1": 0.1}, {}, None)
-    now[0] += 1
-    timing = {"images_per_second": 20_000.0, "seconds_step": 0.2, "seconds_input": 0.01}
-    bar.show(2, 0.2, {"loss": 2.5, "probe_top1": 0.1}, timing, 3723.0)
+    assert out.lines() == ["step 1/100  loss 12.500  probe 10.0 %  epoch 0.1"]
+    bar.show(2, 0.2, {"loss": 2.5, "probe_top1": 0.1}, TIMING, 3723.0)
+    assert out.lines() == ["step 2/100  20,000 images/s  ETA 1:02:03  loss 2.500"]
     bar.message(2, {"knn_top1": 0.5})
-    now[0] += 1
-    timing = {"images_per_second": 5.0, "seconds_step": 0.2, "seconds_input": 0.15}
-    bar.show(100, 10.0, {"loss": 1.0}, timing, 0.0)
+    bar.show(100, 10.0, {"loss": 1.0}, LATE, 0.0)
     bar.close()
-    screen = [""]  # what a person would see
-    for piece in out.getvalue().replace("\r", "\n\r").split("\n"):
-        if piece.startswith("\r"):
-            screen[-1] = piece[1:] + screen[-1][len(piece) - 1 :]
-        else:
-            screen.append(piece)
-    assert [line.rstrip() for line in screen if line.strip()] == [
+    assert out.lines() == [
         "step 2  knn_top1 50.0 %",
-        "step 100/100  epoch 10.0  loss 1.000  5 images/s  input 75%",
+        "step 100/100  5 images/s  input 75%  loss 1.000  epoch 10.0",
+        "",
     ]
-    shown = out.getvalue().split("\r")[2]
-    assert shown == "step 2/100  epoch 0.2  loss 2.500  probe_top1 10.0 %  20,000 images/s"[:59]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (81, "step 1200/4680  1,234 images/s  ETA 3:12  loss 4.812  top1 41.2 %  probe 18.8 %"),
+        (80, "step 1200/4680  1,234 images/s  ETA 3:12  loss 4.812  top1 41.2 %  probe 18.8 %"),
+        (79, "step 1200/4680  1,234 images/s  ETA 3:12  loss 4.812  top1 41.2 %"),
+        (66, "step 1200/4680  1,234 images/s  ETA 3:12  loss 4.812  top1 41.2 %"),
+        (65, "step 1200/4680  1,234 images/s  ETA 3:12  loss 4.812"),
+        (20, "step 1200/4680"),
+    ],
+)
+def test_what_does_not_fit_is_left_out_whole_and_the_time_comes_first(columns, shown, terminal):
+    out = terminal(columns)
+    values = {"loss": 4.8123, "contrastive_top1": 0.412, "probe_top1": 0.188}
+    timing = TIMING | {"images_per_second": 1234.4}
+    progress.Progress(4680, out).show(1200, 15.4, values, timing, 192.0)
+    assert out.lines() == [shown]
+
+
+def test_a_result_breaks_between_its_numbers(terminal):
+    out = terminal(60)
+    scores = {"knn_top1": 0.219, "knn_top1_at_init": 0.219, "knn_top1_raw_pixels": 0.25}
+    bar = progress.Progress(9, out)
+    bar.show(1, None, {"loss": 1.0}, {}, None)
+    bar.message(0, scores)
+    assert out.lines() == [
+        "step 0  knn_top1 21.9 %  knn_top1_at_init 21.9 %", "knn_top1_raw_pixels 25.0 %", "",
+    ]  # fmt: skip
+
+
+def test_what_others_write_to_the_terminal_does_not_run_into_the_line(terminal):
+    """C++ code by the file descriptor, and Python's `logging`, which makes way for itself."""
+    out = terminal(80)
+    handler = logging.StreamHandler(out)
+    logging.getLogger().addHandler(handler)
+    try:
+        bar = progress.Progress(9, out)
+        bar.show(1, None, {"loss": 1.0}, {}, None)
+        out.write("E0000 00:00:1 jpeg_mem.cc:314] Premature end of JPEG data\n")
+        bar.show(2, None, {"loss": 1.0}, {}, None)
+        logging.getLogger().warning("short")
+        bar.show(3, None, {"loss": 2.0}, {}, None)
+        bar.close()
+        assert not handler.filters
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert out.lines() == [
+        "E0000 00:00:1 jpeg_mem.cc:314] Premature end of JPEG data", "short",
+        "step 3/9  loss 2.000", "",
+    ]  # fmt: skip
 
 
 def test_duration():

@@ -262,6 +262,17 @@ def test_mistakes(monkeypatch):
         plan(main.METHODS["simclr"], c)
 
 
+@pytest.mark.parametrize("topologies", [(), ("v5e:4x8",)])
+def test_a_setting_is_refused_before_anybody_waits(topologies, capsys, monkeypatch):
+    """And for a slice without touching a device, which may be busy with a run."""
+    c = tiny.config("simclr", data__source="fake", optimizer__name="adam")
+    if topologies:
+        monkeypatch.setattr(measure.jax, "devices", None)
+    with pytest.raises(UserError, match=r'optimizer\.name="adam" is unknown'):
+        plan(main.METHODS["simclr"], c, topologies)
+    assert "compiling" not in capsys.readouterr().err
+
+
 # Of libtpu 0.0.42.1, shortened.
 DYING = """E0000 00:00:1795738717.677787   23731 common_lib.cc:554] INVALID_ARGUMENT: Error
 F1127 00:18:51.707496   23774 rotated.cc:676] Check failed: bound == 1 || bound >= 2  bound = 0

@@ -1,12 +1,13 @@
 """SIGTERM: the step is saved, the process leaves, and the same command ends where it would have."""
 
+import logging
 import os
 import signal
 
 import pytest
 from test_end_to_end import assert_same_run, lines, run, small
 
-from common import jsonl
+from common import jsonl, preemption
 from common import train as loop
 from common.preemption import PreemptedError
 
@@ -44,3 +45,19 @@ def test_told_to_stop_and_started_again(step, tmp_path, monkeypatch):
     timed = {"images_per_second", "seconds"}
     assert {k: v for k, v in again.items() if k not in timed} == {
         k: v for k, v in summary.items() if k not in timed}  # fmt: skip
+
+
+def test_that_processes_agree_to_stop_is_no_warning(monkeypatch, caplog):
+    """Orbax says so once a process and thread, as absl logs it; other warnings are shown."""
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    log = logging.getLogger("absl")
+    for inside in (True, False):
+        with preemption.Preemption() if inside else caplog.at_level("WARNING"):
+            log.warning("[process=%s][thread=%s] Reached preemption sync point, step=%s", 0, "x", 7)
+            log.warning("the disk is slow")
+    found = [record.getMessage().split("]")[-1].strip() for record in caplog.records]
+    assert found == [
+        "the disk is slow",
+        "Reached preemption sync point, step=7",
+        "the disk is slow",
+    ]

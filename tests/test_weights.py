@@ -237,7 +237,8 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     c = tiny.config("simclr", init_from=str(path), optimizer__warmup="2 epochs")
     run = tmp_path / "run"
     record = start.import_weights(tiny.METHODS["simclr"], c, run)
-    assert "holds the weights as step 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "holds the weights as step 0" in said and said.endswith("with the same --config.\n")
     (line,) = (run / "results.jsonl").read_text().splitlines()
     assert json.loads(line) == record
     assert record["unused"] == ["fc.bias", "fc.weight"] and len(record["sha256"]) == 64
@@ -256,6 +257,22 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
         assert checkpoints.latest_step == 0
     with pytest.raises(UserError, match="has checkpoints already: give a new --workdir"):
         start.import_weights(tiny.METHODS["simclr"], c, run)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "duration", "too_long"),
+    [
+        ("2 epochs", "1 epoch", True), ("9 steps", "8 steps", True), ("150 %", "8 steps", True),
+        ("1 epoch", "1 epoch", False), ("2 epochs", "8 steps", False),  # of one step each
+        ("9 steps", "1 epoch", False), ("0 steps", "8 steps", False),
+    ],
+)  # fmt: skip
+def test_an_import_is_not_said_to_be_trainable_with_a_warm_up_that_is_too_long(
+    warmup, duration, too_long
+):
+    """Without the data, so only where it is so for epochs of any length."""
+    c = tiny.config("simclr", optimizer__warmup=warmup, duration=duration)
+    assert start._warms_up_too_long(c) == too_long
 
 
 def test_images_have_to_be_scaled_as_in_the_run_that_is_imported(tmp_path):

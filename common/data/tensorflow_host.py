@@ -7,10 +7,9 @@ import os
 import weakref
 from collections.abc import Callable, Generator
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # start-up notices; errors still show
-# oneDNN announces itself past that level, and complains about uint8. The operations used here give
-# the same bytes without it, in the same time (measured).
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from common import quiet
+
+quiet.install()
 
 
 @contextlib.contextmanager

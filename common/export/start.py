@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.evaluate import modes
 from common.export.weights import Weights, fit, load_weights
 from common.method import Method, Setup, make_setup, root_keys
+from common.optim import steps_of
 from common.sharding import make_mesh, replicated, state_shardings
 from common.workdir import claim
 
@@ -108,12 +109,22 @@ def import_weights(
         lines = jsonl.Lines(workdir / modes.FILE)
         lines.add(jsonl.dump(record))
         lines.close()
+        shorter = " and a shorter optimizer.warmup" if _warms_up_too_long(config) else ""
         print(
             f"{workdir} holds the weights as step 0: evaluate them, e.g. --mode=knn "
-            f"--workdir={workdir}, or train from them with the same --config.",
+            f"--workdir={workdir}, or train from them with the same --config{shorter}.",
             flush=True,
         )
     return record
+
+
+def _warms_up_too_long(config: ConfigDict) -> bool:
+    """Whether the warm-up is longer than the run, however many steps an epoch has."""
+    for per_epoch in (1, 10**6):
+        total = steps_of(config.duration, per_epoch)
+        if steps_of(config.optimizer.warmup, per_epoch, total) <= total:
+            return False
+    return True
 
 
 def _init_from(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from common.compiling import compile_step, cost
@@ -27,7 +27,7 @@ from common.data import resident
 from common.errors import UserError
 from common.method import Method, Setup, make_setup
 from common.plan import collectives, traffic
-from common.sharding import local_rows, make_mesh, state_shardings
+from common.sharding import AXIS, local_rows, make_mesh, state_shardings
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 # What libtpu writes when it dies: the check that failed, among lines about it, or the signal.
@@ -55,8 +55,25 @@ class Task:
     quick: bool = False
 
 
-def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
+def check(task: Task) -> None:
+    """Builds the method for devices that are described, touching none: they may be busy with a run.
+
+    Raises:
+        UserError: for a mistake in the config, before anybody waits for a compiler.
+    """
+    whole = task.config.copy_and_resolve_references()
+    whole.microbatch = 0  # which parts can be formed depends on the devices
+    mesh = AbstractMesh((1,), (AXIS,))
+    task.make_method(make_setup(whole, mesh, *task.steps, task.num_classes))
+
+
+def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Compiles for a mesh; returns what the compiler says, all of it for one device.
+
+    Args:
+        task: what.
+        mesh: for which.
+        begins: called when the config has been found to be sound, before compiling.
 
     Returns:
         `devices`; `compile_seconds` of all processor cores (a busy machine takes longer);
@@ -69,6 +86,7 @@ def for_mesh(task: Task, mesh: Mesh) -> dict[str, Any]:
     setup = make_setup(task.config, mesh, *task.steps, task.num_classes)
     method = task.make_method(setup)
     abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
+    begins()
     begin = time.process_time()
     try:
         compiled = compile_step(

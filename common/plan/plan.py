@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import sys
@@ -97,10 +98,12 @@ def _plan_one(
         with changed.unlocked():
             changed.model.remat = remat
         task = measure.Task(make_method, changed, steps, classes, quick)
-        _say(f"compiling for {topology}, remat={remat} (minutes on a laptop) ...")
+        text = f"compiling for {topology}, remat={remat} (minutes on a laptop) ..."
         if topology == LOCAL:
-            found = measure.for_mesh(task, make_mesh())
+            found = measure.for_mesh(task, make_mesh(), functools.partial(_say, text))
         else:
+            measure.check(task)
+            _say(text)
             found = measure.for_topology(task, topology)
         rows.append(row_of(task, topology, found))
         if rows[-1]["fits"] is not False:

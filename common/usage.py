@@ -1,0 +1,126 @@
+"""What `python main.py -h` prints, and the table of docs/reference/config.md: of one source."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from common import fields
+
+_COLUMNS = 80
+_NAMES = 34  # columns for a name and its default
+_LINES = (
+    "python main.py --config=FILE --workdir=DIR [--config.NAME=VALUE ...]",
+    "python main.py --mode=MODE --workdir=DIR [--eval.NAME=VALUE ...]",
+)
+# Of those that evaluate a run.
+_EVALUATIONS = {
+    "embed": "features of a split, and a report with pictures of it (docs/embed.md)",
+    "knn": "classify the test images by their nearest training images",
+    "linear_eval": "train a linear classifier on the features",
+    "finetune": "train the whole network on a share of the labels",
+    "transfer": "logistic regression on the features of other datasets",
+    "export": "write the encoder for other programs (docs/export.md)",
+}
+_SECOND = "augment_view2."  # whose fields are those of `augment` once more
+
+
+def text(
+    values: flags.FlagValues,
+    modes: dict[str, str],
+    methods: Mapping[str, Any],
+    config: ConfigDict | None = None,
+) -> str:
+    """All modes, flags and fields, in 80 columns.
+
+    Args:
+        values: the flags.
+        modes: meanings of those modes that train.
+        methods: by name; the fields of their sections are listed one after the other.
+        config: whose values are shown; None: the defaults.
+    """
+    lines = ["usage:", *(f"  {line}" for line in _LINES), "", "modes (--mode=NAME):"]
+    for mode in values["mode"].parser.enum_values:
+        lines += _row(mode, (modes | _EVALUATIONS)[mode])
+    lines += ["", "flags:"]
+    for name in flags_of(values):
+        if name != "eval":
+            lines += _row(f"--{name}", values[name].help.rpartition(">: ")[2])
+    whose = "values of this --config" if config is not None else "with their defaults"
+    lines += ["", f"--config.NAME=VALUE, {whose}:"]
+    for section in of_methods(methods, config):
+        for name, value, meaning in section:
+            lines += _row(f"{name}={shown(value)}", meaning)
+    lines += ["", "--eval.NAME=VALUE, with their defaults:"]
+    for name, value in fields.defaults(fields.of_eval()).items():
+        lines += _row(f"{name}={shown(value)}", fields.EVAL.get(name, ""))
+    return "\n".join(lines)
+
+
+def flags_of(values: flags.FlagValues) -> list[str]:
+    """The names of the flags that are ours, in the order of their definition."""
+    ours = ("config", "workdir", "mode", "topology", "quick", "distributed", "coordinator",
+            "compile_cache", "eval")  # fmt: skip
+    return [name for name in ours if name in values]
+
+
+def of_methods(
+    methods: Mapping[str, Any], config: ConfigDict | None = None
+) -> Iterator[list[tuple[str, Any, str]]]:
+    """(name, default, meaning) of every field, by section; each method's own among them.
+
+    Of the second view only what differs from the first.
+
+    Args:
+        methods: by name.
+        config: whose fields and values; None: the defaults of all methods.
+    """
+    rows: dict[str, dict[str, tuple[str, Any, str]]] = {}
+    if config is not None:
+        method = config.get("method", "")
+        methods = {method: methods.get(method)}
+    for method, make in methods.items():
+        tree = fields.of_method(method, make) if config is None else config
+        meanings = fields.of_config(method, getattr(make, "MEANINGS", {}))
+        for name, value in fields.defaults(tree).items():
+            if name.startswith(_SECOND) and name != f"{_SECOND}preset" and value is None:
+                continue
+            section = name.rpartition(".")[0]
+            rows.setdefault(section, {}).setdefault(name, (name, value, meanings.get(name, "")))
+    yield from (list(section.values()) for section in rows.values())
+
+
+def markdown(methods: Mapping[str, Any]) -> str:
+    """The tables of docs/reference/config.md."""
+    parts = []
+    for section in of_methods(methods):
+        name = section[0][0].rpartition(".")[0]
+        parts.append(_table(f"config.{name}" if name else "config", "config", section))
+    rows = [(n, v, fields.EVAL.get(n, "")) for n, v in fields.defaults(fields.of_eval()).items()]
+    parts.append(_table("eval", "eval", rows))
+    return "\n".join(parts)
+
+
+def _table(title: str, tree: str, rows: list[tuple[str, Any, str]]) -> str:
+    lines = [f"## `--{title}`", "", "| flag | default | meaning |", "| --- | --- | --- |"]
+    for name, value, meaning in rows:
+        default = f"`{shown(value)}`" if shown(value) else "empty"
+        lines.append(f"| `--{tree}.{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+def shown(value: Any) -> str:
+    """A value as a command line spells it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _row(name: str, meaning: str) -> list[str]:
+    """A name and what it means, the second column wrapped."""
+    room = _COLUMNS - _NAMES - 1
+    wrapped = textwrap.wrap(meaning, room, break_long_words=False) or [""]
+    first = f"  {name}".ljust(_NAMES - 1)
+    lines = [f"{first} {wrapped[0]}".rstrip()] if len(first) < _NAMES else [first, *(
+        [" " * _NAMES + wrapped[0]])]  # fmt: skip
+    return [*lines, *(" " * _NAMES + line for line in wrapped[1:])]
