@@ -145,8 +145,8 @@ EVAL = {
     "train_split": "empty = the run's, data.bank_split before data.train_split",
     "test_split": "empty = the run's",
     "on_corrupt": "error | replace; empty = the run's",
-    "value_range": "LOW:HIGH of images of more than 8 bits; empty = the run's for its own data, else "
-    "by a sample",
+    "value_range": "LOW:HIGH of images of more than 8 bits; empty = the run's for its own data, "
+    "else by a sample",
     "knn.k": "neighbours that vote; 0 = min(200, n / 10)",
     "knn.temperature": "a vote weighs exp(similarity / temperature)",
     "knn.metric": "cosine | euclidean",

@@ -12,14 +12,12 @@ Paths may be remote (`gs://...`). Nothing is ever downloaded. Grey images become
 import dataclasses
 import functools
 import pathlib
-import unicodedata
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from common.data import decoding, draws, folder_layout, slices
 from common.data.decoding import DEFAULT, Decoding
-from common.data.folder_tree import some
 from common.errors import UserError
 
 
@@ -203,24 +201,25 @@ def open_source(config: ConfigDict, split: str) -> Source:
             "class) or 'none'."
         )
     how = decoding.of(config)
-    kind, path = _kind(config.source)
-    name, bounds = _part(kind, path, split)
+    kind, path = kind_of(config.source)
+    name, bounds = part_of(kind, path, split)
     source = _open(kind, path, name, config)
     if config.labels == "none" and source.num_classes:
         source.num_classes, source.class_names = 0, ()
         source.labels = np.full(source.num_examples, -1, np.int32)
     source.on_corrupt, source.decoding = config.on_corrupt, how
+    from common.data import class_names, subset  # which build on this module
+
     if role in ("test", "bank") and source.class_names:
-        _name_as(source, _reference(config))
+        class_names.align(source, config)
     if bounds is None:
         return source
-    from common.data import subset  # which builds on this module
 
     part = subset.select(source, slices.ids(split, bounds, source.num_examples))
     return dataclasses.replace(part, split=split)
 
 
-def _part(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None]:
+def part_of(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None]:
     """The split to open, and which slice of it to take."""
     if kind == "tfds":  # which slices its own sets
         return split, None
@@ -232,7 +231,12 @@ def _part(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None
     return slices.parse(split)
 
 
-def _kind(source: str) -> tuple[str, str]:
+def kind_of(source: str) -> tuple[str, str]:
+    """The kind of `data.source`, and what stands behind the colon.
+
+    Raises:
+      UserError: an unknown kind.
+    """
     kind, _, rest = source.partition(":")
     if kind in KINDS and bool(rest) == (kind in ("folder", "shards", "tfds")):
         return kind, rest
@@ -260,61 +264,6 @@ def _open(kind: str, path: str, split: str, config: ConfigDict) -> Source:
     from common.data import tfds_source  # imports TensorFlow
 
     return tfds_source.open_tfds(path, split, config)
-
-
-def _reference(config: ConfigDict) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ...: those of "train", then what only the bank has."""
-    names = ()
-    for split in dict.fromkeys((config.train_split, config.bank_split or config.train_split)):
-        try:
-            found = _class_names(config, split)
-        except UserError:  # there need be no training set to make features of the test set
-            continue
-        names += tuple(name for name in found if name not in names)
-    return names
-
-
-def _class_names(config: ConfigDict, split: str) -> tuple[str, ...]:
-    """The class names of a split, as cheaply as its kind allows; () where it has none."""
-    kind, path = _kind(config.source)
-    if kind == "folder":
-        from common.data import folder_source
-
-        return folder_source.class_names(path, _part(kind, path, split)[0], config.labels)
-    if kind == "shards":
-        from common.data import shards
-
-        return shards.class_names(path, _part(kind, path, split)[0])
-    if kind == "tfds":
-        from common.data import tfds_source
-
-        return tfds_source.class_names(path, split, config)
-    return ()
-
-
-def _name_as(source: Source, names: tuple[str, ...]) -> None:
-    """Numbers the labels of a source as `names` does; () leaves them.
-
-    Raises:
-      UserError: a class that is not among the names.
-    """
-    if not names or names == source.class_names:
-        return
-    # a name has other bytes where macOS wrote it
-    number = {unicodedata.normalize("NFC", name): i for i, name in enumerate(names)}
-    numbers = [number.get(unicodedata.normalize("NFC", name), -1) for name in source.class_names]
-    unknown = [n for n, i in zip(source.class_names, numbers, strict=True) if i < 0]
-    if unknown:
-        raise UserError(
-            f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the split that it "
-            f"is compared with has not; expected classes out of {some(names)}. Rename or remove "
-            "it, or name other splits."
-        )
-    source.labels = np.array([*numbers, -1], np.int32)[source.labels]  # -1 stays -1
-    missing = [name for i, name in enumerate(names) if i not in numbers]
-    source.class_names, source.num_classes = names, len(names)
-    if missing:
-        source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
