@@ -40,7 +40,7 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
     if f.distributed or f.coordinator:
         distributed.start(f.coordinator)
     if f.compile_cache and f.mode != "plan":  # what comes out of the cache cannot be analysed
-        jax.config.update("jax_compilation_cache_dir", f.compile_cache)
+        jax.config.update("jax_compilation_cache_dir", str(files.path(f.compile_cache)))
     if f.mode in modes.MODES:
         modes.run(f.mode, f.workdir, f.eval, METHODS)
         return
