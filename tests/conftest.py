@@ -3,6 +3,7 @@
 All processes of a run share what they compile, and no test may take for ever.
 """
 
+import contextlib
 import faulthandler
 import os
 import pathlib
@@ -24,6 +25,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
 
+# Triton, which PyTorch's builds for CUDA bring, ends a process that has imported TensorFlow with a
+# segmentation fault; the other way round they get along.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
+
 # A shell without job control starts its background commands deaf to Ctrl-C, which tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,11 +47,9 @@ LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests 
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 TEARDOWN_SECONDS = 300  # for the fixtures of any test
 STDERR = os.dup(2)  # pytest has another one while a test runs
-# Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`). But for
-# PyTorch's: it comes first, since Triton, which its builds for CUDA bring, ends a process that has
-# imported TensorFlow with a segmentation fault; the other way round they get along.
+# Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
-    "torch", "record_whole", "multiprocess", "faults", "tpu", "matrix", "steps", "main",
+    "record_whole", "torch", "multiprocess", "faults", "tpu", "matrix", "steps", "main",
     "microbatch", "distributed", "end_to_end", "resident", "benchmarks", "record", "preemption",
     "pipeline", "augment",
 )  # fmt: skip
