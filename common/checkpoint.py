@@ -299,6 +299,11 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *error: object) -> None:
         # when something went wrong already, that is the error to show
         known = kind or self._failed
+        # Orbax tidies up in a thread, which complains at length if the interpreter ends before it.
+        tidied_up = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
+        if tidied_up and jax.process_count() == 1:
+            with contextlib.suppress(Exception):
+                tidied_up()
         with contextlib.suppress(Exception) if known else self._written(self._writing):
             self._manager.close()
 

@@ -43,6 +43,7 @@ BEFORE: dict[str, Any] = {
 }
 # A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
 AUTO = "auto"
+DECIDED = ("data.value_range",)
 
 _AT_LEAST = {
     "seed": 0,
@@ -267,7 +268,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
 
     def same(name: str) -> bool:
         if name in a:  # what `--mode=import` left is not decided yet
-            return a[name] == b.get(name, ...) or (a[name] == AUTO and name in b)
+            return a[name] == b.get(name, ...) or (a[name] == AUTO and name in DECIDED)
         # a field that the code of the run did not have yet; without an entry it is one that is off
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 

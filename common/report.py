@@ -72,7 +72,8 @@ def open_test(config: ConfigDict) -> Source | None:
         return sources.open_source(config.data, "test")
     except UserError as error:
         raise UserError(
-            f"{error} (Set data.test_split='' to train without a test set: no kNN then.)"
+            f"{str(error).rstrip('.')}. (Set data.test_split='' to train without a test set: no "
+            "kNN then.)"
         ) from error
 
 
@@ -238,6 +239,8 @@ def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) ->
         return "The images are random: these figures only show that all of it runs."
     if summary["steps"] < TOO_FEW:
         return f"{summary['steps']} steps are too few to say whether it learns."
+    if min(knn, max(init, raw)) > 99.95:
+        return "Nothing was left to gain: this task is too easy to say whether it learned."
     given = summary.get("started_from")
     start = "start" if given else "untrained state"
     gain, lead = f"{knn - init:+.1f} points over its {start}", f"{knn - raw:+.1f} points"

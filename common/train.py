@@ -94,12 +94,14 @@ def train(
         claim(workdir, config) as (workdir, lock),
         Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints,
     ):
-        if checkpoints.latest_step == total and (summary := report.finished(workdir)):
-            return summary
-        # before minutes of compiling, and before arrays of other shapes seem to be damaged
+        moved, ended = moved_from(config, workdir), checkpoints.latest_step == total
         noted = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
-        if known := next(filter(None, noted), None):
-            same_data(known, train_source, moved_from(config, workdir))
+        # before minutes of compiling, and before arrays of other shapes seem to be damaged
+        if (moved or not ended) and (known := next(filter(None, noted), None)):
+            same_data(known, train_source, moved)
+        if ended and (summary := report.finished(workdir)):
+            note_changes(config, workdir)
+            return summary
         if config.resume_from and not checkpoints.latest_step:
             transfer.source_of(config.resume_from, workdir)  # known before minutes of compiling
         data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}

@@ -219,14 +219,33 @@ def test_the_training_images_decide_and_the_run_keeps_it(tmp_path):
     configs.check_same_run(on_disk, configs.as_dict(old), "x")
 
 
-def test_a_range_of_its_own_for_other_data():
+def test_other_data_are_read_by_rules_of_their_own(tmp_path, monkeypatch):
+    """Whatever path leads to them, the run's own are not others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    own = f"folder:{tmp_path / 'a'}"
+
+    def read(source, value_range="0:4095", labels="none", **given):
+        data = config(own, value_range=value_range, labels=labels)
+        s = settings.default_config()
+        s.update(given)
+        pretrained.read_anew(s, data, source)
+        return data.value_range, data.labels, data.source
+
+    for same in (own, own + "/", "folder:a", "folder:./a/../a"):
+        assert read(same) == ("0:4095", "none", same)
+    assert read("folder:b") == ("auto", "auto", "folder:b")
+    assert read("folder:b", "upper8", "legacy") == ("upper8", "auto", "folder:b")
+    assert read(own, value_range="0:1023") == ("0:1023", "none", own)
+    assert read("embedded", labels="folders")[1] == "auto"
+
+
+def test_what_is_given_counts_for_any_data():
     data, s = config("folder:a", value_range="0:4095"), settings.default_config()
-    assert pretrained.value_range_of(s, data, "folder:a") == "0:4095"
-    assert pretrained.value_range_of(s, data, "folder:b") == "auto"
-    old = config("folder:a", value_range="upper8")
-    assert pretrained.value_range_of(s, old, "folder:b") == "upper8"
-    s.value_range = "0:1"
-    assert pretrained.value_range_of(s, data, "folder:a") == "0:1"
+    s.value_range, s.labels = "0:1", "folders"
+    for source in ("folder:a", "folder:b"):
+        pretrained.read_anew(s, data, source)
+        assert (data.value_range, data.labels) == ("0:1", "folders")
 
 
 def test_images_of_nearly_one_colour_are_counted(tmp_path):

@@ -167,6 +167,12 @@ def test_page_says_the_numbers(labelled):
     assert "loss went from 3.00 to 1.00" in text
     assert "from 25.0 % to 30.0 % right; on raw pixels it has 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
+    nested = [
+        {"source": "folder:/home/me/photos", "top1": 0.5},
+        {"source": "embedded", "top1": 1.0},
+    ]
+    shown = build._score("data_sets", nested)
+    assert shown == "source folder:photos, top1 50.00 %; source embedded, top1 100.00 %"
 
 
 @pytest.fixture(scope="module")

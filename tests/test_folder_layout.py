@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from common.data import codecs, slices, sources
+from common.data import codecs, folder_tree, slices, sources
 from common.errors import UserError
 
 
@@ -57,6 +57,8 @@ READ = [
     (VEHICLES, "folders", "train", ".", 12, ("bus", "car", "train")),
     (VEHICLES, "auto", ".", ".", 12, ("bus", "car", "train")),
     (VEHICLES, "none", ".", ".", 12, ()),
+    (VEHICLES, "none", "train", ".", 12, ()),
+    (VEHICLES | {"test": 2}, "none", "train", "train", 4, ()),
     # other names of splits, other cases
     (below("Train", CLASSES) | below("Test", {"dog": 1}), "auto", "train", "Train", 5, CAT_DOG),
     (below("Train", CLASSES) | below("Test", {"dog": 1}), "auto", "test", "Test", 1, CAT_DOG),
@@ -132,7 +134,7 @@ REFUSED = [
     (below("pets/train", CLASSES) | below("pets/test", CLASSES) | {"pets/notes/x.csv": None},
      "train", ["pets holds the splits notes, test, train, so", "a level too high"]),
     (below("train", CLASSES) | below("test", {"cow": 1}), "test",
-     ["(test) has the class 'cow', which the split that it is compared with has not", "cat, dog"]),
+     ["(test) has the class 'cow', which the training split lacks", "cat, dog"]),
 ]  # fmt: skip
 
 
@@ -145,6 +147,23 @@ def test_what_can_be_read_in_two_ways_is_refused_with_both(tree, split, words, t
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_class_that_is_called_train_leaves_no_test_set(tmp_path):
+    make(tmp_path, VEHICLES | {"val": 2})
+    assert opened(tmp_path, labels="folders").class_names == ("bus", "car", "train", "val")
+    with pytest.raises(UserError, match="no split 'test'"):
+        opened(tmp_path, "test", labels="folders")
+
+
+def test_the_classes_of_another_split_are_told_by_the_first_image_of_each(tmp_path, monkeypatch):
+    make(tmp_path, below("train", {"ant": 50, "bee": 50}) | below("test", {"bee": 3}))
+    asked, real = [], folder_tree._is_something_else
+    monkeypatch.setattr(
+        folder_tree, "_is_something_else", lambda path: asked.append(path) or real(path)
+    )
+    assert opened(tmp_path, "test").labels.tolist() == [1, 1, 1]
+    assert len([path for path in asked if "train" in path.parts]) <= 4
 
 
 def test_folders_are_asked_for_where_there_are_none(tmp_path):
@@ -191,6 +210,9 @@ def test_a_name_may_have_the_bytes_of_another_system(tmp_path):
     make(tmp_path, {f"train/{composed}": 1, "train/bar": 1, f"test/{apart}": 2})
     test = opened(tmp_path, "test")
     assert test.labels.tolist() == [1, 1] and test.class_names == ("bar", composed)
+    make(tmp_path, {f"train/{apart}": 1})  # two classes then, and each keeps its own
+    number = opened(tmp_path).class_names.index(apart)
+    assert opened(tmp_path, "test").labels.tolist() == [number] * 2
 
 
 def test_the_user_is_told_what_was_read_and_what_was_not(tmp_path):
@@ -255,6 +277,10 @@ def test_slices_are_parts_of_all_classes_and_share_nothing(tmp_path):
     assert test.labels.tolist() == rest.labels.tolist()
     with pytest.raises(UserError, match=r"the slice 'train\[3:3\]' is empty \(3 to 3 of 100 exam"):
         opened(tmp_path, train_split="train[3:3]")
+    for bounds, count in (("-1%:", 1), (":-1%", 99), ("-30%:", 30), ("-5:", 5)):
+        assert opened(tmp_path, train_split=f"train[{bounds}]").num_examples == count
+    with pytest.raises(UserError, match=r"the slice 'train\[-1%:\]' is empty"):  # of 40 it is none
+        slices.ids("train[-1%:]", ("-1%", ""), 40)
     with pytest.raises(UserError, match=r"'train\[:half\]' has the bound 'half': expected a count"):
         opened(tmp_path, train_split="train[:half]")
 

@@ -67,6 +67,30 @@ def test_sgd_equals_gradient_descent_by_hand(devices):
     assert np.abs(got[0].kernel - got[1].kernel).max() > 0.1  # the settings make a difference
 
 
+def test_the_loss_on_the_progress_line_is_that_of_its_step(monkeypatch):
+    shown = []
+
+    class Seen:
+        def __init__(self, steps, stream):
+            pass
+
+        def show(self, step, epoch, values, timing, eta):
+            shown.append((step, values["loss"]))
+
+        def close(self):
+            pass
+
+    taken = iter(range(1, 99))
+    monkeypatch.setattr(linear, "_step", lambda state, *_, **__: (state, np.float32(next(taken))))
+    monkeypatch.setattr(linear, "Progress", Seen)
+    x, y = data()
+    mesh = make_mesh(jax.devices()[:1])
+    pairs = batches.cached(x, y, mesh, 16, seed=0)
+    linear.fit(pairs, 9, [Candidate(1.0, 0.0)], 16, CLASSES, *linear.standardiser(x), mesh)
+    assert [step for step, _ in shown][-1] == 9 and len(shown) > 3
+    assert all(step == loss for step, loss in shown)
+
+
 def test_sgd_comes_to_where_scikit_learn_is():
     x, y = data()
     mesh, decay = make_mesh(jax.devices()[:1]), 0.02

@@ -80,7 +80,7 @@ def test_other_data_have_a_value_range_of_their_own(runs, tmp_path, capsys):
     )
     assert capsys.readouterr().err == ""
     train = opened.open("train")
-    assert capsys.readouterr().err.count("data.value_range=0:1023)") == 1
+    assert capsys.readouterr().err.count("--eval.value_range=0:1023)") == 1
     test = opened.open_labelled("test")
     assert "value_range" not in capsys.readouterr().err
     assert train.decoding.value_range == test.decoding.value_range == "0:1023"

@@ -55,6 +55,9 @@ def test_a_summary_of_an_older_version_is_still_read(tmp_path):
         (0.5, 0.4, 0.5, "It gained +10.0 points over its untrained state, but does not beat raw"),
         (0.5, 0.6, 0.4, "So it did NOT learn: -10.0 points over its untrained state, +10.0 points"),
         (0.5, 0.5, 0.4, "So it did NOT learn: +0.0 points"),
+        (1.0, 1.0, 0.4, "Nothing was left to gain: this task is too easy"),
+        (1.0, 0.9, 1.0, "Nothing was left to gain: this task is too easy"),
+        (0.9, 1.0, 0.4, "So it did NOT learn: -10.0 points"),
         (0.3, 0.5, 0.4, "So it did NOT learn: -20.0 points over its untrained state, -10.0 points"),
     ],
 )  # fmt: skip

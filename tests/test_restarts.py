@@ -187,6 +187,16 @@ def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, c
     assert f"was folder:{photos} and is now {c.data.source}: config.json says so" in caplog.text
     assert toy.weight(run, TOTAL) == toy.weight(whole, TOTAL)
     assert json.loads((run / "config.json").read_text())["data"]["source"] == c.data.source
+    (tmp_path / "elsewhere").rename(tmp_path / "third")  # the run has ended by now
+    c.data.source = f"folder:{tmp_path / 'third'}"
+    toy.train(c, run)
+    assert json.loads((run / "config.json").read_text())["data"]["source"] == c.data.source
+    (tmp_path / "third").rename(tmp_path / "elsewhere")
+    c.data.source = f"folder:{tmp_path / 'elsewhere'}"
+    c.data.labels = "none"
+    with pytest.raises(UserError, match=r"another config: data.labels \(was 'auto', now 'none'\)"):
+        toy.train(c, copy)
+    c.data.labels = "auto"
     monkeypatch.setattr(loop, "same_data", lambda p, *rest: same_data(p | {"listing": ""}, *rest))
     with pytest.raises(UserError, match="it did not note its files, so that nobody can tell whet"):
         toy.train(c, copy)

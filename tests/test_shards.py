@@ -1,13 +1,15 @@
 """Shards: what comes back is what went in, in files of bounded size, whole or not at all."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from test_sources import config as data_config
-from test_sources import write
+from test_sources import picture, write
 
 from common.data import pipeline, presets, shards, sources
 from common.errors import UserError
@@ -74,6 +76,17 @@ def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path):
     source = sources.open_source(whole.data, "train")
     assert sorted(source.names(np.arange(7))) == sorted(before[0])
     assert source.labels.tolist() == [int("class1" in n) for n in source.names(np.arange(7))]
+
+
+def test_names_that_are_no_text_have_a_listing(tmp_path):
+    for name in (b"\xff\xfe", b"a"):
+        path = os.path.join(os.fsencode(tmp_path), b"p", b"train", name)
+        os.makedirs(path)
+        Image.fromarray(picture(1)).save(os.path.join(path, b"1.png"))
+    c = config(f"folder:{tmp_path / 'p'}", test_split="")
+    shards.prepare(c, tmp_path / "s")
+    c.data.source = f"shards:{tmp_path / 's'}"
+    assert len(sources.open_source(c.data, "train").listing) == 16
 
 
 def test_older_shards_whose_splits_number_their_classes_differently(tmp_path):

@@ -191,6 +191,8 @@ def test_tfds_labels_that_are_integers_or_text_become_classes(tmp_path):
     """By their values, in all splits; a test set without the smallest value keeps the numbers."""
     import tensorflow_datasets as tfds
 
+    from common.data import tfds_source
+
     text = labelled_by(tmp_path / "text", "label", ["owl", "ant", "", "owl"],
                        tfds.features.Text(), ["owl", "owl"])  # fmt: skip
     source = sources.open_source(text, "train")
@@ -202,6 +204,15 @@ def test_tfds_labels_that_are_integers_or_text_become_classes(tmp_path):
     source = sources.open_source(number, "train")
     assert (source.class_names, source.labels.tolist()) == (("3", "11"), [0, 1, -1, 0, 1])
     assert sources.open_source(number, "test").labels.tolist() == [1, 1]
+    few = labelled_by(tmp_path / "few", "label", ["a", "b", "c"] * 50, tfds.features.Text(),
+                      ["c", "b"])  # fmt: skip
+    assert sources.open_source(few, "test").labels.tolist() == [2, 1]
+    few.train_split = "train[:3]"
+    assert sources.open_source(few, "train").num_classes == 3
+    large = labelled_by(tmp_path / "large", "label", [2**63 + 1, 7, 2**63, 7], np.uint64)
+    assert sources.open_source(large, "train").labels.tolist() == [2, 0, 1, 0]
+    broken = np.array([b"\xff", b"a"], object)
+    assert tfds_source._classes(broken, "label", True)[1] == ("\\xff", "a")
     number.labels = "none"
     hidden = sources.open_source(number, "train")
     assert (hidden.num_classes, hidden.labels.tolist()) == (0, [-1] * 5)
@@ -214,10 +225,10 @@ def test_tfds_labels_that_are_no_classes_are_said(tmp_path):
     source = sources.open_source(several, "train")
     assert source.num_classes == 0 and "'label' is " in source.account[0]
     assert "no class, no integer and no text" in source.account[0]
-    ids = labelled_by(tmp_path / "b", "label", list(range(100, 130)), np.int64)
+    ids = labelled_by(tmp_path / "b", "label", list(range(100, 230)), np.int64)
     source = sources.open_source(ids, "train")
     assert source.num_classes == 0 and set(source.labels.tolist()) == {-1}
-    assert source.account == ("no labels: 'label' has 30 values for 30 images",)
+    assert source.account == ("no labels: 'label' has 130 values for 130 images",)
     ids.cache_gib = 0.0
     streamed = sources.open_source(ids, "train")
     assert streamed.num_classes == 0 and "more than data.cache_gib" in streamed.account[0]

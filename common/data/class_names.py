@@ -23,15 +23,19 @@ def align(source: sources.Source, config: ConfigDict) -> None:
     names = _of_reference(config)
     if not names or names == source.class_names:
         return
+    exact = {name: i for i, name in enumerate(names)}
     # a name has other bytes where macOS wrote it
-    number = {unicodedata.normalize("NFC", name): i for i, name in enumerate(names)}
-    numbers = [number.get(unicodedata.normalize("NFC", name), -1) for name in source.class_names]
+    alike = {unicodedata.normalize("NFC", name): i for i, name in enumerate(names)}
+    numbers = [
+        exact.get(name, alike.get(unicodedata.normalize("NFC", name), -1))
+        for name in source.class_names
+    ]
     unknown = [n for n, i in zip(source.class_names, numbers, strict=True) if i < 0]
     if unknown:
         raise UserError(
-            f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the split that it "
-            f"is compared with has not; expected classes out of {some(names)}. Rename or remove "
-            "it, or name other splits."
+            f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the training "
+            f"split lacks; expected classes out of {some(names)}. Rename or remove it, or name "
+            "other splits."
         )
     source.labels = np.array([*numbers, -1], np.int32)[source.labels]  # -1 stays -1
     missing = [name for i, name in enumerate(names) if i not in numbers]

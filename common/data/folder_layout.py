@@ -147,7 +147,12 @@ class _Layout:
             return root
         others = self.no_splits(base)
         if others and tree.files(root) and not tree.with_images(root):
-            if self.labels == "folders":
+            splits = [f.name for f in folders if self.kind(f.name)]
+            if self.labels == "none" and len(splits) > 1:
+                return root
+            if self.labels != "auto":
+                if self.kind(split) != "train":  # all of it is the training set
+                    raise self._no_split(base, split)
                 return base
             raise UserError(
                 f"{root} can be a split, or a class as {some(others)} beside it: set "
@@ -175,7 +180,8 @@ class _Layout:
         found = f"it has {', '.join(present)}" if present else "it has no folder for any split"
         text = (
             f"no split {split!r} in {base} ({found}); expected the folder {base / split}. Make it, "
-            "or name another one in data.train_split or data.test_split"
+            "or name another one in data.train_split or data.test_split, or parts of one: "
+            "data.train_split=train[:80%] and data.test_split=train[80%:]"
         )
         if self.kind(base.name) and any(self.kind(n) for n in _beside(base)):
             text += f"; {base} is itself a split by its name: data.source=folder:{base.parent}"
@@ -221,8 +227,8 @@ class _Layout:
                 f"the folders {some(names)}: {choose} those are classes, without what lies beside"
             )
         for folder in folders:
-            inner = [f.name for f in tree.with_images(folder)]
-            if not tree.files(folder):
+            if not tree.has_image_at_hand(folder):
+                inner = [f.name for f in tree.with_images(folder)]
                 if len(folders) == 1 and len(inner) > 1:
                     choose = f"set data.source=folder:{folder} if those are classes; else {choose}"
                 raise UserError(

@@ -79,8 +79,5 @@ def class_names(path: str, split: str, labels: str) -> tuple[str, ...]:
 def _base(path: str) -> epath.Path:
     base = files.path(path)
     if not base.is_dir():
-        raise UserError(
-            f"no folder {path}; expected a folder of image files. "
-            "Check data.source, or --eval.source of an evaluation."
-        )
+        raise UserError(f"no folder {path}; expected a folder of image files. Check data.source")
     return base

@@ -78,9 +78,23 @@ class Tree:
         here = _real(folder)
         if here in above:
             return False
-        return bool(self.files(folder)) or any(
+        return self.has_image_at_hand(folder) or any(
             self._has_image(inner, (*above, here)) for inner in self.folders(folder)
         )
+
+    def has_image_at_hand(self, folder: epath.Path) -> bool:
+        """Whether an image lies directly in a folder; where it is not listed, the first will do."""
+        if str(folder) in self._listings:
+            return bool(self.files(folder))
+        try:
+            return any(map(self._is_image, folder.iterdir()))
+        except OSError:
+            return bool(self.files(folder))  # which says what is wrong
+
+    def _is_image(self, entry: epath.Path) -> bool:
+        name = entry.name
+        known = not name.startswith(".") and entry.suffix.lower() in self.suffixes
+        return known and not _is_something_else(entry)
 
     def _listing(self, folder: epath.Path) -> tuple[list[str], list[epath.Path], list[str]]:
         """Images, folders, and what the rest is.
@@ -101,7 +115,7 @@ class Tree:
         files, folders, others = [], [], []
         for entry in entries:
             name, suffix = entry.name.lower(), entry.suffix.lower()
-            if suffix in self.suffixes and not _is_something_else(entry):
+            if self._is_image(entry):
                 files.append(str(entry))
             elif entry.is_dir():
                 if name in self._junk:

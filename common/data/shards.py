@@ -180,7 +180,7 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
     if split not in index["splits"]:
         raise UserError(
             f"{path} holds no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
-            "data.train_split or data.test_split."
+            "data.train_split and data.test_split."
         )
     found = index["splits"][split]
     names = [shard["file"] for shard in found["shards"]]
@@ -288,4 +288,5 @@ class ShardSource(ArraySource):
 
     @property
     def listing(self):
-        return hashlib.sha256("\0".join(map(str, self._names)).encode()).hexdigest()[:16]
+        text = "\0".join(map(str, self._names))  # a name need not be valid UTF-8
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]

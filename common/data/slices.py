@@ -70,7 +70,10 @@ def _places(split: str, bounds: tuple[str, str], n: int) -> tuple[int, int]:
 
 
 def _bound(split: str, text: str, default: int, n: int) -> int:
-    """One bound as a place in [0, n]; a percentage is rounded to the nearest one, as in TFDS."""
+    """One bound as a place in [0, n]; a percentage is rounded to the nearest one, as in TFDS.
+
+    (But TFDS takes -1% of a small set, which rounds to 0, for a place from the start.)
+    """
     if not text.strip():
         return default
     match = _BOUND.fullmatch(text)
@@ -79,7 +82,7 @@ def _bound(split: str, text: str, default: int, n: int) -> int:
             f"the slice {split!r} has the bound {text!r}: expected a count or whole percents, as "
             "in train[:80%] or train[1000:]"
         )
-    value = int(match["value"])
+    value = abs(int(match["value"]))
     if match["percent"]:
         value = round(value * n / 100)
-    return min(max(value + n if value < 0 else value, 0), n)
+    return min(max(n - value if "-" in match["value"] else value, 0), n)

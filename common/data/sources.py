@@ -203,7 +203,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
     how = decoding.of(config)
     kind, path = kind_of(config.source)
     name, bounds = part_of(kind, path, split)
-    source = _open(kind, path, name, config)
+    source = _open(kind, path, name, config, compared=role in ("test", "bank"))
     if config.labels == "none" and source.num_classes:
         source.num_classes, source.class_names = 0, ()
         source.labels = np.full(source.num_examples, -1, np.int32)
@@ -247,7 +247,7 @@ def kind_of(source: str) -> tuple[str, str]:
     )
 
 
-def _open(kind: str, path: str, split: str, config: ConfigDict) -> Source:
+def _open(kind: str, path: str, split: str, config: ConfigDict, compared: bool) -> Source:
     if kind == "embedded":
         return _open_embedded(split)
     if kind == "fake":
@@ -263,7 +263,7 @@ def _open(kind: str, path: str, split: str, config: ConfigDict) -> Source:
         return shards.open_shards(path, split, config)
     from common.data import tfds_source  # imports TensorFlow
 
-    return tfds_source.open_tfds(path, split, config)
+    return tfds_source.open_tfds(path, split, config, sure=compared)
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:

@@ -5,7 +5,9 @@ all images have one shape and as encoded bytes otherwise; those larger than `dat
 streamed.
 """
 
+import collections
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -70,6 +72,7 @@ class RecordSource(Source):
         return images, np.array(labels, object if self.features.by_value else np.int32)
 
 
+_MANY_VALUES = 100  # of a label; so many or fewer are classes
 _LABEL_NAMES = ("label", "class", "category", "target")  # of features that need not be classes
 
 
@@ -139,13 +142,15 @@ class Features:
         return example[self.image], label if self.by_value else tf.cast(label, tf.int32)
 
 
-def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
+def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> Source:
     """Opens a prepared data set.
 
     Args:
       name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
       split: a split or a slice of one, such as "train" or "train[:10%]".
       config: the config's `data` section.
+      sure: labels that are values are classes, however few images there are of each: those of the
+        training split decide whether they are.
 
     Returns:
       An `ArraySource`, `RecordSource` or `StreamSource`.
@@ -195,7 +200,7 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
             return source
         pairs = (source.read(ids) for ids in np.array_split(
             np.arange(chosen.num_examples), max(1, chosen.num_examples // 1024)))  # fmt: skip
-        return _in_memory(pairs, shape, common, features, how)
+        return _in_memory(pairs, shape, common, features, how, sure)
     shards = _shards(chosen)
     if not in_memory:
         return StreamSource(
@@ -203,7 +208,7 @@ def open_tfds(name: str, split: str, config: ConfigDict) -> Source:
             shuffle_buffer=config.get("shuffle_buffer", 16384), **common,
         )  # fmt: skip
     shape = shape if decoded <= config.cache_gib else None
-    return _in_memory(_read(shards, features), shape, common, features, how)
+    return _in_memory(_read(shards, features), shape, common, features, how, sure)
 
 
 def class_names(name: str, split: str, config: ConfigDict) -> tuple[str, ...]:
@@ -219,21 +224,27 @@ def _labelled(split: str, config: ConfigDict) -> bool:
     return split.split("[")[0] not in _UNLABELLED and config.labels != "none"
 
 
-def _classes(values: np.ndarray, feature: str) -> tuple[np.ndarray, tuple[str, ...], str]:
+def _classes(
+    values: np.ndarray, feature: str, sure: bool
+) -> tuple[np.ndarray, tuple[str, ...], str]:
     """Labels that are integers or text: int32 [n], names of the classes, and a line about them.
 
-    A negative integer and an empty text are no label. Values of which half or more occur once are
-    measurements or ids, not classes.
+    A negative integer and an empty text are no label. Many values of which half or more occur once
+    are measurements or ids, not classes; but `sure` says that they are classes.
     """
-    values = np.array([v.decode() if isinstance(v, bytes) else v for v in values.tolist()])
-    labelled = values != "" if values.dtype.kind == "U" else values >= 0
-    found, labels, counts = np.unique(values[labelled], return_inverse=True, return_counts=True)
+    # objects, since integers of 64 bits with and without a sign have no type in common
+    values = [v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for v in values]
+    labelled = np.array([v != "" if isinstance(v, str) else v >= 0 for v in values], bool)
+    counts = collections.Counter(itertools.compress(values, labelled))
+    found = sorted(counts)
     numbers = np.full(len(values), -1, np.int32)
-    if not len(found) or 2 * (counts == 1).sum() >= len(found) > 2:
+    rare = sum(n == 1 for n in counts.values())
+    if not found or (not sure and len(found) > _MANY_VALUES and 2 * rare >= len(found)):
         line = f"no labels: {feature!r} has {len(found):,} values for {len(values):,} images"
         return numbers, (), line
-    numbers[labelled] = labels
-    names = tuple(str(value) for value in found.tolist())
+    number = {value: i for i, value in enumerate(found)}
+    numbers[labelled] = [number[v] for v in itertools.compress(values, labelled)]
+    names = tuple(map(str, found))
     more = ", ..." if len(names) > 5 else ""
     return numbers, names, f"classes are the values of {feature!r}: {', '.join(names[:5])}{more}"
 
@@ -286,6 +297,7 @@ def _in_memory(
     common: dict,
     features: Features,
     how: Decoding,
+    sure: bool,
 ) -> ArraySource:
     """Keeps the set in memory: as pixels if all images have one shape, else encoded.
 
@@ -311,7 +323,7 @@ def _in_memory(
             "description says: a file is damaged or of another version; prepare the set again"
         )
     if features.by_value:
-        labels, names, line = _classes(labels, features.label)
+        labels, names, line = _classes(labels, features.label, sure)
         common |= {"num_classes": len(names), "class_names": names, "account": (line,)}
     return ArraySource(
         kind="encoded" if shape is None else "pixels", labels=labels, image_shape=shape,

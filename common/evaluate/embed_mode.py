@@ -70,7 +70,10 @@ def _open(opened: Pretrained) -> Source:
     """The split that is named, else test, else (a folder of photos has no other) train."""
     split = opened.settings.embed.split
     try:
-        return opened.open_split(split) if split else opened.open("test")
+        if split:  # by its name; its classes are numbered as those of any test set
+            with opened.config.unlocked():
+                opened.config.data.test_split = split
+        return opened.open("test")
     except UserError as error:
         if not split and not opened.settings.test_split:
             return opened.open("train")

@@ -132,7 +132,8 @@ def fit(
             value = float(in_flight.popleft())
             done, begin = step + 1 - len(in_flight), begin or time.monotonic()  # without compiling
             eta = (time.monotonic() - begin) / (done - 1) * (steps - done) if done > 1 else None
-            progress.show(step + 1, None, {"loss": value}, {}, eta)
+            progress.show(done, None, {"loss": value}, {}, eta)
+    progress.show(steps, None, {"loss": float(loss)}, {}, None)
     progress.close()
     params = jax.device_get(state[0])
     return [

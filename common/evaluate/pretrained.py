@@ -78,7 +78,7 @@ class Pretrained:
             config, lines = survey.settle(self.config, source, self.value_range)
             data.value_range = config.data.value_range
             for line in lines:
-                report.say(line)
+                report.say(in_eval(line))
         return source
 
     def open_labelled(self, role: str) -> sources.Source:
@@ -88,8 +88,9 @@ class Pretrained:
             warn_of_overlap(self.config.data)
         if not source.num_classes:
             raise UserError(
-                f"{source.name} ({source.split}) has no labels, and --mode needs some: give "
-                "labelled data, e.g. --eval.source=folder:PATH with a folder for each class"
+                f"{source.name} ({source.split}) has no labels, and this mode needs some: give "
+                "labelled data, e.g. --eval.source=folder:PATH with a folder for each class (and "
+                "--eval.labels if they are hidden)"
             )
         return source
 
@@ -132,7 +133,9 @@ class Pretrained:
 
 def in_eval(text: str) -> str:
     """A message about `config.data`, with the flags of an evaluation in the place of its fields."""
-    text = re.sub(r"(?<![\w.-])data\.(source|labels|train_split|test_split)", r"--eval.\1", text)
+    text = re.sub(
+        r"(?<![\w.-])data\.(source|labels|train_split|test_split|value_range)", r"--eval.\1", text
+    )
     return re.sub(r"(?<![\w-])(config\.)?data\.dir\b", "--eval.data_dir", text)
 
 
@@ -159,14 +162,13 @@ def load(
     value_range = config.data.value_range
     with config.unlocked():
         d = config.data
-        d.value_range = value_range_of(settings, d, settings.source or d.source)
+        others = read_anew(settings, d, settings.source or d.source)
         d.on_corrupt = settings.on_corrupt or d.on_corrupt
-        d.source = settings.source or d.source
-        d.labels = settings.labels or ("auto" if settings.source else d.labels)
         d.dir = settings.data_dir or d.dir
         d.train_split = settings.train_split or d.bank_split or d.train_split
         d.bank_split = ""  # "train" is the split that votes here
-        d.test_split = settings.test_split or d.test_split
+        # a run without a test set says nothing of other data
+        d.test_split = settings.test_split or d.test_split or ("test" if others else "")
     mesh = mesh or make_mesh()
     method = methods[config.method](make_encoder_setup(config, mesh))
     state, step = None, 0
@@ -177,13 +179,30 @@ def load(
     return Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
 
 
-def value_range_of(settings: ConfigDict, data: ConfigDict, source: str) -> str:
-    """The value range of `source` in the evaluation of a run with the section `data`.
+def read_anew(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
+    """Sets `source` in the section `data` of a run, and how it is read.
 
-    Of the run's own data it is the run's, of others that of their own values, unless it is given.
+    The run's own data are read as they were, whatever path leads to them; of others labels and
+    value range are their own. Both can be given.
+
+    Returns:
+        Whether they are others.
     """
-    own = source == data.source or data.value_range == UPPER_8
-    return settings.value_range or (data.value_range if own else AUTO)
+    own = _place(source) == _place(data.source)
+    if not own and data.value_range != UPPER_8:
+        data.value_range = AUTO
+    data.value_range = settings.value_range or data.value_range
+    data.labels = settings.labels or (data.labels if own else "auto")
+    data.source = source
+    return not own
+
+
+def _place(source: str) -> str:
+    """A source by one name: of a folder there are many."""
+    kind, colon, path = source.partition(":")
+    if kind not in ("folder", "shards") or files.is_remote(path):
+        return source.rstrip("/")
+    return kind + colon + os.path.realpath(files.path(path))
 
 
 def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:

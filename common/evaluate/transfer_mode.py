@@ -8,7 +8,7 @@ from common import files
 from common.data.sources import KINDS
 from common.errors import UserError
 from common.evaluate import accuracy, logistic, modes
-from common.evaluate.pretrained import Pretrained, value_range_of
+from common.evaluate.pretrained import Pretrained, read_anew
 
 # A split may be a TFDS slice, with a colon of its own: train[:80%]
 _SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"
@@ -97,7 +97,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 def _open(opened: Pretrained, data_set: DataSet) -> tuple:
     config = opened.config.copy_and_resolve_references()
     with config.unlocked():
-        config.data.value_range = value_range_of(opened.settings, config.data, data_set.source)
+        read_anew(opened.settings, config.data, data_set.source)
         config.data.update(dataclasses.asdict(data_set))
     there = dataclasses.replace(opened, config=config)
     return there.open_labelled("train"), there.open_labelled("test")

@@ -208,7 +208,11 @@ def _results(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def _score(name: str, value: Any) -> str:
-    """Accuracies as per cent, everything else as it is."""
+    """Accuracies as per cent, everything else as it is, but for the directories of paths."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_score(key, x)}" for key, x in value.items() if x is not None)
+    if isinstance(value, list):
+        return "; ".join(_score(name, x) for x in value)
     share = isinstance(value, float) and 0 <= value <= 1
     if share and any(part in name for part in ("top1", "top5", "accuracy")):
         return f"{100 * value:.2f} %"
