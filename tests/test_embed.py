@@ -224,7 +224,7 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     assert table["name"].to_pylist() == ["a.png", "b.png", "\\udcff.png"]
 
 
-def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path):
+def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
     """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
     names = [f"{i}.png" for i in range(7)]
     for k in (0, 1):
@@ -250,6 +250,7 @@ def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path):
     gone = ["test/kind0/2.png", "test/kind0/6.png", "test/kind1/4.png"]
     assert sentence.endswith(f"; 3 damaged images left out: {', '.join(gone)}")
     assert (metrics["left_out"], metrics["examples"]) == (3, 11)
+    assert "left out (3 of 14 images so far)" in caplog.text and "replaced" not in caplog.text
     assert found["left_out"].tolist() == gone
     for name in ("features", "labels", "ids", "names"):
         np.testing.assert_array_equal(found[name], np.delete(whole[name], bad, 0))

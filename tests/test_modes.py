@@ -33,7 +33,7 @@ def test_a_plan_of_this_machine(tmp_path):
 def test_shards_are_prepared_and_trained_on(tmp_path):
     done = call(DEMO, "--mode=prepare", f"--workdir={tmp_path / 'shards'}")
     assert done.returncode == 0, done.stderr
-    assert "train: 64 images in 1 files" in done.stderr
+    assert "train: 64 images in 1 file\n" in done.stderr
     source = f"--config.data.source=shards:{tmp_path / 'shards'}"
     done = call(DEMO, source, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

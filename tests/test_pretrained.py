@@ -7,10 +7,16 @@ import opened_run
 import pytest
 import tiny
 from PIL import Image
+from test_sources import config as sources_config
 
+from common import transfer
 from common.checkpoint import Checkpoints
-from common.evaluate import transfer_mode
+from common.data import shards, sources
+from common.errors import UserError
+from common.evaluate import modes, transfer_mode
+from common.export import weights
 from common.method import root_keys
+from common.workdir import claim
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +141,23 @@ def test_a_run_is_opened_whatever_its_training_needs(tmp_path):
     opened = opened_run.load(workdir, devices=8)  # which 4 images cannot be split over
     images = np.zeros((8, 8, 8, 3), np.uint8)
     assert np.isfinite(opened.encoder(images)).all()
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_given(runs, tmp_path, monkeypatch):
+    """A shell leaves that of `--workdir=~/runs` to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(runs[0])
+    assert opened_run.load("~/run").workdir == tmp_path / "run"
+    assert len(weights.load_weights("~/run").arrays) > 5
+    assert transfer.source_of("~/run", tmp_path / "new")[0] == tmp_path / "run"
+    assert transfer.source_of(f"~/run@{opened_run.STEP}", tmp_path / "new")[1] == opened_run.STEP
+    c = tiny.config("simclr", data__source="fake", data__fake_examples=9)
+    shards.prepare(c, "~/shards")
+    c.data.source = "shards:~/shards"
+    assert sources.open_source(c.data, "train").num_examples == 9
+    with claim("~/claimed", c) as (claimed, _):
+        assert claimed == tmp_path / "claimed" and claimed.is_dir()
+    s = opened_run.config(export__dir="~/out", export__format="npz")
+    assert modes.run("export", "~/run", s, tiny.METHODS)["dir"] == str(tmp_path / "out")
+    with pytest.raises(UserError, match=f"looked in {tmp_path}/sets/cifar10"):
+        sources.open_source(sources_config("tfds:cifar10", dir="~/sets"), "train")

@@ -61,9 +61,15 @@ def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch)
     assert train.listing != test.listing != ""
 
 
-def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path):
+def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path, capsys):
     c = config(f"folder:{folder}", train_split="train[:50%]", test_split="train[50%:]")
     shards.prepare(c, tmp_path / "s")
+    said = capsys.readouterr().err
+    assert said.splitlines()[0] == f"read from {folder}/train, 2 classes by folder: class0, class1"
+    assert said.splitlines()[-1] == (
+        f"Read them with --config.data.source=shards:{tmp_path / 's'} "
+        "'--config.data.train_split=train[:50%]' '--config.data.test_split=train[50%:]'"
+    )
     before = [sources.open_source(c.data, role).names(np.arange(7)) for role in ("train", "test")]
     c.data.source = f"shards:{tmp_path / 's'}"
     for role, names in zip(("train", "test"), before, strict=True):
@@ -169,7 +175,7 @@ def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypa
     assert index["left_out"] == [names[i] for i in bad]
     said = capsys.readouterr().err
     assert f"train: 10 images in {len(index['shards'])} files; 4 damaged images left out: " in said
-    assert names[13] in said and "test: 3 images in 1 files\n" in said
+    assert names[13] in said and "test: 3 images in 1 file\n" in said
     copy = sources.open_source(config(f"shards:{tmp_path / 's'}").data, "train")
     good = [i for i in range(14) if i not in bad]
     assert copy.num_examples == index["num_examples"] == 10

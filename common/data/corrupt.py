@@ -15,6 +15,8 @@ from common.errors import UserError
 # Errors may overtake the batches before them in tf.data, by about as many as are in flight.
 LOOK_AHEAD = 64  # batches
 _READERS = 8  # files looked at at a time
+# A `Source.on_corrupt` of who replaces an image for the time being and drops it afterwards.
+LEAVE_OUT = "leave out"
 
 
 def file_bytes(source: Source, payload: tf.Tensor) -> tf.Tensor:
@@ -98,10 +100,11 @@ def error_for(source: Source, index: int, reason: str) -> UserError:
 def warn(source: Source, index: int, stand_in: str, reason: str) -> None:
     """Logs a replacement, and how many there have been; of many only every so often."""
     count = source.corrupt_count
+    what = "left out" if source.on_corrupt == LEAVE_OUT else f"replaced by {stand_in}"
     if count <= 20 or count % 100 == 0:
         logging.warning(
-            "corrupt image %s (%s) replaced by %s (%d of %d images so far)",
-            source.describe(index), reason, stand_in, count, source.num_examples,
+            "corrupt image %s (%s) %s (%d of %d images so far)", source.describe(index), reason,
+            what, count, source.num_examples,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import zipfile
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 from common import files
 from common.data import sources
+from common.data.folder_tree import plural
 from common.data.sources import ArraySource, Source
 from common.errors import UserError
 
@@ -33,6 +35,7 @@ INDEX = "index.json"
 SHARD_BYTES = 60_000_000
 _VERSION = 1
 _READERS = 8  # files read at a time
+_USUAL = {"train": "train", "test": "test", "bank": ""}  # the splits that a config names itself
 _GIB = 2**30
 # NumPy reads a header with `ast`, which in Python 3.11 can fail in several threads (CPython's issue
 # 106905): what takes time, the reading, is done in parallel, and this is not.
@@ -63,12 +66,20 @@ def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
     index = {"version": _VERSION, "name": opened["train"].name, "splits": {}}
     directory.mkdir(parents=True, exist_ok=True)
     for source in opened.values():
+        for line in source.account:
+            print(line, file=sys.stderr)
         index["splits"][source.split] = _write_split(source, directory)
     files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
     for name, found in index["splits"].items():
         n, count = found["num_examples"], len(found["shards"])
         left_out = sources.listed(found["left_out"], "damaged image", "left out")
-        print(f"{name}: {n:,} images in {count:,} files{left_out}", file=sys.stderr)
+        print(
+            f"{name}: {n:,} images in {count:,} {plural('file', count)}{left_out}", file=sys.stderr
+        )
+    named = {role: name for role, name in splits.items() if name != _USUAL[role]}
+    flags = [f"--config.data.{role}_split={name}" for role, name in named.items()]
+    flags = [f"--config.data.source=shards:{directory}", *flags]
+    print(f"Read them with {' '.join(map(shlex.quote, flags))}", file=sys.stderr)
     return index
 
 

@@ -27,6 +27,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             "least 0 and 1"
         )
     source = _open(opened)
+    if source.on_corrupt == "replace":
+        source.on_corrupt = "leave out"  # `common.data.corrupt.LEAVE_OUT`, without TensorFlow
     features, labels, ids = opened.extract(source, c.examples)
     names = source.names(ids)
     damaged = _damaged(source, ids)
