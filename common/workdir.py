@@ -81,8 +81,8 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
         saved = json.loads(path.read_text())
     except (OSError, ValueError):
         saved = None
-    if not isinstance(saved, dict):
-        return config
+    if not isinstance(saved, dict) or saved.get("method") != config.method:
+        return config  # which `claim` refuses
     config, newer = configs.as_begun(config, saved)
     for name, value in sorted(newer.items()):
         logging.warning(

@@ -125,6 +125,9 @@ def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypa
     assert pretrained.read_config(tmp_path, {"simclr": toy.Toy}).seed == 0
     toy.train(c, tmp_path)
     assert workdirs.as_begun(c, tmp_path / "new") is c
+    other = toy.config()
+    other.method = "moco"
+    assert workdirs.as_begun(other, tmp_path) is other
 
 
 def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
