@@ -122,7 +122,7 @@ class _Layout:
 
         def has_images(folder: epath.Path) -> bool:
             try:
-                return bool(self.tree.files(folder) or self.tree.with_images(folder))
+                return self.tree.has_image_at_hand(folder) or bool(self.tree.with_images(folder))
             except UserError:  # it is not read anyway
                 return False
 
@@ -145,8 +145,8 @@ class _Layout:
             return base
         if self.legacy or not self.kind(root.name):
             return root
-        others = self.no_splits(base)
-        if others and tree.files(root) and not tree.with_images(root):
+        flat = tree.has_image_at_hand(root) and not tree.with_images(root)
+        if flat and (others := self.no_splits(base)):
             splits = [f.name for f in folders if self.kind(f.name)]
             if self.labels == "none" and len(splits) > 1:
                 return root
