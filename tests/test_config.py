@@ -251,3 +251,16 @@ def test_chance_is_that_of_guessing():
     """Of 2 x 16 views each has 31 others; a query has its key and the 40 of the queue."""
     assert tiny.build(tiny.config("simclr"), 1).chance == 1 / 31
     assert tiny.build(tiny.config("moco", model__bn_groups=4), 1).chance == 1 / 41
+
+
+def test_what_an_import_left_open_may_be_decided_by_the_training():
+    saved = {"data": {"value_range": "auto", "labels": "auto", "source": "folder:a"}, "seed": 0}
+    current = {"data": {"value_range": "0:1", "labels": "auto", "source": "folder:a"}, "seed": 0}
+    config.check_same_run(saved, current, "w")
+    assert config.with_decided(saved, current) == current
+    assert config.with_decided(current, saved) == current  # and once: it stays
+    with pytest.raises(UserError, match=r"data.value_range \(was '0:1', now 'auto'\)"):
+        config.check_same_run(current, saved, "w")
+    current["data"]["labels"] = "none"
+    with pytest.raises(UserError, match=r"data.labels \(was 'auto', now 'none'\)"):
+        config.check_same_run(saved, current, "w")
