@@ -53,25 +53,21 @@ class Pretrained:
     value_range: str = UPPER_8
 
     def open(self, role: str) -> sources.Source:
-        """The source of a role ("train" or "test"); a missing split is a `UserError`."""
-        if not self.config.data[f"{role}_split"]:
+        """The source of a role ("train" or "test"), with what there is to say of it.
+
+        Of data that are not the run's own, the first split to be opened decides the value range.
+
+        Raises:
+            UserError: no such split, and what `sources.open_source` raises.
+        """
+        data = self.config.data
+        if not data[f"{role}_split"]:
             raise UserError(
                 f"no {role} split: the run of {self.workdir} named none, so give "
                 f"--eval.{role}_split=NAME"
             )
-        source = self.open_split(role)
-        if source.account:
-            report.say("\n  ".join(source.summary()))
-        return source
-
-    def open_split(self, split: str) -> sources.Source:
-        """The source of a role or of any split, by its name.
-
-        Of data that are not the run's own, the first split to be opened decides the value range.
-        """
-        data = self.config.data
         try:
-            source = sources.open_source(data, split)
+            source = sources.open_source(data, role)
         except UserError as error:
             raise UserError(in_eval(str(error))) from error
         if data.value_range == AUTO:
@@ -79,6 +75,8 @@ class Pretrained:
             data.value_range = config.data.value_range
             for line in lines:
                 report.say(in_eval(line))
+        if source.account:
+            report.say("\n  ".join(source.summary()))
         return source
 
     def open_labelled(self, role: str) -> sources.Source:
