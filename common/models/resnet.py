@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from common.errors import UserError
-from common.models import cpu_conv, fold, initial
+from common.models import cpu_conv, fold, gpu_stem, initial
 from common.optim import one_of
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
@@ -146,8 +146,9 @@ def conv(
     dtype: Any = jnp.float32,
     name: str | None = None,
     init_as: str = "he",
+    function: Any = cpu_conv.conv_general_dilated,
 ) -> nn.Conv:
-    """A convolution without bias, `size // 2` zeros on every side."""
+    """A convolution without bias, `size // 2` zeros on every side; `function` computes it."""
     return nn.Conv(
         features,
         (size, size),
@@ -157,7 +158,7 @@ def conv(
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
         kernel_init=initial.KERNELS[init_as],
-        conv_general_dilated=cpu_conv.conv_general_dilated,
+        conv_general_dilated=function,
         name=name,
     )
 
@@ -267,11 +268,11 @@ class ResNet(nn.Module):
             x = space_to_depth(x, int(self.stem[-1]))
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         init_as = self.stem_init or self.conv_init
-        x = conv(width, size, stride, self.dtype, "stem_conv", init_as)(x)
+        function = gpu_stem.conv_general_dilated
+        x = conv(width, size, stride, self.dtype, "stem_conv", init_as, function)(x)
         x = nn.relu(norm(name="stem_bn")(x, train))
         if self.stem == "imagenet":
-            # zeros are below every ReLU output, so they pad a maximum as -inf does
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+            x = gpu_stem.max_pool(x)
         block = Block
         if self.remat != "none":
             convs = jax.checkpoint_policies.save_only_these_names("conv")

@@ -1,0 +1,179 @@
+"""The first layers of an ImageNet ResNet in the form that a GPU is fast in; the same functions.
+
+cuDNN fills up three channels to eight, so that most of what a 7x7 convolution of an image reads and
+multiplies is zeros: with its pixels in blocks of 2x2, as 12 channels, it is a 4x4 convolution. The
+gradient of XLA's max pooling looks for each maximum again and adds to memory atomically: here the
+place of a maximum is stored, one byte each, and each pixel looks whether it was one. On an H200
+these layers took 14 % of the time of a ResNet-50's step, and take so 4 % (docs/benchmarks.md).
+CPUs and TPUs get XLA's own.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from common.models import cpu_conv
+
+PLATFORMS = ("cuda", "rocm")
+CHANNELS = 8  # a multiple of so many is what cuDNN's kernels read
+Pair = tuple[int, int]
+
+
+def on_gpu(gpu: Any, other: Any, *arguments: Any) -> Any:
+    # the platform is known when the step is lowered: a plan for a TPU may be made on a GPU
+    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(PLATFORMS, gpu), default=other)
+
+
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], **options: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of images, for `flax.linen.Conv`; no forward-mode derivative.
+
+    Args:
+        x: `[b, h, w, c]`.
+        kernel: `[k, k, c, d]`.
+        strides: of height and width; with 2 and an even h and w, blocks may be taken.
+        padding: before and after, of height and width.
+        **options: what else the original takes.
+
+    Returns:
+        `[b, h / stride, w / stride, d]`.
+    """
+    plain = functools.partial(
+        cpu_conv.conv_general_dilated, strides=strides, padding=padding, **options
+    )
+    size = kernel.shape[0]
+    usual = kernel.shape[1] == size and size % 2 and padding == [(size // 2, size // 2)] * 2
+    if not usual or tuple(strides) != (2, 2) or x.shape[1] % 2 or x.shape[2] % 2:
+        return plain(x, kernel)
+    blocks = functools.partial(conv_of_blocks, precision=options.get("precision"))
+
+    @jax.custom_vjp
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return on_gpu(blocks, plain, x, kernel)
+
+    def backward(stored: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def of(function: Any) -> Any:
+            return lambda x, kernel, g: jax.vjp(function, x, kernel)[1](g)
+
+        return on_gpu(of(blocks), of(plain), *stored, g)
+
+    conv.defvjp(lambda x, kernel: (conv(x, kernel), (x, kernel)), backward)
+    return conv(x, kernel)
+
+
+def conv_of_blocks(x: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
+    """A convolution of stride 2 and odd size k, `k // 2` zeros on every side, of 2x2 blocks.
+
+    Args:
+        x: `[b, h, w, c]`, h and w even.
+        kernel: `[k, k, c, d]`.
+        precision: of the products.
+
+    Returns:
+        `[b, h / 2, w / 2, d]`.
+    """
+    b, h, w, c = x.shape
+    half = kernel.shape[0] // 2
+    before = half + half % 2  # the window begins with a block, at most one pixel earlier
+    taps = (before + half) // 2 + 1  # blocks of it
+    # one row of zeros before the kernel where it begins inside a block, one behind it where it ends
+    # inside one
+    lead = before - half
+    behind = 2 * taps - lead - kernel.shape[0]
+    kernel = jnp.pad(kernel, [(lead, behind)] * 2 + [(0, 0)] * 2)
+    after = 2 * (taps - 1) - before
+    x = jnp.pad(x, [(0, 0), (before, after), (before, after), (0, 0)])
+    rows, columns = h // 2 + taps - 1, w // 2 + taps - 1
+    x = x.reshape(b, rows, 2, columns, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(taps, 2, taps, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
+    more = -4 * c % CHANNELS
+    x = jnp.pad(x.reshape(b, rows, columns, 4 * c), [(0, 0)] * 3 + [(0, more)])
+    kernel = jnp.pad(kernel.reshape(taps, taps, 4 * c, -1), [(0, 0)] * 2 + [(0, more), (0, 0)])
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of 3x3 windows of stride 2, one pixel of padding around `x [b, h, w, c]`."""
+    if x.shape[1] % 2 or x.shape[2] % 2:
+        return plain_pool(x)
+
+    @jax.custom_vjp
+    def pool(x: jax.Array) -> jax.Array:
+        return on_gpu(lambda x: pool_with_places(x)[0], plain_pool, x)
+
+    def forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def other(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = plain_pool(x)
+            return y, jnp.zeros(y.shape, jnp.uint8)  # which nothing reads
+
+        y, places = on_gpu(pool_with_places, other, x)
+        return y, (x, places)
+
+    def backward(stored: tuple, g: jax.Array) -> tuple[jax.Array]:
+        def other(x: jax.Array, places: jax.Array, g: jax.Array) -> jax.Array:
+            return jax.vjp(plain_pool, x)[1](g)[0]
+
+        return (on_gpu(lambda x, places, g: unpool(places, g), other, *stored, g),)
+
+    pool.defvjp(forward, backward)
+    return pool(x)
+
+
+def plain_pool(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+
+
+def pool_with_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maxima of `x [b, h, w, c]`, h and w even, and where they were, uint8 0 to 8: the first."""
+    low = jnp.array(-jnp.inf, x.dtype)
+    x = jax.lax.pad(x, low, [(0, 0, 0), (1, 0, 0), (1, 0, 0), (0, 0, 0)])
+    x = jax.lax.pad(x, low, [(0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0)])
+    h, w = x.shape[1] - 2, x.shape[2] - 2
+    windows = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+    best, places = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
+    for place, here in enumerate(windows[1:], 1):
+        larger = here > best
+        best = jnp.where(larger, here, best)
+        places = jnp.where(larger, jnp.uint8(place), places)
+    return best, places
+
+
+def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
+    """Gradient `[b, h, w, c]` of the input of `pool_with_places`.
+
+    Args:
+        places: `[b, h / 2, w / 2, c]`, as that function gives them.
+        g: of the maxima, of the same shape. What meets is added up in float32 at least.
+    """
+    b, h, w, c = g.shape
+    kind = jnp.promote_types(g.dtype, jnp.float32)
+    none = jnp.uint8(9)
+    # pixel 2 i is in the middle of window i; pixel 2 i + 1 at the end of it, and at the beginning
+    # of window i + 1
+    along = [[1, 2], [None, 0]]
+
+    def part(shift_h: int, shift_w: int) -> jax.Array:
+        """What the pixels of each 2x2 block get from one window."""
+        wanted = jnp.array(
+            [
+                [none if m is None or n is None else 3 * m + n for n in along[shift_w]]
+                for m in along[shift_h]
+            ],
+            jnp.uint8,
+        )
+
+        def shifted(a: jax.Array) -> jax.Array:
+            pad = [(0, 0), (0, shift_h), (0, shift_w), (0, 0)]
+            return jnp.pad(a, pad)[:, shift_h:, shift_w:][:, :, None, :, None]
+
+        hit = shifted(places) == wanted[None, None, :, None, :, None]
+        return jnp.where(hit, shifted(g).astype(kind), 0)
+
+    total = sum(part(i, j) for i in (0, 1) for j in (0, 1))
+    return total.astype(g.dtype).reshape(b, 2 * h, 2 * w, c)
