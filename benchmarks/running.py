@@ -50,9 +50,9 @@ class Running:
         return metrics
 
 
-def traced(c: ConfigDict) -> jax.stages.Traced:
+def traced(c: ConfigDict, device: jax.Device | None = None) -> jax.stages.Traced:
     """The step that `Running` compiles for random images, before it is lowered for a platform."""
-    mesh, data = make_mesh(jax.devices()[:1]), {}
+    mesh, data = make_mesh([device or jax.devices()[0]]), {}
     if c.data.augment_on == "device":
         size = c.data.image_size
         data = resident.shapes_of(c.data.fake_examples, (size, size))
@@ -61,11 +61,16 @@ def traced(c: ConfigDict) -> jax.stages.Traced:
 
 
 def flops(c: ConfigDict) -> float | None:
-    """Floating-point operations of a step, as XLA counts them before it compiles.
+    """Floating-point operations of a step, as XLA counts them for a CPU before it compiles.
 
-    Afterwards some are in calls of libraries, whose counting depends on the platform.
+    Afterwards some are in calls of libraries, whose counting depends on the platform, and on a GPU
+    JAX does not count at all. None where JAX was told to leave CPUs alone (`JAX_PLATFORMS`).
     """
-    return (traced(c).lower().cost_analysis() or {}).get("flops")
+    try:
+        device = jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
+    return (traced(c, device).lower().cost_analysis() or {}).get("flops")
 
 
 def described(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Method, Any, Any]:

@@ -1,5 +1,6 @@
 """The kit for an accelerator: what it does when it is cut off, and what its checks see."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,19 @@ from common import jsonl
 from common.errors import UserError
 
 TESTS = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpleState:
+    params: dict
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpleRun:
+    state: SimpleState
 
 
 def setting(tmp_path, data=""):
@@ -274,6 +288,52 @@ def test_a_step_is_right_only_if_its_loss_moves_and_its_state_is_given_up(tmp_pa
 
     monkeypatch.setattr(sanity, "Running", Broken)
     assert not sanity.step(setting(tmp_path), name).ok
+
+
+class FakeFirstStep:
+    """A step whose gradient jumps by 1 % where the first parameter is above its start."""
+
+    start = SimpleState({"w": np.array([1.0, 2.0], np.float32)})
+    calls: list[str]
+
+    def __init__(self, c, on):
+        self.on, self.run = on, SimpleRun(self.start)
+
+    def __call__(self, state):
+        w = state.params["w"]
+        here = len(self.calls) == 1  # the second one is the device's
+        self.calls.append("there")
+        beyond = self.flips if here else w[0] > 1
+        gradient = np.array([1.0, 1.01 if beyond else 1.0], np.float32)
+        return np.float32(3), gradient * (self.factor if here else 1)
+
+
+@pytest.mark.parametrize(
+    "flips, factor, ok, states",
+    [(False, 1, True, 1), (True, 1, True, 2), (False, 1.001, False, 1 + sanity.NEIGHBOURS)],
+)
+def test_a_gradient_may_be_that_of_a_state_one_rounding_away(
+    flips, factor, ok, states, tmp_path, monkeypatch
+):
+    fake = type("Fake", (FakeFirstStep,), {"flips": flips, "factor": factor, "calls": []})
+    monkeypatch.setattr(sanity, "_FirstStep", fake)
+    found = sanity.same_as_cpu(setting(tmp_path), "simclr")
+    assert found.ok == ok and found.values["loss"] == 0
+    if ok and flips:  # half of the neighbours are beyond
+        assert 2 <= found.values["states"] <= 1 + sanity.NEIGHBOURS
+        assert "states a rounding apart" in found.figure
+        assert found.values["gradient_of_the_same_state"] > sanity.GRADIENT_TOLERANCE
+    else:
+        assert found.values["states"] == states
+
+
+def test_neighbours_of_a_state_are_one_rounding_away():
+    start = SimpleState({"w": np.linspace(0.1, 9, 1000, dtype=np.float32)})
+    moved = sanity._neighbour(start, seed=1).params["w"]
+    assert moved.dtype == np.float32
+    apart = np.abs(moved.view(np.int32) - start.params["w"].view(np.int32))
+    assert apart.max() <= 2 and (apart > 0).mean() > 0.9
+    assert 0.4 < (moved > start.params["w"]).mean() < 0.6
 
 
 def test_seconds_to_a_score_are_those_of_the_steps_alone():

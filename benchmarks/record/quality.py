@@ -44,7 +44,7 @@ class Run:
 RUNS = {
     "simclr_200_epochs": Run("simclr", 200),
     "moco_200_epochs": Run("moco", 200),
-    "simclr_500_epochs": Run("simclr", 500, every=25, knn_k=10),
+    "simclr_500_epochs": Run("simclr", 500, knn_k=10),
 }
 
 
@@ -57,6 +57,7 @@ def changes(run: Run, sizes: Sizes) -> dict[str, Any]:
         "duration": sizes.duration or f"{run.epochs} epochs",
         "evaluate.every": f"{run.every} epochs",
         "evaluate.knn_k": run.knn_k,
+        "evaluate.pictures": False,
         "checkpoint.every": "10 %",
         "checkpoint.keep": 1,  # small enough to be carried away
     }
