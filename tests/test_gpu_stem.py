@@ -31,6 +31,27 @@ def test_a_convolution_of_blocks_is_the_convolution(size, shape):
         tiny.assert_close((got, gradient(g)), (want, want_gradient(g)), 1e-12, 1e-12)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 6}, {"x": (2, 15, 16, 4)}, {"strides": (2, 1)}, {"padding": [(3, 3), (2, 3)]},
+        {"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_blocks_is_left_alone(change):
+    more = {"size": 7, "x": (2, 16, 16, 4), "strides": (2, 2), "padding": [(3, 3), (3, 3)]} | change
+    size, shape, strides, padding = (more.pop(n) for n in ("size", "x", "strides", "padding"))
+    kernel = drawn(size, size, 4 // more.get("feature_group_count", 1), 8)
+
+    def text(conv, platform="cuda"):
+        step = jax.jit(lambda x, k: conv(x, k, strides, padding, **PLAIN, **more))
+        lowered = step.trace(drawn(*shape), kernel).lower(lowering_platforms=(platform,))
+        return [line for line in lowered.as_text().splitlines() if "stablehlo.conv" in line]
+
+    same = text(gpu_stem.conv_general_dilated) == text(jax.lax.conv_general_dilated)
+    assert same == bool(change)
+
+
 def test_what_cudnn_reads_has_channels_in_eights():
     text = jax.jit(gpu_stem.conv_of_blocks).lower(
         jnp.zeros((1, 8, 8, 3), jnp.bfloat16), jnp.zeros((7, 7, 3, 4), jnp.bfloat16)

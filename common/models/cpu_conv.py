@@ -37,10 +37,8 @@ def conv_general_dilated(
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    dilations = [options.get(name) or () for name in ("lhs_dilation", "rhs_dilation")]
-    ordinary = x.shape[-1] == kernel.shape[2] and all(d == 1 for both in dilations for d in both)
     # of several devices, each holds a part of the batch: a slice would lie on some of them only
-    if jax.device_count() > 1 or not ordinary:
+    if jax.device_count() > 1 or not is_ordinary(x, kernel, options):
         return plain(x, kernel)
 
     @jax.custom_vjp
@@ -65,6 +63,12 @@ def conv_general_dilated(
 
     conv.defvjp(forward, backward)
     return conv(x, kernel)
+
+
+def is_ordinary(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
+    """Whether the options of a convolution leave it without groups and dilation."""
+    dilations = [options.get(name) or () for name in ("lhs_dilation", "rhs_dilation")]
+    return x.shape[-1] == kernel.shape[2] and all(d == 1 for both in dilations for d in both)
 
 
 def input_gradient(

@@ -1,14 +1,15 @@
 """The first layers of an ImageNet ResNet in the form that a GPU is fast in; the same functions.
 
-cuDNN fills up three channels to eight, so that most of what a 7x7 convolution of an image reads and
-multiplies is zeros: with its pixels in blocks of 2x2, as 12 channels, it is a 4x4 convolution. The
-gradient of XLA's max pooling looks for each maximum again and adds to memory atomically: here the
-place of a maximum is stored, one byte each, and each pixel looks whether it was one. On an H200
-these layers took 14 % of the time of a ResNet-50's step, and take so 4 % (docs/benchmarks.md).
-CPUs and TPUs get XLA's own.
+cuDNN pads three channels to eight, so most of what a 7x7 convolution of an image reads and
+multiplies is zeros. With the pixels in blocks of 2x2, as 12 channels, it is a 4x4 convolution. The
+gradient of XLA's max pooling searches for each maximum again and adds to memory atomically. Here
+the place of a maximum is stored, in one byte, and each pixel looks up whether it was one. On an
+H200 these layers took 15 % of the time of a ResNet-50's step (docs/benchmarks.md). CPUs and TPUs
+get XLA's own.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,11 @@ CHANNELS = 8  # a multiple of so many is what cuDNN's kernels read
 Pair = tuple[int, int]
 
 
-def on_gpu(gpu: Any, other: Any, *arguments: Any) -> Any:
-    # the platform is known when the step is lowered: a plan for a TPU may be made on a GPU
+def on_gpu(gpu: Callable, other: Callable, *arguments: Any) -> Any:
+    """One function of the arguments where the program is lowered for a GPU, another one elsewhere.
+
+    That is not where it is traced: a plan for a TPU may be made on a GPU.
+    """
     return jax.lax.platform_dependent(*arguments, **dict.fromkeys(PLATFORMS, gpu), default=other)
 
 
@@ -35,9 +39,9 @@ def conv_general_dilated(
     Args:
         x: `[b, h, w, c]`.
         kernel: `[k, k, c, d]`.
-        strides: of height and width; with 2 and an even h and w, blocks may be taken.
+        strides: of height and width; 2 and an even h and w are what a GPU takes in blocks.
         padding: before and after, of height and width.
-        **options: what else the original takes.
+        **options: what else the original takes; with groups or dilation, XLA has its way.
 
     Returns:
         `[b, h / stride, w / stride, d]`.
@@ -46,8 +50,10 @@ def conv_general_dilated(
         cpu_conv.conv_general_dilated, strides=strides, padding=padding, **options
     )
     size = kernel.shape[0]
-    usual = kernel.shape[1] == size and size % 2 and padding == [(size // 2, size // 2)] * 2
-    if not usual or tuple(strides) != (2, 2) or x.shape[1] % 2 or x.shape[2] % 2:
+    around = [(size // 2, size // 2)] * 2
+    fits = kernel.shape[1] == size and size % 2 and [tuple(p) for p in padding] == around
+    fits = fits and tuple(strides) == (2, 2) and not (x.shape[1] % 2 or x.shape[2] % 2)
+    if not fits or not cpu_conv.is_ordinary(x, kernel, options):
         return plain(x, kernel)
     blocks = functools.partial(conv_of_blocks, precision=options.get("precision"))
 
@@ -56,7 +62,7 @@ def conv_general_dilated(
         return on_gpu(blocks, plain, x, kernel)
 
     def backward(stored: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def of(function: Any) -> Any:
+        def of(function: Callable) -> Callable:
             return lambda x, kernel, g: jax.vjp(function, x, kernel)[1](g)
 
         return on_gpu(of(blocks), of(plain), *stored, g)
@@ -80,8 +86,7 @@ def conv_of_blocks(x: jax.Array, kernel: jax.Array, precision: Any = None) -> ja
     half = kernel.shape[0] // 2
     before = half + half % 2  # the window begins with a block, at most one pixel earlier
     taps = (before + half) // 2 + 1  # blocks of it
-    # one row of zeros before the kernel where it begins inside a block, one behind it where it ends
-    # inside one
+    # zeros before the kernel where it begins inside a block, and behind it where it ends inside one
     lead = before - half
     behind = 2 * taps - lead - kernel.shape[0]
     kernel = jnp.pad(kernel, [(lead, behind)] * 2 + [(0, 0)] * 2)
