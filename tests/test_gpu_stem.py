@@ -75,6 +75,16 @@ def test_the_pool_that_stores_places_is_the_pool(values):
     assert places.dtype == jnp.uint8
 
 
+@pytest.mark.parametrize("places", [[(2, 2)], [(3, 3)], [(0, 0), (7, 5)], "everywhere"])
+def test_nan_is_not_lost_in_a_pool(places):
+    x = np.array(drawn(1, 8, 8, 2))
+    for h, w in np.ndindex(8, 8) if places == "everywhere" else places:
+        x[0, h, w, 0] = np.nan
+    want = gpu_stem.plain_pool(jnp.asarray(x))
+    assert np.isnan(want).any()
+    np.testing.assert_array_equal(gpu_stem.pool_with_places(jnp.asarray(x))[0], want)
+
+
 def test_gradients_that_meet_are_added_before_they_are_rounded():
     x = np.zeros((1, 6, 6, 1), np.float32)
     x[0, 3, 3, 0] = 1  # is the largest of four windows

@@ -104,7 +104,10 @@ def conv_of_blocks(x: jax.Array, kernel: jax.Array, precision: Any = None) -> ja
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of 3x3 windows of stride 2, one pixel of padding around `x [b, h, w, c]`."""
+    """The largest of 3x3 windows of stride 2, one pixel of padding around `x [b, h, w, c]`.
+
+    Has no forward-mode derivative where h and w are even.
+    """
     if x.shape[1] % 2 or x.shape[2] % 2:
         return plain_pool(x)
 
@@ -143,9 +146,8 @@ def pool_with_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     windows = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
     best, places = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
     for place, here in enumerate(windows[1:], 1):
-        larger = here > best
-        best = jnp.where(larger, here, best)
-        places = jnp.where(larger, jnp.uint8(place), places)
+        places = jnp.where(here > best, jnp.uint8(place), places)
+        best = jnp.maximum(best, here)  # NaN if one of them is
     return best, places
 
 
