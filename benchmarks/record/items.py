@@ -20,8 +20,8 @@ class Item:
     Attributes:
         name: unique.
         stage: one of `STAGES`.
-        seconds: that it needs on one H100 at most, compiling included: an estimate. With less time
-            left it is not begun.
+        seconds: that it needs on one H100, compiling included: an estimate. With less time left it
+            is not begun. Of a training, which can be continued: that have to be left to begin it.
         work: done by the worker.
         command: of a process of its own; then `read` says what it found.
         read: as `work`.
