@@ -28,9 +28,9 @@ from tests import oracles
 # another order of the sums, or another algorithm of a convolution, may do that ten times over.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 # The gradient jumps where an activation changes its sign, and one rounding of the parameters can do
-# that: SimCLR's by 6e-4 or more for three of six such changes (CPU). So there are several right
-# gradients: a CPU's from the state itself, and from so many others, whose parameters are one
-# rounding away.
+# that: SimCLR's by 6e-4 or more for three of six such changes on a CPU (measured once; no script is
+# kept). So there are several right gradients: a CPU's from the state itself, and from so many
+# others, whose parameters are one rounding away.
 NEIGHBOURS, ROUNDING = 8, 1e-7
 DISPATCHES = 3
 PACKAGES = (

@@ -34,17 +34,10 @@ def on_gpu(gpu: Callable, other: Callable, *arguments: Any) -> Any:
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of images, for `flax.linen.Conv`; no forward-mode derivative.
+    """What `cpu_conv.conv_general_dilated` is, and takes; on a GPU in blocks where they fit.
 
-    Args:
-        x: `[b, h, w, c]`.
-        kernel: `[k, k, c, d]`.
-        strides: of height and width; 2 and an even h and w are what a GPU takes in blocks.
-        padding: before and after, of height and width.
-        **options: what else the original takes; with groups or dilation, XLA has its way.
-
-    Returns:
-        `[b, h / stride, w / stride, d]`.
+    They fit a square kernel of odd size k, a stride of 2, `k // 2` zeros on every side, and an even
+    height and width: the first convolution of an ImageNet ResNet.
     """
     plain = functools.partial(
         cpu_conv.conv_general_dilated, strides=strides, padding=padding, **options
