@@ -120,8 +120,10 @@ def curves(
         x, y = series(records, "knn_top1")
         right.plot(x, 100 * y, label=name or None, marker="o", markersize=3.5, linewidth=1.3)
     # Runs on one data set share the value: one line, not one a run.
-    for value in sorted({raw for records in runs.values() for raw in _raw_pixels(records)}):
-        right.axhline(100 * value, color="0.45", linestyle=":", linewidth=1.2, label="raw pixels")
+    raw = sorted({value for records in runs.values() for value in _raw_pixels(records)})
+    for value in raw:
+        label = "raw pixels" if len(raw) == 1 else f"raw pixels ({100 * value:.1f} %)"
+        right.axhline(100 * value, color="0.45", linestyle=":", linewidth=1.2, label=label)
     unit = "epoch" if any("epoch" in r for records in runs.values() for r in records) else "step"
     for axes, title in ((left, "training loss"), (right, "kNN top-1 (%)")):
         axes.set(title=title, xlabel=unit)

@@ -7,8 +7,8 @@ rate 0.03 x batch / 256, no warm-up, weight decay 5e-4, T 0.5, crops from 20 % o
 0.1, a head of 1,024 hidden units without BN). Published: 91.4 % kNN (k = 10), 91.7 % linear after
 1,000 epochs in 3.3 hours of one A100, final loss 5.07; 90.3 % kNN after 500 in 1 h 39 min. Not run
 by us for 1,000. Ours in bfloat16 on one H200 (docs/results.md has the commands): after 200 epochs,
-four minutes, kNN 85.8 % with k = 200 and 86.4 % with k = 10, linear 88.1 %; after 500, nine and a
-half minutes, 89.8 %, 90.2 % and 91.1 %, loss 5.10.
+four minutes of steps, kNN 85.8 % with k = 200 and 86.4 % with k = 10, linear 88.1 %; after 500,
+nine and a half minutes of steps, 89.8 %, 90.2 % and 91.1 %, loss 5.10.
 
 The network starts as theirs, torchvision's: the last scale of a residual block is 1, the head and
 the stem, which is theirs and not torchvision's, are drawn as PyTorch draws them. Their loss is

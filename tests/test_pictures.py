@@ -120,6 +120,18 @@ def test_curves_plot_the_recorded_points(tmp_path, monkeypatch):
     assert load(tmp_path / "one.png").std() > 0
 
 
+def test_values_of_raw_pixels_that_differ_are_told_apart(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    runs = {
+        name: [{"step": 0, "knn_top1": 0.4, "knn_top1_raw_pixels": raw}, {"step": 1, "loss": 1.0}]
+        for name, raw in {"k 200": 0.31, "k 10": 0.373}.items()
+    }
+    pictures.curves(runs, tmp_path / "c.png")
+    labels = [text.get_text() for text in figures[0].axes[1].get_legend().get_texts()]
+    assert labels == ["k 200", "k 10", "raw pixels (31.0 %)", "raw pixels (37.3 %)"]
+
+
 def test_curves_of_a_run_without_epochs_or_evaluations(tmp_path):
     pictures.curves([{"step": 3, "loss": 1.0}], tmp_path / "c.png")
     assert load(tmp_path / "c.png").std() > 0

@@ -258,6 +258,17 @@ def test_mistakes(tmp_path, capsys):
         record.main([f"--out={tmp_path}/file", "--minutes=1", "--tiny"])
 
 
+def test_the_list_needs_nothing_and_is_of_all_items(capsys):
+    every = [item.name for item in items.every(steps.FULL)]
+    assert record.main(["--list"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == every
+    assert record.main(["--list", "--stages=quality"]) == 0
+    listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["quality", "simclr_500_epochs"] in listed and {row[0] for row in listed} == {"quality"}
+    with pytest.raises(SystemExit):  # anything else does
+        record.main(["--stages=quality"])
+
+
 def test_the_losses_and_knn_are_checked_against_numpy_and_a_wrong_one_is_seen(
     tmp_path, monkeypatch
 ):

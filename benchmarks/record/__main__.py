@@ -30,8 +30,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--minutes", type=float, required=True, help="of this call, and half a one to save")
-    add("--out", type=pathlib.Path, required=True, help="folder of the records and runs")
+    listing = "--list" in (sys.argv[1:] if argv is None else argv)  # which needs neither
+    add("--minutes", type=float, required=not listing, help="of this call, and half a one to save")
+    add("--out", type=pathlib.Path, required=not listing, help="folder of the records and runs")
     add("--data", default="", help="shards of CIFAR-10 (main.py --mode=prepare), for quality")
     add("--stages", default="sanity,rates,quality", help="of these, or single items, with commas")
     add("--tiny", action="store_true", help="tiny networks and runs, to try the kit on a CPU")
@@ -57,7 +58,7 @@ def wanted(flags: argparse.Namespace, every: list[items.Item]) -> list[items.Ite
             f"--data={flags.data} holds no {INDEX}: expected what main.py --mode=prepare wrote, or "
             "benchmarks.pieces put together"
         )
-    if needy and not flags.data:
+    if needy and not flags.data and not flags.list:
         if "sanity" not in names and "rates" not in names:
             raise UserError(
                 "quality needs --data=DIR, CIFAR-10 as main.py --mode=prepare writes it"
@@ -121,16 +122,16 @@ def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.
     """
     begin = time.time()
     flags = parse(argv)
-    if flags.minutes <= 0 or flags.patience <= 0:
-        raise UserError("--minutes and --patience: expected more than 0")
     sizes = steps.TINY if flags.tiny else steps.FULL
-    out, data = flags.out.expanduser().resolve(), flags.data
-    data = str(pathlib.Path(data).expanduser().resolve()) if data else ""
     chosen = wanted(flags, importlib.import_module(catalogue).every(sizes))
     if flags.list:
         for item in chosen:
             print(f"{item.stage:8} {item.name:36} {item.seconds:5.0f} s")
         return 0
+    if flags.minutes <= 0 or flags.patience <= 0:
+        raise UserError("--minutes and --patience: expected more than 0")
+    out, data = flags.out.expanduser().resolve(), flags.data
+    data = str(pathlib.Path(data).expanduser().resolve()) if data else ""
     with claimed(out, sizes):
         ledger = Ledger(out)
         deadline = begin + 60 * flags.minutes
