@@ -1,6 +1,7 @@
 """Pretrains an image encoder, evaluates it: `python main.py -h` lists modes, flags and fields."""
 
-from common import interrupts, quiet
+from common.cli import interrupts
+from common.run import quiet
 
 if __name__ == "__main__":
     interrupts.install()  # importing the rest takes seconds
@@ -13,17 +14,19 @@ import sys
 import jax
 from absl import app, flags
 
-from common import command_line, distributed, files
-from common.data import shards
+from common import distributed
+from common.cli import command_line
+from common.data.sources import shards
 from common.errors import UserError
 from common.evaluate import modes
-from common.export.start import import_weights
-from common.metrics import NonFiniteLossError
 from common.optim import one_of
 from common.plan.plan import plan
-from common.preemption import PreemptedError
-from common.replay import replay
-from common.train import train
+from common.run import files
+from common.run.writer import NonFiniteLossError
+from common.train.first_state import import_weights
+from common.train.loop import train
+from common.train.preemption import PreemptedError
+from common.train.replay import replay
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 

@@ -3,8 +3,8 @@
 import argparse
 import pathlib
 
-from common import pictures
-from common.jsonl import FILE
+from common.run import pictures
+from common.run.jsonl import FILE
 
 
 def main() -> None:

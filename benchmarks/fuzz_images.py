@@ -20,6 +20,8 @@ import time
 import numpy as np
 from PIL import Image
 
+from common.data.sources.opening import open_source
+
 PER_FOLDER = 500  # so that a bad file costs the reading of few others
 SECONDS = 600  # without a batch are a hang
 
@@ -90,13 +92,13 @@ def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
 def read(folder: pathlib.Path, count: int) -> int:
     """Reads every image of a folder twice; returns how many had to be replaced."""
     from common.config import base_config
-    from common.data import feed, pipeline, sources
+    from common.data.feed import feed, pipeline
     from main import METHODS
 
     c = base_config("simclr", METHODS["simclr"].default_config())
     c.data.source, c.data.on_corrupt = f"folder:{folder}", "replace"
     c.data.image_size, c.batch_size, c.data.exif_rotation = 16, 20, True
-    source = sources.open_source(c.data, "train")
+    source = open_source(c.data, "train")
     assert source.num_examples == count
     batches = pipeline.train_batches(source, c, rows=np.arange(20))
     for _ in range(count // 20):

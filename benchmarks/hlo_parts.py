@@ -1,7 +1,7 @@
 """Of which part of a training step each instruction of a compiled program is.
 
 XLA keeps the path of names under which JAX traced an operation (`op_name`): the scopes of
-`common/dispatch.py`, `common/method.py` and the losses, Flax's modules, and in the end the
+`common/train/dispatch.py`, `common/method.py` and the losses, Flax's modules, and in the end the
 primitive. The backward pass has the same path, in `transpose(jvp(...))`.
 """
 

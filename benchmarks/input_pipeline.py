@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import peer_views
+from common.data.sources.opening import default_config, open_source
 
 WIDTH, HEIGHT = 500, 375
 AHEAD = 8  # batches that are not counted: tf.data and a DataLoader make some before they are asked
@@ -57,10 +58,10 @@ def photographs(count: int) -> list[bytes]:
 
 def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Callable[[], float]:
     """Pairs a second that the input pipeline makes, once what it had made ahead is used up."""
-    from common.data import pipeline, sources
+    from common.data.feed import pipeline
 
     config = settings(size, preset, where, f"folder:{directory}", n)
-    source = sources.open_source(config.data, "train")
+    source = open_source(config.data, "train")
     b = config.batch_size
 
     def once() -> float:
@@ -89,10 +90,10 @@ def settings(size: int, preset: str, where: str, source: str, n: int):
     """The part of a config that the pipeline reads."""
     from ml_collections import ConfigDict
 
-    from common.data import presets, sources
+    from common.data.augment import presets
 
     config = ConfigDict({"seed": 0, "batch_size": batch_size(n), "steps_per_dispatch": 1})
-    config.data = sources.default_config(source, size)
+    config.data = default_config(source, size)
     config.data.augment_on = where
     config.augment = presets.default_config(preset)
     config.augment_view2 = presets.default_config(None)
@@ -103,19 +104,19 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
     """Pairs a second of the device's part of the augmentation, on random pixels."""
     import jax
 
-    from common.data import augment_device, draws, presets
+    from common.data.augment import draws, on_device, presets
     from common.sharding import make_mesh, to_global
 
     pair = presets.resolve_views(settings(size, preset, where, "fake", n))
     rng, mesh = np.random.default_rng(0), make_mesh(jax.devices()[:1])
     shape = (n, 2, size, size, 3) if where == "both" else (n, size, size, 3)
-    function = augment_device.augment_colour
-    function = function if where == "both" else augment_device.augment_pixels
+    function = on_device.augment_colour
+    function = function if where == "both" else on_device.augment_pixels
     batch = to_global(mesh, {
         "images": rng.integers(0, 256, shape, np.uint8),
         "parameters": draws.draw_pair(pair, 0, 0, np.arange(n), (size, size))[0],
     })  # fmt: skip
-    views = functools.partial(augment_device.views, function, augmentations=pair, mesh=mesh)
+    views = functools.partial(on_device.views, function, augmentations=pair, mesh=mesh)
     program = jax.jit(views)
 
     def once() -> float:
@@ -128,7 +129,7 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
 
 def trained(where: str, steps: int) -> float:
     """Pairs a second of the demo's training, end to end."""
-    from common.train import train
+    from common.train.loop import train
     from configs import simclr_demo
     from simclr_jax.method import SimCLR
 

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.input_pipeline import photographs, rate, settings
+from common.data.sources.opening import open_source
 
 
 def in_turn(decoders: dict[str, Callable], files: list[bytes]) -> dict[str, float]:
@@ -49,8 +50,8 @@ def measured(files: list[bytes], rounds: int, size: int) -> dict[str, dict]:
     """By name of the decoder: seconds an image, pairs a second, and the difference."""
     import tensorflow as tf
 
-    from common.data import pipeline, sources
-    from common.data.decoding import Decoding
+    from common.data.feed import pipeline
+    from common.data.images.decoding import Decoding
 
     def decoder(kind: str) -> Callable[[bytes], np.ndarray]:
         method = Decoding(jpeg=kind).dct_method
@@ -69,7 +70,7 @@ def measured(files: list[bytes], rounds: int, size: int) -> dict[str, dict]:
         for kind in kinds:
             config = settings(size, "simclr", "both", f"folder:{folder}", len(files))
             config.data.jpeg = kind
-            source = sources.open_source(config.data, "train")
+            source = open_source(config.data, "train")
             rows = np.arange(config.batch_size)
             batches[kind] = pipeline.train_batches(source, config, rows=rows)
             next(batches[kind])  # traces

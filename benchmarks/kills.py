@@ -56,7 +56,7 @@ def start(method: str, workdir: pathlib.Path) -> int:
     try:
         log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
-        from common.train import train
+        from common.train.loop import train
         from main import METHODS
 
         train(METHODS[method], make_config(method), workdir)
@@ -119,9 +119,9 @@ def finish(method: str, workdir: pathlib.Path) -> None:
 
 def content(workdir: pathlib.Path) -> tuple[dict, list]:
     """All arrays of the last checkpoint, and the log without its clock."""
-    from common import jsonl
-    from common.checkpoint import Checkpoints
-    from common.metrics import TIMING_KEYS
+    from common.run import jsonl
+    from common.run.checkpoint import Checkpoints
+    from common.run.writer import TIMING_KEYS
 
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         arrays, _ = checkpoints.read(STEPS)

@@ -32,8 +32,8 @@ def look() -> dict[str, int]:
 
 def run(steps: int, since: int, workdir: str) -> dict:
     """Trains `steps` steps; returns what was seen after `since` and at the end."""
-    from common import train as loop
     from common.config import base_config
+    from common.train import loop as loop
     from main import METHODS
 
     c = base_config("moco", METHODS["moco"].default_config())

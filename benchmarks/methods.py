@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import scaling, side_by_side
-from common import pictures
-from common.data.presets import resolve_views
+from common.data.augment.presets import resolve_views
+from common.run import pictures
 from configs import moco_cifar10, simclr_cifar10
 
 CONFIGS = {"SimCLR": simclr_cifar10, "MoCo": moco_cifar10}

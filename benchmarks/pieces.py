@@ -21,8 +21,8 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 
-from common import files
 from common.errors import UserError
+from common.run import files
 
 MB = 1_000_000
 _PRESET = 3  # of xz: CIFAR-10's pixels become 0.77 of their size

@@ -6,10 +6,11 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.scaling import METHODS
-from common.compiling import compile_step, trace_step
-from common.data import pipeline, resident, sources
+from common.data.feed import pipeline, resident
+from common.data.sources.opening import open_source
 from common.method import Method, make_setup, root_keys
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
+from common.train.step import compile_step, trace_step
 
 # Of the whole run, of an epoch, and classes: they shape a schedule and a probe.
 STEPS, PER_EPOCH, CLASSES = 100, 10, 10
@@ -30,7 +31,7 @@ class Running:
 
     def __init__(self, c: ConfigDict, device: jax.Device | None = None) -> None:
         self.config, self.mesh = c, make_mesh([device or jax.devices()[0]])
-        source = sources.open_source(c.data, "train")
+        source = open_source(c.data, "train")
         on_device = c.data.augment_on == "device"
         self.data = resident.load(source, self.mesh) if on_device else {}
         rows = local_rows(self.mesh, c.batch_size)

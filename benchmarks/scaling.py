@@ -15,11 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import side_by_side
-from common.compiling import compile_step
 from common.config import base_config
 from common.method import make_setup, root_keys
 from common.plan import collectives, measure
 from common.sharding import make_mesh, replicated, state_shardings, to_global
+from common.train.step import compile_step
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 

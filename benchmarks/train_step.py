@@ -5,7 +5,7 @@
 A ResNet-18 at 32 px on the first device of this machine, images in memory already. PyTorch
 (channels_last; `benchmarks/torch_steps.py`) takes part where it is installed, on a CPU. On a CPU a
 third contestant is our step as XLA compiles it by itself: without the pieces of
-`common/models/cpu_conv.py` and without `common/xla_options.py`. On a GPU or TPU `--depth=50
+`common/models/cpu_conv.py` and without `common/train/xla_options.py`. On a GPU or TPU `--depth=50
 --size=224 --dtype=bfloat16` are for the networks of the papers, and the share of the peak
 arithmetic is printed.
 """
@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from benchmarks import running, scaling, side_by_side
-from common import xla_options
 from common.models import cpu_conv
 from common.plan import chips
+from common.train import xla_options
 
 QUEUE = 4096
 

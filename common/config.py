@@ -5,9 +5,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from common import optim, probe
-from common.data import presets, sources
+from common import optim
+from common.data.augment import presets
+from common.data.sources.opening import default_config
 from common.errors import UserError
+from common.models import probe
 
 # What may differ between a run and its continuation: none of these changes a training step that
 # was taken, or what a score means.
@@ -90,7 +92,7 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     c.profile = ""
     c.tpu_compiler_options = True
     c[method] = method_config
-    c.data = sources.default_config()
+    c.data = default_config()
     c.augment = presets.default_config("simclr")
     c.augment_view2 = presets.default_config(None)  # None everywhere: as view 1
     c.model = ConfigDict(

@@ -22,7 +22,7 @@ from typing import IO
 import jax
 
 from common.errors import UserError
-from common.preemption import TOLD
+from common.train.preemption import TOLD
 
 # Running, finished, told to stop, interrupted while Python was ending, which handles no signal.
 _FINE = (None, 0, *TOLD, -signal.SIGINT)

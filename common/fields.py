@@ -2,7 +2,7 @@
 
 `python main.py -h` and docs/reference/config.md are made of these tables, and a test asks that they
 have every field and no other. A method has a table of its own section, `Method.MEANINGS`. Flags say
-what they are for where they are defined (`common/command_line.py`).
+what they are for where they are defined (`common/cli/command_line.py`).
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ CONFIG = {
     "steps_per_dispatch": "steps that one call of the compiled program takes, at most; more than 1 "
     "needs data.augment_on=device",
     "profile": "FIRST:LAST: trace these steps for TensorBoard",
-    "tpu_compiler_options": "on TPUs, those of common/xla_options.py; False: XLA's defaults",
+    "tpu_compiler_options": "on TPUs, those of common/train/xla_options.py; False: XLA's defaults",
     "data.source": "embedded | tfds:NAME | folder:PATH | shards:PATH | fake; paths may be gs://...",
     "data.train_split": "split that is trained on",
     "data.test_split": "split that is classified by kNN and probe; empty = no scores",

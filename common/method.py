@@ -13,9 +13,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import microbatch, optim, probe
-from common.data import presets
-from common.models import heads
+from common import optim
+from common.data.augment import presets
+from common.models import heads, microbatch, probe
 
 
 class Method(Protocol):
@@ -67,7 +67,7 @@ class Setup:
     std: tuple[float, ...]
     total_steps: int  # of the run
     steps_per_epoch: int
-    microbatches: int = 1  # parts in which the encoder sees a batch, see `common/microbatch.py`
+    microbatches: int = 1  # parts of a batch, see `common/models/microbatch.py`
     initial: Any = None  # (params, batch_stats) to start from, whole or without the head
     training: bool = True  # False: nothing but network and scale of images is used
 

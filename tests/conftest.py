@@ -14,7 +14,9 @@ from collections.abc import Generator
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Tests share helpers with those of other rooms: `import tiny`, `from test_sources import picture`.
+ROOMS = sorted({path.parent for path in (ROOT / "tests").glob("**/test_*.py")})
+sys.path[:0] = [str(ROOT), *map(str, ROOMS)]
 
 # Nearly all of the time of the tests is compiling. What one process has compiled, every other takes
 # from here: pytest's workers, each `main.py` that a test starts, and the next run of the tests.

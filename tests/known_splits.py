@@ -15,7 +15,8 @@ import opened_run
 import tiny
 from etils import epath
 
-from common.data import sources
+from common.data.sources import fake
+from common.data.sources.fake import FakeSource
 from common.evaluate.pretrained import Pretrained
 from common.sharding import make_mesh
 
@@ -42,7 +43,7 @@ class State:
 
 
 @dataclasses.dataclass
-class Split(sources.FakeSource):
+class Split(FakeSource):
     """Random images, other ones in each split."""
 
     def views(self, ids, size):
@@ -98,7 +99,7 @@ def _pretrained() -> Pretrained:
 
 def run_on_them(monkeypatch: Any, workdir: Any) -> Callable[..., Pretrained]:
     """Makes `fake` the splits above; returns `opened(train="train", **settings)`."""
-    monkeypatch.setattr(sources, "_open_fake", lambda config, name: split(name))
+    monkeypatch.setattr(fake, "open_fake", lambda config, name: split(name))
     first = _pretrained()
 
     def opened(train: str = "train", **changes: Any) -> Pretrained:

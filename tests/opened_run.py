@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import tiny
 
-from common.checkpoint import Checkpoints
 from common.evaluate import pretrained, settings
+from common.run.checkpoint import Checkpoints
+from common.run.workdir import claim
 from common.sharding import make_mesh
-from common.workdir import claim
 
 STEP = 7
 

@@ -10,8 +10,9 @@ import tiny
 from absl import flags
 from ml_collections import ConfigDict
 
-from common import command_line, config
-from common.data import presets
+from common import config
+from common.cli import command_line
+from common.data.augment import presets
 from common.errors import UserError
 from common.evaluate import modes
 from common.method import make_setup

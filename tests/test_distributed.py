@@ -9,8 +9,9 @@ import time
 import pytest
 from test_main import ROOT, hurried
 
-from common import distributed, jsonl
+from common import distributed
 from common.errors import UserError
+from common.run import jsonl
 
 
 def pod(workdir, *arguments):

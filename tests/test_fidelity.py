@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from common.errors import UserError
-from common.export import layout
 from common.method import make_setup
+from common.models import layout
 from common.sharding import make_mesh
 from simclr_jax.method import SimCLR
 

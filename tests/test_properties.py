@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 
 hypothesis = pytest.importorskip("hypothesis")  # comes with requirements.txt
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
 
-from common import config as configs  # noqa: E402
-from common import digests  # noqa: E402
-from common.data import pipeline, stream  # noqa: E402
-from common.data.draws import order  # noqa: E402
-from common.data.tfds_source import Shard  # noqa: E402
-from common.errors import UserError  # noqa: E402
-from common.optim import default_config, learning_rate_schedule, steps_of  # noqa: E402
-from common.sharding import local_rows, make_mesh  # noqa: E402
-from moco_jax import queue as queues  # noqa: E402
+from common import config as configs
+from common.data.augment.draws import order
+from common.data.feed import pipeline, stream
+from common.data.sources.opening import open_source
+from common.data.sources.tfds_source import Shard
+from common.errors import UserError
+from common.optim import default_config, learning_rate_schedule, steps_of
+from common.run import digests
+from common.sharding import local_rows, make_mesh
+from moco_jax import queue as queues
 
 # the same examples each time, and few: this is to be quick
 quick = hypothesis.settings(max_examples=25, derandomize=True, deadline=None, database=None)
@@ -112,10 +113,8 @@ def test_padding_hides_nothing_and_shows_nothing_twice(n, batch, size):
     """Every example once under the mask, and every process the same number of batches."""
     from test_sources import config
 
-    from common.data import sources
-
     batch *= size
-    source = sources.open_source(config("fake", fake_examples=n, image_size=4), "train")
+    source = open_source(config("fake", fake_examples=n, image_size=4), "train")
     seen, lengths = [], set()
     for index in range(size):
         rows = np.arange(index, batch, size)

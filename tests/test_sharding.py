@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from common import sharding
-from common.compiling import trace_step
 from common.errors import UserError
+from common.train.step import trace_step
 
 P = jax.sharding.PartitionSpec
 

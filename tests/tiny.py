@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from common.config import base_config
 from common.method import make_setup
 from common.sharding import make_mesh, replicated, state_shardings, to_global
-from common.train import compile_step
+from common.train.loop import compile_step
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 

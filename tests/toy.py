@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from test_end_to_end import small
 
-from common import train as loop
 from common.evaluate.online import Evaluator
 from common.sharding import make_mesh
+from common.train import loop as loop
 from simclr_jax.method import SimCLR
 
 

@@ -16,9 +16,9 @@ from benchmarks.record import items, steps
 from benchmarks.record.ledger import TABLE, Ledger
 from benchmarks.record.schedule import Schedule
 from benchmarks.record.setting import LOGS, Setting
-from common import files
-from common.data.shards import INDEX
+from common.data.sources.shards import INDEX
 from common.errors import UserError
+from common.run import files
 
 SETTING, LOCK = "setting.json", "lock"
 

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from common import files, jsonl
+from common.run import files, jsonl
 
 LINES, TABLE = "records.jsonl", "records.md"
 # ok; failed: it ran, or died, and something is wrong; cut: the time was up; saved: so it was, and

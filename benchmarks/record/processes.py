@@ -23,8 +23,8 @@ from benchmarks.record.setting import (
     environment,
     last_words,
 )
-from common import jsonl
-from common.preemption import EXIT_STATUS
+from common.run import jsonl
+from common.train.preemption import EXIT_STATUS
 
 # Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same,
 # on a GPU too if it keeps to one order of sums. Where it does not, differences grow with the steps:

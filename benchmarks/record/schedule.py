@@ -21,7 +21,7 @@ from benchmarks.record.setting import (
     last_words,
 )
 from common.errors import UserError
-from common.preemption import TOLD
+from common.train.preemption import TOLD
 
 SAVING = 30.0  # seconds before the end at which a training run is told to save
 LAST = 30.0  # that it has for it, the end notwithstanding

@@ -7,7 +7,7 @@ import re
 import sys
 
 from benchmarks.record.steps import Sizes
-from common import command_line
+from common.cli import command_line
 
 LOGS = "logs"  # folder of what the processes print
 _ERROR = re.compile(r"(\w[\w.]*(Error|Exception|Interrupt)|error|Fatal Python error)\b")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.sources import Source
+from common.data.sources.base import Source
 from common.errors import UserError
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.data import pipeline, presets, resident
-from common.data.sources import Source
+from common.data.augment import presets
+from common.data.feed import pipeline, resident
+from common.data.sources.base import Source
 from common.errors import UserError
 from common.sharding import batch_sharding, local_rows, to_global
 

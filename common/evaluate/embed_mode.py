@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.data.folder_source import shown
-from common.data.sources import Source, listed
+from common.data.sources.base import Source, listed
+from common.data.sources.folder_source import shown
 from common.errors import UserError
 from common.evaluate import feature_files, modes
 from common.evaluate.feature_files import Embedded
@@ -28,7 +28,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         )
     source = _open(opened)
     if source.on_corrupt == "replace":
-        source.on_corrupt = "leave out"  # `common.data.corrupt.LEAVE_OUT`, without TensorFlow
+        source.on_corrupt = "leave out"  # `common.data.feed.corrupt.LEAVE_OUT`, without TensorFlow
     features, labels, ids = opened.extract(source, c.examples)
     names = source.names(ids)
     damaged = _damaged(source, ids)
@@ -46,7 +46,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         for path, kind in zip(written, formats, strict=True):
             feature_files.WRITERS[kind](path, embedded)
         if c.report:
-            from common.page import build  # scikit-learn takes a second to import
+            from common.evaluate.page import build
 
             build.write(page, opened, source, embedded)
     if c.report:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from common import files
 from common.errors import UserError
+from common.run import files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.sharding import replicated, to_global
-from common.xla_options import compiler_options
+from common.train.xla_options import compiler_options
 
 Batch = Mapping[str, np.ndarray]
 

@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 from common import optim
 from common.method import Setup, make_encoder_setup
-from common.metrics import NonFiniteLossError
-from common.progress import Progress
+from common.run.console import Progress
+from common.run.writer import NonFiniteLossError
 from common.sharding import batch_sharding, replicated
-from common.xla_options import compiler_options
+from common.train.xla_options import compiler_options
 
 _IN_FLIGHT = 2  # steps the host may run ahead of the device
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from common import files
-from common.data import subset
-from common.data.sources import Source
+from common.data.sources import subset
+from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import accuracy, batches, finetune, modes
 from common.evaluate.pretrained import Pretrained
+from common.run import files
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from common.progress import Progress
+from common.run.console import Progress
 from common.sharding import batch_sharding, replicated
 
 _PART = 2**24  # numbers of a set of features that are looked at at once

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.data import subset
-from common.data.sources import Source
+from common.data.sources import subset
+from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import accuracy, batches, linear, modes
 from common.evaluate.pretrained import Pretrained

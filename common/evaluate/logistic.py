@@ -17,10 +17,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from common.data import subset
+from common.data.sources import subset
 from common.errors import UserError
 from common.evaluate import linear, modes
-from common.progress import Progress
+from common.run.console import Progress
 
 # Below so many numbers one thread does it. BLAS threads wait for each other after each of these
 # small products, which costs more than it brings; on a busy machine, twenty times (measured).

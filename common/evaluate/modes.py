@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from common import files, jsonl
 from common.evaluate import pretrained
 from common.method import Method, Setup
+from common.run import files, jsonl
 
 # The mode's name -> module with `run(pretrained) -> (metrics, sentence)`, imported when it is used.
 MODES = {

@@ -11,13 +11,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import pictures
-from common.data import pipeline, slices
-from common.data.sources import Source
+from common.data.feed import pipeline
+from common.data.sources import slices
+from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import features, knn
 from common.method import Method
-from common.probe import Probe
+from common.models.probe import Probe
+from common.run import pictures
 from common.sharding import local_rows
 
 

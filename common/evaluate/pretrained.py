@@ -15,17 +15,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common import files, report
-from common.checkpoint import Checkpoints
-from common.data import pipeline, sources, survey
-from common.data.decoding import AUTO, UPPER_8
+from common.data.feed import pipeline, survey
+from common.data.images.decoding import AUTO, UPPER_8
+from common.data.sources.base import Source
+from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.online import warn_of_overlap
 from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.optim import one_of
+from common.run import files
+from common.run.checkpoint import Checkpoints
 from common.sharding import local_rows, make_mesh, replicated, state_shardings
+from common.train import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Pretrained:
     step: int
     value_range: str = UPPER_8
 
-    def open(self, role: str) -> sources.Source:
+    def open(self, role: str) -> Source:
         """The source of a role ("train" or "test"), with what there is to say of it.
 
         Of data that are not the run's own, the first split to be opened decides the value range.
@@ -67,19 +70,19 @@ class Pretrained:
                 f"--eval.{role}_split=NAME"
             )
         try:
-            source = sources.open_source(data, role)
+            source = open_source(data, role)
         except UserError as error:
             raise UserError(in_eval(str(error))) from error
         if data.value_range == AUTO:
             config, lines = survey.settle(self.config, source, self.value_range)
             data.value_range = config.data.value_range
             for line in lines:
-                report.say(in_eval(line))
+                summary.say(in_eval(line))
         if source.account:
-            report.say("\n  ".join(source.summary()))
+            summary.say("\n  ".join(source.summary()))
         return source
 
-    def open_labelled(self, role: str) -> sources.Source:
+    def open_labelled(self, role: str) -> Source:
         """`open`, for a mode that cannot do without labels."""
         source = self.open(role)
         if role == "test":
@@ -93,7 +96,7 @@ class Pretrained:
         return source
 
     def extract(
-        self, source: sources.Source, limit: int = 0, encode: Callable | None = None
+        self, source: Source, limit: int = 0, encode: Callable | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features of un-augmented images (pixels with `settings.features="pixels"`).
 

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from typing import Any
 
-from common import files
-from common.data.sources import KINDS
+from common.data.sources.opening import KINDS
 from common.errors import UserError
 from common.evaluate import accuracy, logistic, modes
 from common.evaluate.pretrained import Pretrained, read_anew
+from common.run import files
 
 # A split may be a TFDS slice, with a colon of its own: train[:80%]
 _SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"

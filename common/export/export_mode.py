@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from common import files
-from common.data import presets
+from common.data.augment import presets
 from common.errors import UserError
 from common.evaluate import modes
 from common.evaluate.feature_files import shortened
 from common.evaluate.pretrained import Pretrained
-from common.export import formats, layout, stablehlo
+from common.export import stablehlo
+from common.models import layout
+from common.run import files, formats
 
 FORMATS = ("safetensors", "npz", "stablehlo")
 LAYOUT = "torchvision ResNet, version 1"

@@ -22,12 +22,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from common.compiling import compile_step, cost
-from common.data import resident
+from common.data.feed import resident
 from common.errors import UserError
 from common.method import Method, Setup, make_setup
 from common.plan import collectives, traffic
 from common.sharding import AXIS, local_rows, make_mesh, state_shardings
+from common.train.step import compile_step, cost
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 # What libtpu writes when it dies: the check that failed, among lines about it, or the signal.

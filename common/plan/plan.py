@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common.data import sources
+from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.method import Method, Setup
 from common.models.resnet import REMAT
@@ -124,7 +124,7 @@ def data_of(config: ConfigDict) -> tuple[int, int]:
     known = KNOWN.get((name.partition(":")[0].partition("/")[0], config.data.train_split))
     if kind == "tfds" and known:
         return known
-    source = sources.open_source(config.data, "train")
+    source = open_source(config.data, "train")
     return source.num_examples, source.num_classes
 
 

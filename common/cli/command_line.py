@@ -1,0 +1,184 @@
+"""The flags of `main.py`; what is wrong with a command line is said in one line."""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from common import fields
+from common.cli import config_file, overrides, usage
+from common.errors import UserError
+from common.run import files
+
+CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
+MODES = {
+    "train": "train, or go on with the run of --workdir",
+    "plan": "only compile the train step and say what it costs",
+    "prepare": "write the data as shards",
+    "import": "make a workdir of the weights of --config.init_from",
+    "replay": "take the step again at which the run of --workdir diverged",
+}  # the others evaluate a run
+_HELP = ("-h", "--help", "-help")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,@]+")  # of "folder:gs://bucket/images@train"
+_BAD = re.compile(r"flag --([^=]+)=(.*)", re.DOTALL)
+
+
+def define(evaluations: Mapping[str, str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines all flags.
+
+    Args:
+        evaluations: the modes that evaluate a workdir.
+        values: where to.
+    """
+    text, here = flags.DEFINE_string, {"flag_values": values}
+    text(
+        "config",
+        None,
+        "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it.",
+        **here,
+    )
+    text("eval", None, "How to evaluate, e.g. --eval.knn.k=20.", **here)
+    text("workdir", None, "Where checkpoints, metrics and pictures go, or are.", **here)
+    flags.DEFINE_enum("mode", "train", [*MODES, *evaluations], "What to do, see above.", **here)
+    flags.DEFINE_list(
+        "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.", **here
+    )
+    flags.DEFINE_bool(
+        "quick", False, "With --topology: a fifth of the compile time; figures differ somewhat.",
+        **here,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "distributed", False, "One process a host of a pod: join the others first.", **here
+    )
+    text("coordinator", "", "HOST:PORT,COUNT,INDEX, where JAX cannot find that out itself.", **here)
+    text("compile_cache", CACHE, "Keeps compiled programs for the next start; '' = none.", **here)
+
+
+def check(values: flags.FlagValues, evaluations: Iterable[str]) -> None:
+    """Checks that the flags fit together.
+
+    Raises:
+        UserError: saying which one is missing or too many.
+    """
+    mode = values.mode
+    if not values.workdir and mode != "plan":
+        raise UserError("--workdir is missing: say where the results are to go, or are")
+    of_a_run = mode == "replay" or mode in evaluations
+    if of_a_run and values.config is not None:
+        raise UserError(
+            f"--mode={mode} takes the config from the workdir: leave --config out; what can be "
+            "changed are --eval.NAME=VALUE (docs/reference/config.md)"
+        )
+    if not of_a_run and values.config is None:
+        raise UserError(f"--config is missing: give a file, e.g. --config={config_file.EXAMPLE}")
+    if values.topology and mode != "plan":
+        raise UserError(f"--topology goes with --mode=plan, not with --mode={mode}")
+    if values.quick and not values.topology:
+        raise UserError("--quick goes with --mode=plan and --topology=..., e.g. v5e:4x8")
+
+
+def parse(
+    argv: list[str],
+    values: flags.FlagValues = flags.FLAGS,
+    methods: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Parses all flags; `app.run(main, flags_parser=parse)`. -h prints the help and ends.
+
+    Args:
+        argv: the program's name and its arguments.
+        values: the flags as `define` defines them; `config` and `eval` become ConfigDicts.
+        methods: by name.
+
+    Returns:
+        The program's name and the arguments that are no flags.
+
+    Raises:
+        UserError: unknown flag or config field, value of a wrong type, a mistake in the config
+            file, or no argument at all.
+    """
+    methods = methods or {}
+    if len(argv) == 1:
+        raise UserError(
+            f"nothing to do: try python main.py --config={config_file.EXAMPLE} "
+            "--workdir=runs/simclr_demo, or -h for all that there is"
+        )
+    try:
+        argv = values.read_flags_from_files(argv, force_gnu=False)
+        name = _last(argv, "config")
+        config = None if name is None else config_file.load(name)
+        if any(argument in _HELP for argument in argv):
+            print(usage.text(values, MODES, methods, config))
+            sys.exit(0)
+        trees = {"config": config, "eval": fields.of_eval()}
+        rest = overrides.apply(argv, trees)
+        _all_have_values(rest, values)
+        left = values(rest)
+    except flags.Error as error:
+        raise UserError(_in_one_line(error, values, methods)) from error
+    if values.eval is not None:
+        raise UserError(f"--eval={values.eval}: set one of its fields, e.g. --eval.knn.k=20")
+    values["config"].value, values["eval"].value = trees["config"], trees["eval"]
+    return left
+
+
+def reach_stores(values: flags.FlagValues) -> None:
+    """Asks every object store that the flags and the config name whether it answers.
+
+    Raises:
+        UserError: if one does not.
+    """
+    given = {"workdir": values.workdir} | fields.defaults(values.eval)
+    given |= fields.defaults(values.config) if values.config is not None else {}
+    texts = [text for text in given.values() if isinstance(text, str)]
+    for path in dict.fromkeys(path for text in texts for path in _REMOTE.findall(text)):
+        files.reach(path)
+
+
+def _last(argv: Sequence[str], name: str) -> str | None:
+    """The value of a flag on a command line, before absl reads it; None if it is not there."""
+    found = None
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if flag in (f"--{name}", f"-{name}"):
+            found = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+    return found
+
+
+def _all_have_values(argv: Sequence[str], values: flags.FlagValues) -> None:
+    """Refuses `--workdir --mode=knn`, where absl would take the second flag for a value."""
+    for argument, after in zip(argv[1:], [*argv[2:], "--"], strict=True):
+        name = argument.removeprefix("-").removeprefix("-")
+        if argument == "--":
+            break
+        if argument != name and name in values and not values[name].boolean and (
+            after.startswith("--")):  # fmt: skip
+            raise UserError(f"--{name} stands alone, and needs a value: --{name}=VALUE")
+
+
+def _in_one_line(error: flags.Error, values: flags.FlagValues, methods: Mapping[str, Any]) -> str:
+    """What a person needs to know of an error of absl."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        known = {flag: flag for flag in usage.flags_of(values)}  # what follows may add to these
+        trees = [("eval", fields.of_eval())]
+        trees += [("config", fields.of_method(*method)) for method in methods.items()]
+        for tree, config in trees:
+            known |= {field: f"{tree}.{field}" for field in fields.defaults(config)}
+        found = [known[name] for name in overrides.near(error.flagname, known)]
+        hint = overrides.did_you_mean(found) if found else overrides.ALL
+        return f"there is no flag --{error.flagname}: {hint}"
+    reason = str(error.__cause__ or error.__context__ or "")
+    if match := _BAD.fullmatch(str(error).removesuffix(f": {reason}")):
+        name, value = match.groups()
+        flag = values[name]
+        if flag.boolean:
+            return f"--{name}={value}: expected true or false, e.g. --{name}=true"
+        if choices := getattr(flag.parser, "enum_values", None):
+            found = [f"{name}={choice}" for choice in overrides.near(value, choices)]
+            hint = f"; {overrides.did_you_mean(found)}" if found else ""
+            return f"--{name}={value}: expected one of {', '.join(choices)}{hint}"
+    return " ".join(str(error).split())

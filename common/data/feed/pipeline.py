@@ -1,0 +1,244 @@
+"""Batches of two views for training, and of plain images for evaluation.
+
+The order is global and then split: batch t of epoch e is `order(seed, e, n)[t * B : (t + 1) * B]`
+on any number of processes, and each process loads the rows that its devices hold. A batch follows
+from (seed, step) alone, so a run that was interrupted starts again anywhere at no cost.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from common.data.augment import draws, presets
+from common.data.augment.centre import centre
+from common.data.augment.draws import order
+from common.data.sources.base import Source
+from common.errors import UserError
+
+__all__ = ["eval_batches", "images_of", "order", "steps_per_epoch", "train_batches"]
+
+
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """Full batches in the set; what remains is dropped, other examples in each epoch.
+
+    Raises:
+      UserError: the set is smaller than a batch.
+    """
+    if not 1 <= batch_size <= source.num_examples:
+        raise UserError(
+            f"batch_size is {batch_size}, but {source.name} ({source.split}) has "
+            f"{source.num_examples} examples; expected 1 to {source.num_examples}. "
+            "Set a smaller config.batch_size."
+        )
+    return source.num_examples // batch_size
+
+
+def train_batches(
+    source: Source,
+    config: ConfigDict,
+    *,
+    rows: np.ndarray,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    saved_readers: int | None = None,
+) -> "Batches":
+    """Batches without end, over epochs.
+
+    Args:
+      source: of the training split.
+      config: the whole config: `seed`, `batch_size`, `data`, `augment`, `augment_view2`.
+      rows: [b_local] rows of the global batch that this process holds, in its order.
+      start_step: position in the data; nothing before it is decoded.
+      process_index, process_count: who reads which share of a streamed set; else unused.
+      saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
+        another order, the rest of the epoch begun is skipped, with a warning.
+
+    Returns:
+      Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
+      unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
+      draws.PARAMETERS] with `data.augment_on="both"`. With "device" there are `ResidentBatches`.
+
+    Raises:
+      UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
+    """
+    steps = steps_per_epoch(source, config.batch_size)
+    rows = np.asarray(rows, np.int64)
+    augmentations = presets.resolve_views(config)
+    readers = process_count if source.kind == "stream" else 0
+    if saved_readers not in (None, readers) and start_step % steps:
+        begun, start_step = start_step, (start_step // steps + 1) * steps
+        before, now = (
+            f"by {n} process(es)" if n else "in memory" for n in (saved_readers, readers)
+        )
+        logging.warning(
+            "%s was read %s and is now read %s, in another order: the rest of epoch %d (%d of %d "
+            "steps) is skipped.", source.name, before, now, begun // steps, start_step - begun,
+            steps,
+        )  # fmt: skip
+    if source.kind == "stream":
+        from common.data.feed import stream
+
+        return stream.train_batches(
+            source, config, augmentations, steps, rows, start_step, process_index, process_count
+        )
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_order(epoch: int) -> np.ndarray:
+        return order(config.seed, epoch, source.num_examples)
+
+    def plan(step: int) -> tuple[int, np.ndarray]:
+        epoch, step = divmod(int(step), steps)
+        return epoch, epoch_order(epoch)[step * config.batch_size + rows]
+
+    if config.data.augment_on == "device":
+        from common.data.feed import resident
+
+        return resident.ResidentBatches(source, config, augmentations, plan, steps, start_step)
+    colour = config.data.augment_on == "host"
+    if source.kind == "views":
+        batches = _fake_batches(source, plan, config.seed, augmentations, start_step, colour)
+    else:
+        from common.data.feed import feed
+
+        batches = feed.train_feed(source, plan, config.seed, augmentations, start_step, colour)
+    return Batches(batches, source, steps, start_step, readers)
+
+
+class Batches:
+    """Iterator over batches that knows its place.
+
+    Attributes:
+      steps_per_epoch: full batches in an epoch.
+      position: of the next batch in the data, `start_step` of a continuation; equals the training
+        step, except after a run went on in another order.
+      readers: how many processes share a streamed set, whose order depends on it; else 0.
+      corrupt_count: corrupt images replaced so far.
+    """
+
+    def __init__(
+        self, batches: Iterator[dict], source: Source, steps: int, position: int, readers: int
+    ):
+        self._batches, self._source = batches, source
+        self.steps_per_epoch, self.position, self.readers = steps, position, readers
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        self.position += 1
+        return batch
+
+    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The ids `[steps, b_local]` and what the program of the next step takes; `steps` is 1."""
+        batch = next(self)
+        return batch.pop("ids")[None], batch
+
+    @property
+    def corrupt_count(self) -> int:
+        return self._source.corrupt_count
+
+
+def _fake_batches(
+    source: Source, plan, seed: int, augmentations: tuple, step: int, colour: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    size = augmentations[0].size
+    while True:
+        epoch, ids = plan(step)
+        views = np.stack([source.views(ids + view, size) for view in (0, 1)], axis=1)
+        batch = {"images": views, "labels": source.read(ids)[1], "ids": ids}
+        if not colour:
+            batch["parameters"] = draws.draw_pair(augmentations, seed, epoch, ids, (size, size))[0]
+        yield batch
+        step += 1
+
+
+def eval_batches(
+    source: Source,
+    batch_size: int,
+    image_size: int,
+    rows: np.ndarray,
+    *,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over a set, without augmentation and in its own order.
+
+    The shorter side is resized (bilinear, antialiased) and the centre is cut out: 87.5 % of it
+    above 64 pixels, all of it below. The last batch is padded, so that every process sees the same
+    number of batches of one shape.
+
+    Args:
+      source: of any split.
+      batch_size: of the global batch, >= 1.
+      image_size: side of the images, in pixels.
+      rows: [b_local] rows of the global batch that this process holds.
+      limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
+        class. (Of a streamed set, which has no random access, the first batches of each process.)
+      process_index, process_count: who reads which share of a streamed set; else unused.
+
+    Returns:
+      Iterator of {"images": uint8 [b_local, h, w, 3], "labels": int32 [b_local], "mask": bool
+      [b_local] (False: padding), "ids": int64 [b_local] (-1: padding)}.
+
+    Raises:
+      UserError: batch_size < 1, or a corrupt image.
+    """
+    if batch_size < 1:
+        raise UserError(f"the evaluation's batch size is {batch_size}; expected at least 1.")
+    rows = np.asarray(rows, np.int64)
+    if source.kind == "stream":
+        from common.data.feed import stream
+
+        batches = stream.eval_batches(
+            source, batch_size, image_size, rows, process_index, process_count
+        )
+        return itertools.islice(batches, -(-limit // batch_size)) if limit else batches
+    n = min(limit or source.num_examples, source.num_examples)
+    places = [start + rows for start in range(0, n, batch_size)]
+    # past the end the last example is read again, and hidden
+    plan = [_spaced(np.minimum(place, n - 1), n, source.num_examples) for place in places]
+    read = _read_centres(source, plan, image_size)
+    masks = [place < n for place in places]
+    return _masked(plan, masks, read)
+
+
+def images_of(source: Source, ids: np.ndarray, image_size: int) -> np.ndarray:
+    """The un-augmented images uint8 [n, h, w, 3] of some examples, as evaluation sees them."""
+    return next(iter(_read_centres(source, [np.asarray(ids)], image_size)))[0]
+
+
+def _read_centres(
+    source: Source, plan: list[np.ndarray], image_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) of each batch of ids; TensorFlow only where files are to be decoded."""
+    if source.kind in ("pixels", "views"):
+        pairs = (source.read(ids) for ids in plan)
+        return ((centre(images, image_size), labels) for images, labels in pairs)
+    from common.data.feed import feed
+
+    return feed.eval_feed(source, plan, image_size)
+
+
+def _spaced(places: np.ndarray, count: int, n: int) -> np.ndarray:
+    """Ids of the examples at `places` when `count` of `n` are taken at even distances."""
+    return places * n // count
+
+
+def _masked(
+    plan: list[np.ndarray], masks: list[np.ndarray], read
+) -> Iterator[dict[str, np.ndarray]]:
+    """Hides the padding."""
+    for ids, mask, (images, labels) in zip(plan, masks, read, strict=True):
+        yield {
+            "images": np.where(mask[:, None, None, None], images, np.uint8(0)),
+            "labels": np.where(mask, labels, -1).astype(np.int32),
+            "mask": mask,
+            "ids": np.where(mask, ids, -1),
+        }

@@ -1,0 +1,166 @@
+"""Files of named arrays: `.safetensors` and `.npz`, and PyTorch's, which are only read.
+
+Nothing read here can run code: safetensors holds none, `.npz` is read without pickle, and a PyTorch
+file is left to `torch.load(weights_only=True)`.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from common.errors import UserError
+from common.run import files
+
+TORCH = (".pth", ".pt", ".tar", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", ".npz", *TORCH)
+Arrays = dict[str, np.ndarray]
+# of safetensors
+_TYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
+    """Reads every array of a file.
+
+    Args:
+        path: ends in one of `SUFFIXES`; local or e.g. `gs://...`.
+
+    Returns:
+        The arrays by name, the metadata that `write` was given ({} if none was), and the SHA-256 of
+        the file.
+
+    Raises:
+        UserError: no such file, an unknown ending, a damaged file, one that is not only arrays, or
+            a PyTorch file where PyTorch is not installed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} has an unknown ending: expected one of {', '.join(SUFFIXES)}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; give a file of weights or a workdir"
+        ) from error
+    reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
+    arrays, metadata = reader(data, path)
+    return arrays, _decode(metadata), hashlib.sha256(data).hexdigest()
+
+
+def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> int:
+    """Writes a `.safetensors` or `.npz` file, whole or not at all.
+
+    Args:
+        path: its ending chooses the format.
+        arrays: by name.
+        metadata: what JSON can hold. In safetensors it is the `__metadata__` of the header, where
+            what is no string is written as JSON; in `.npz` the comment of the zip file, so that
+            the arrays are all that NumPy sees.
+
+    Returns:
+        The size in bytes.
+    """
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    if path.suffix == ".safetensors":
+        data = safetensors.numpy.save(arrays, text)
+    else:
+        while len(comment := json.dumps(text).encode()) > zipfile.ZIP_MAX_COMMENT:
+            del text[max(text, key=lambda name: len(text[name]))]  # the names of 20,000 classes
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.comment = comment
+        data = buffer.getvalue()
+    files.write_bytes(path, data)
+    return len(data)
+
+
+def _safetensors(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
+    try:
+        # not safetensors.numpy.load: it does not know bfloat16
+        tensors = dict(safetensors.deserialize(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if other := {x["dtype"] for x in tensors.values()} - _TYPES.keys():
+        raise UserError(f"{path} has arrays of the type {', '.join(other)}: convert them to F32")
+    return {
+        name: np.frombuffer(x["data"], _TYPES[x["dtype"]]).reshape(x["shape"])
+        for name, x in tensors.items()
+    }, header.get("__metadata__")
+
+
+def _npz(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        comment = zipfile.ZipFile(io.BytesIO(data)).comment
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
+    try:
+        return arrays, json.loads(comment or b"{}")
+    except ValueError:  # somebody else's comment
+        return arrays, {}
+
+
+def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a PyTorch file and PyTorch is not installed: pip install torch, or turn it "
+            "into .safetensors where it is"
+        ) from error
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors, which could run code, or is damaged: save its "
+            "state_dict() alone, as .safetensors or by torch.save"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise _damaged(path, error) from error
+    for name in ("state_dict", "model"):  # what training scripts wrap it in
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+    tensors = found if isinstance(found, dict) else {}
+    tensors = {str(name): x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no state_dict: save model.state_dict()")
+    # NumPy has no bfloat16
+    return {
+        name: (x.float() if x.is_floating_point() else x).detach().numpy()
+        for name, x in tensors.items()
+    }, {}
+
+
+def _decode(metadata: Any) -> dict[str, Any]:
+    """Values as they were before `write` made text of them."""
+
+    def value(text: Any) -> Any:
+        try:
+            return json.loads(text)
+        except (TypeError, ValueError):
+            return text
+
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: value(text) for name, text in metadata.items()}
+
+
+def _damaged(path: epath.Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:160]
+    return UserError(f"{path} cannot be read as {path.suffix} ({reason}): fetch or write it again")

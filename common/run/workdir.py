@@ -1,0 +1,152 @@
+"""The directory of a run: whose it is."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from common import config as configs
+from common.errors import UserError
+from common.run import files, jsonl, lock
+
+# What a run leaves in its workdir before the first step.
+OWN_FILES = {
+    "config.json",
+    jsonl.FILE,
+    jsonl.DISCARDED,
+    "tensorboard",
+    "checkpoints",
+    "augmented_pairs.png",
+    "resumed_from.json",
+    "nonfinite",
+    lock.FILE,
+}
+
+
+@contextlib.contextmanager
+def claim(
+    workdir: str | epath.PathLike, config: ConfigDict
+) -> Iterator[tuple[epath.Path, lock.Lock | None]]:
+    """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
+
+    A context manager; while it is open no other run can claim the directory.
+
+    Yields:
+        The directory, and on process 0 the lock.
+
+    Raises:
+        UserError: if the directory holds another run, or files but no run, or is in use.
+    """
+    workdir, refusal, held = files.path(workdir), None, None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                _make(workdir)
+                held = stack.enter_context(lock.hold(workdir))
+                _claim(workdir, configs.as_dict(config))
+            except UserError as error:
+                refusal = error
+            except OSError as error:
+                reason = error.strerror or error
+                refusal = UserError(
+                    f"cannot use {workdir} as a workdir: {reason}; give another --workdir"
+                )
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            # one decides for all, and nobody goes on before config.json is written
+            refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
+            if refused and not refusal:
+                refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+        if refusal:
+            raise refusal
+        yield workdir, held
+
+
+def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
+    """The config with which the run in `workdir` goes on; without a run there, `config`.
+
+    See `common.config.as_begun`. What is wrong with the directory, `claim` says.
+    """
+    path = files.path(workdir) / "config.json"
+    if not path.exists() or not _has_trained(path.parent):
+        return config
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        saved = None
+    if not isinstance(saved, dict) or saved.get("method") != config.method:
+        return config  # which `claim` refuses
+    config, newer = configs.as_begun(config, saved)
+    for name, value in sorted(newer.items()):
+        logging.warning(
+            "the run in %s began before there was a field %s: it goes on as it began, with %s=%s",
+            workdir, name, name, value,
+        )  # fmt: skip
+    return config
+
+
+def moved_from(config: ConfigDict, workdir: epath.Path) -> str:
+    """Where the data of the run in `workdir` was, if that is not where `config` has it; else ""."""
+    saved = json.loads((workdir / "config.json").read_text())["data"]["source"]
+    return saved if saved != config.data.source else ""
+
+
+def note_changes(config: ConfigDict, workdir: epath.Path) -> None:
+    """Has `config.json` say where the data is now and what was decided since it was written."""
+    path, before = workdir / "config.json", moved_from(config, workdir)
+    saved = json.loads(path.read_text())
+    current = configs.with_decided(saved, configs.as_dict(config))
+    current["data"]["source"] = config.data.source
+    if jax.process_index() != 0 or current == saved:
+        return
+    files.write_text(path, json.dumps(current, indent=2) + "\n")
+    if before:
+        logging.warning(
+            "the data of this run was %s and is now %s: config.json says so", before,
+            config.data.source,
+        )  # fmt: skip
+
+
+def _make(workdir: epath.Path) -> None:
+    """Makes the directory; one that holds something else is refused before it gets a lock."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
+    names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
+    if not names <= OWN_FILES and "config.json" not in names:
+        raise UserError(
+            f"{workdir} exists, is not empty and holds no run (no config.json): "
+            "give a new or an empty directory as --workdir"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
+    path = workdir / "config.json"
+    names = {p.name for p in workdir.iterdir()}
+    if names <= OWN_FILES and not _has_trained(workdir):
+        # also what a mistake in the config leaves that shows before or in the first step
+        files.write_text(path, json.dumps(current, indent=2) + "\n")
+        logging.info("new run in %s", workdir)
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): restore it, or give another --workdir"
+        ) from error
+    configs.check_same_run(saved, current, str(workdir))
+
+
+def _has_trained(workdir: epath.Path) -> bool:
+    """Whether there is a checkpoint, or the line of a step."""
+    checkpoints, lines = workdir / "checkpoints", workdir / jsonl.FILE
+    if checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir()):
+        return True
+    return lines.exists() and any(record["step"] > 0 for record in jsonl.read(lines))

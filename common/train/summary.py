@@ -1,0 +1,260 @@
+"""What a person reads: the summary at the start, the last lines at the end, and the pictures."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common import optim
+from common.data.augment import presets
+from common.data.feed import pipeline, resident
+from common.data.sources.base import Source
+from common.data.sources.opening import open_source
+from common.errors import UserError
+from common.evaluate.online import Evaluator
+from common.method import Setup
+from common.run import files, pictures
+from common.train import dispatch
+from common.train.step import cost
+
+PAIRS = 16  # augmented pairs in the picture
+PICTURES = {
+    "augmented_pairs.png": "the two views of an image, as training sees them",
+    "nearest_neighbours.png": "test images, each with those nearest to it by the features",
+}
+TOO_FEW = 100  # steps of a run that says nothing about learning
+_MADE = {
+    "host": "on the host",
+    "both": "crop and flip on the host, the rest on the device",
+    "device": "on the device, which holds the data set",
+}
+
+
+def say(text: str, indent: int = 0) -> None:
+    """Prints on process 0; on a terminal no line breaks inside a word.
+
+    Args:
+        text: of one line or more.
+        indent: spaces before what does not fit in a line.
+    """
+    if jax.process_index() == 0:
+        print(_wrapped(text, indent), file=sys.stderr, flush=True)
+
+
+def _wrapped(text: str, indent: int) -> str:
+    if not sys.stderr.isatty():
+        return text
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        columns = 80
+    wrap = textwrap.TextWrapper(
+        columns - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(line) for line in text.split("\n"))
+
+
+def open_test(config: ConfigDict) -> Source | None:
+    """The test split; None if `data.test_split` is empty.
+
+    Raises:
+        UserError: if it is named but missing, or smaller than nothing.
+    """
+    if not config.data.test_split:
+        return None
+    try:
+        return open_source(config.data, "test")
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}. (Set data.test_split='' to train without a test set: no "
+            "kNN then.)"
+        ) from error
+
+
+def start_up(
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    setup: Setup,
+    state: Any,
+    step_fn: jax.stages.Compiled,
+    source: Source,
+    test: Source | None,
+    start: int,
+    total: int,
+    per_epoch: int,
+) -> None:
+    """Says on which devices what is about to be trained, and where it goes."""
+    device = mesh.devices.flat[0]
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
+    flops = cost(step_fn, setup.microbatches).get("flops", float("nan")) * mesh.size
+    model = setup.network.backbone
+    name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"
+    lines = {
+        "method": config.method,
+        "data": "\n            ".join(source.summary()),
+        "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
+        f"mesh {dict(mesh.shape)}",
+        "network": f"{name} width {model.width * model.width_multiplier}, "
+        f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
+        "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
+        f"2 views each, {presets.resolve_views(config)[0].size} px",
+        "augment": _MADE[config.data.augment_on],
+        "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
+        "optimiser": f"{config.optimizer.name}, peak learning rate "
+        f"{optim.peak_learning_rate(config):.4g}",
+        "workdir": str(workdir),
+    }
+    if test is not None and test.account:
+        lines["test data"] = "\n            ".join(test.summary())
+    if start:
+        lines["resuming"] = f"after step {start:,} of {total:,}"
+    say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), indent=12)
+
+
+def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
+    """What training has to beat: kNN on raw pixels and on the untrained network; {} unlabelled."""
+    results = evaluator.raw_pixels()
+    if scores := evaluator(state):
+        results["knn_top1_at_init"] = scores["knn_top1"]
+    return results
+
+
+def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
+    """Draws the views of a few images, to see by eye what the augmentation does."""
+    if jax.process_count() > 1:
+        return
+    ids, views = some_pairs(config, source, min(PAIRS, config.batch_size))
+    originals = source.fetch(ids) if source.kind == "pixels" else None
+    pictures.augmented_pairs(views, originals, workdir / "augmented_pairs.png")
+
+
+def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
+    with config.copy_and_resolve_references().unlocked() as small:
+        small.batch_size = n
+        if config.data.augment_on == "device" and not resident.has_one_shape(source):
+            small.data.augment_on = "host"  # --eval.source names other images than the run's
+    if source.kind == "stream":  # a picture needs no shuffling among thousands
+        source = dataclasses.replace(source, shuffle_buffer=n)
+    batches = pipeline.train_batches(source, small, rows=np.arange(n))
+    return dispatch.first_views(small, source, batches)
+
+
+def finished(workdir: epath.Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended, said again; None if there is none yet."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:  # torn by a full disk: it is written again
+        return None
+    say(f"This run is finished: {path} has the result. For another run give another --workdir.")
+    say("\n".join(in_words(summary, workdir)), indent=2)
+    return summary
+
+
+def finish(
+    config: ConfigDict,
+    workdir: epath.Path,
+    evaluator: Evaluator,
+    state: Any,
+    progress: dict[str, Any],
+    dataset: str,
+    steps: int,
+) -> dict[str, Any]:
+    """Writes `summary.json` and the neighbours' picture, and says in words how it went.
+
+    Args:
+        progress: of the last checkpoint: results, images_per_second, seconds.
+    """
+    results = progress["results"]
+    if config.evaluate.pictures:
+        evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png")
+    summary = {
+        "method": config.method,
+        "dataset": dataset,
+        "seed": config.seed,
+        "started_from": config.init_from or config.resume_from or None,
+        "steps": steps,
+        "batch_size": config.batch_size,
+        "knn_top1": results.get("knn_top1"),
+        "knn_top1_at_init": results.get("knn_top1_at_init"),
+        "knn_top1_raw_pixels": results.get("knn_top1_raw_pixels"),
+        "probe_top1": results.get("probe_test_top1"),
+        "images_per_second": progress["images_per_second"],
+        "seconds": round(progress["seconds"], 1),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    if jax.process_index() == 0:
+        files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    say("\n".join(in_words(summary, workdir)), indent=2)
+    return summary
+
+
+def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
+    """The last lines of a run."""
+    lines = ["", f"Trained {summary['method']} for {summary['steps']:,} steps."]
+    drawn = {
+        str(workdir / name): text for name, text in PICTURES.items() if (workdir / name).exists()
+    }
+    if summary["knn_top1"] is not None:
+        knn, init, raw = (
+            100 * summary[name] for name in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
+        )
+        # Weights of another run are no untrained state: the gain is then only that of this run, and
+        # whether those weights have seen labels is not known here. (Absent in older summaries.)
+        given = summary.get("started_from")
+        lines += [
+            f"A kNN classifier on its features is right on {knn:.1f} % of the test images.",
+            f"The same network at its start, from {given}: {init:.1f} %, raw pixels: {raw:.1f} %."
+            if given
+            else f"The same network before training: {init:.1f} %, raw pixels: {raw:.1f} %.",
+            _conclusion(summary, knn, init, raw),
+        ]
+    if summary["probe_top1"] is not None:
+        lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")
+    if summary["knn_top1"] is None and summary["probe_top1"] is None:
+        lines.append("No test images with labels, so no score. What can be looked at next:")
+        lines += [f"  {path}: {text}" for path, text in drawn.items()]
+        embed = f"python main.py --mode=embed --workdir={shlex.quote(str(workdir))}"
+        lines.append(f"  {embed}: features, and a report with a map of them")
+    elif drawn:
+        lines.append(f"Pictures to look at: {', '.join(drawn)}")
+    return lines
+
+
+def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) -> str:
+    """Whether it learned: only an encoder that beats its start and raw pixels did; all in %."""
+    if summary.get("dataset", "").startswith("fake "):
+        return "The images are random: these figures only show that all of it runs."
+    if summary["steps"] < TOO_FEW:
+        return f"{summary['steps']} steps are too few to say whether it learns."
+    if min(knn, max(init, raw)) > 99.95:
+        return "Nothing was left to gain: this task is too easy to say whether it learned."
+    given = summary.get("started_from")
+    start = "start" if given else "untrained state"
+    gain, lead = f"{knn - init:+.1f} points over its {start}", f"{knn - raw:+.1f} points"
+    if init < knn <= raw:
+        return (
+            f"It gained {gain}, but does not beat raw pixels ({lead}): too little to say that it "
+            "learned."
+        )
+    verb = "learned" if knn > init else "did NOT learn"
+    return (
+        f"So it {verb}{' more' if given else ''}: {gain}, {lead} over raw pixels, "
+        f"without seeing a label{' in this run' if given else ''}."
+    )

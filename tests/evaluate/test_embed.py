@@ -1,0 +1,379 @@
+"""`--mode=embed`: what is in the files, and what may be in the page."""
+
+import base64
+import hashlib
+import html.parser
+import io
+import json
+import os
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from PIL import Image
+
+from common import config as configs
+from common.data.sources.base import ArraySource
+from common.errors import UserError
+from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
+from common.evaluate.page import build, feature_map, inline
+from common.evaluate.pretrained import Pretrained
+
+HOSTILE = "<script>alert(1)<_script> & \"'"
+CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
+
+
+def eval_settings(**changes) -> ConfigDict:
+    c = settings.default_config()
+    c.features = "untrained"
+    for name, value in changes.items():
+        section, _, last = name.rpartition("__")
+        (c[section] if section else c)[last] = value
+    return c
+
+
+def make_run(workdir, **changes) -> None:
+    """A workdir as a run leaves it, but for the checkpoint."""
+    workdir.mkdir()
+    c = tiny.config("simclr", **changes)
+    (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
+    lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
+    lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
+    (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")
+
+
+def write_images(folder, names, seed=0) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name in names:
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
+            Image.fromarray(pixels).save(file, "PNG")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Folder of two classes, embedded: `(workdir, record, Pretrained)`."""
+    root = tmp_path_factory.mktemp("embed")
+    for i, name in enumerate(CLASSES):
+        write_images(root / "data" / "test" / name, [f"{n}{HOSTILE}.png" for n in "cab"], seed=i)
+    make_run(root / "run", data__source=f"folder:{root}/data", data__dir=str(root))
+    s = eval_settings(embed__format="npz,parquet", batch_size=8)
+    opened = pretrained.load(root / "run", s, tiny.METHODS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "load", lambda *_: opened)  # one compilation for all tests
+        record = modes.run("embed", str(root / "run"), s, tiny.METHODS)
+    return root / "run", record, opened
+
+
+def reopened(opened, workdir, s) -> Pretrained:
+    """The same encoder with other settings, as `pretrained.load` would open it."""
+    c = opened.config.copy_and_resolve_references()
+    with c.unlocked():
+        c.data.source = s.source or c.data.source
+        c.data.test_split = s.test_split or c.data.test_split
+        c.data.on_corrupt = s.on_corrupt or c.data.on_corrupt
+    return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
+
+
+def test_npz_holds_the_features_in_order(labelled):
+    workdir, record, opened = labelled
+    features, labels, ids = opened.extract(opened.open("test"))
+    with np.load(workdir / "features-data-test-untrained.npz", allow_pickle=False) as found:
+        np.testing.assert_array_equal(found["features"], features)
+        np.testing.assert_array_equal(found["labels"], [0, 0, 0, 1, 1, 1])
+        np.testing.assert_array_equal(found["labels"], labels)
+        np.testing.assert_array_equal(found["ids"], ids)
+        want = [f"test/{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc"]
+        assert found["names"].tolist() == want
+        assert found["class_names"].tolist() == list(CLASSES)
+        about = json.loads(str(found["about"]))
+    assert features.dtype == np.float32 and ids.dtype == np.int64
+    assert about["features"] == "untrained" and about["split"] == "test"
+    assert (record["examples"], record["labelled"]) == (6, 6)
+    assert len(np.unique(features.round(4), axis=0)) == 6  # six images, none taken for another
+
+
+def test_parquet_holds_the_same(labelled):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(labelled[0] / "features-data-test-untrained.parquet")
+    with np.load(labelled[0] / "features-data-test-untrained.npz") as want:
+        np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), want["features"])
+        assert table["name"].to_pylist() == want["names"].tolist()
+        assert table["id"].to_pylist() == want["ids"].tolist()
+        assert table["label"].to_pylist() == want["labels"].tolist()
+        classes = want["class_names"][want["labels"]]
+        assert table["class_name"].to_pylist() == classes.tolist()
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page: `(tag, attributes)` and the text of scripts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.scripts, self.text, self._inside = [], [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+def test_page_escapes_and_is_self_contained(labelled):
+    workdir, _, _ = labelled
+    text = (workdir / "report.html").read_text()
+    page = Page(text)
+    data, script = page.scripts  # no third one out of a name
+    found = json.loads(data)
+    assert sorted(found["names"]) == sorted(
+        f"test/{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc"
+    )
+    assert found["classes"] == list(CLASSES)
+    assert CLASSES[0] in page.text  # shown as text
+    policy = next(a["content"] for t, a in page.elements if "http-equiv" in a)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert all(url.startswith("data:") for url in re.findall(r"url\(['\"]?([^)]{5})", text))
+    assert "http://" not in text and "https://" not in text
+    assert str(workdir.parent) not in text  # whose disk it was is nobody's business
+    assert sum(tag == "circle" and "data-label" in a for tag, a in page.elements) == 6
+
+
+def test_page_says_the_numbers(labelled):
+    text = " ".join(Page((labelled[0] / "report.html").read_text()).text.split())
+    assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
+    assert "loss went from 3.00 to 1.00" in text
+    assert "from 25.0 % to 30.0 % right; on raw pixels it has 50.0 %" in text
+    assert "top1 12.50 %" in text and "folder:x" in text
+    nested = [
+        {"source": "folder:/home/me/photos", "top1": 0.5},
+        {"source": "embedded", "top1": 1.0},
+    ]
+    shown = build._score("data_sets", nested)
+    assert shown == "source folder:photos, top1 50.00 %; source embedded, top1 100.00 %"
+
+
+@pytest.fixture(scope="module")
+def rebuild(labelled):
+    """Writes the page of the same features again: `rebuild(path, class_names=None)`."""
+    opened = labelled[2]
+    source = opened.open("test")
+    features, labels, ids = opened.extract(source)
+    names = source.names(ids)
+    about = embed_mode._about(opened, source)
+
+    def write(path, class_names=source.class_names):
+        embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
+        build.write(path, opened, source, embedded)
+        return path.read_text()
+
+    return write
+
+
+def test_page_is_deterministic(labelled, rebuild, tmp_path):
+    # results.jsonl has the line of the first time by now, and embeddings are not shown
+    assert '"embed"' in (labelled[0] / "results.jsonl").read_text()
+    assert rebuild(tmp_path / "again.html") == (labelled[0] / "report.html").read_text()
+
+
+def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
+    evil = "</script><script>alert(2)</script>"
+    page = Page(rebuild(tmp_path / "evil.html", (evil, "plain")))
+    assert len(page.scripts) == 2 and json.loads(page.scripts[0])["classes"] == [evil, "plain"]
+    assert evil in page.text
+
+
+def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
+    write_images(tmp_path / "photos", ["b.png", b"\xff.png", "a.png"])
+    make_run(tmp_path / "run")
+    s = eval_settings(source=f"folder:{tmp_path}/photos", embed__format="parquet", batch_size=8)
+    record, sentence = embed_mode.run(reopened(labelled[2], tmp_path / "run", s))
+    assert "3 images of photos (train) by the untrained encoder" in sentence
+    assert (record["embedded_split"], record["labelled"]) == ("train", 0)
+    with np.load(tmp_path / "run" / "features-photos-train-untrained.npz") as found:
+        assert found["labels"].tolist() == [-1, -1, -1]
+        assert [os.fsencode(n) for n in found["names"]] == [b"a.png", b"b.png", b"\xff.png"]
+        assert found["class_names"].size == 0
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "without labels" in text and "one colour" in text
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(tmp_path / "run" / "features-photos-train-untrained.parquet")
+    assert table["label"].to_pylist() == [None] * 3
+    assert table["name"].to_pylist() == ["a.png", "b.png", "\\udcff.png"]
+
+
+def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
+    """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
+    names = [f"{i}.png" for i in range(7)]
+    for k in (0, 1):
+        write_images(tmp_path / "photos" / "test" / f"kind{k}", names, seed=k)
+    make_run(tmp_path / "run")
+
+    def embed(**changes):
+        s = eval_settings(source=f"folder:{tmp_path}/photos", batch_size=8,
+                          embed__format="npz,parquet", embed__report=False, **changes)  # fmt: skip
+        opened = reopened(labelled[2], tmp_path / "run", s)
+        metrics, sentence = embed_mode.run(opened)
+        with np.load(tmp_path / "run" / "features-photos-test-untrained.npz") as found:
+            return metrics, sentence, dict(found)
+
+    _, sentence, whole = embed()
+    assert "left out" not in sentence and whole["left_out"].size == 0
+    bad = [2, 6, 11]
+    for i in bad:
+        (tmp_path / "photos" / whole["names"][i]).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot decode .*kind0/2.png.* .--eval.on_corrupt of an"):
+        embed()
+    metrics, sentence, found = embed(on_corrupt="replace")
+    gone = ["test/kind0/2.png", "test/kind0/6.png", "test/kind1/4.png"]
+    assert sentence.endswith(f"; 3 damaged images left out: {', '.join(gone)}")
+    assert (metrics["left_out"], metrics["examples"]) == (3, 11)
+    assert "left out (3 of 14 images so far)" in caplog.text and "replaced" not in caplog.text
+    assert found["left_out"].tolist() == gone
+    for name in ("features", "labels", "ids", "names"):
+        np.testing.assert_array_equal(found[name], np.delete(whole[name], bad, 0))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(tmp_path / "run" / "features-photos-test-untrained.parquet")
+    assert json.loads(table.schema.metadata[b"left_out"]) == gone
+    assert table["name"].to_pylist() == found["names"].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"embed__format": "csv"}, "'csv' is unknown, choose npz or npz,parquet"),
+        ({"embed__points": 0}, "embed.points=0: expected"),
+        ({"embed__split": "tset"}, "no split 'tset'.*--eval.embed.split=NAME"),
+        ({"test_split": "other"}, "no split 'other'.*--eval.embed.split=NAME"),
+    ],
+)
+def test_mistakes(labelled, changes, message):
+    wrong = reopened(labelled[2], labelled[0], eval_settings(**changes))
+    with pytest.raises(UserError, match=message):
+        embed_mode.run(wrong)
+
+
+def test_parquet_without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert feature_files.formats_of("npz") == ["npz"]
+    with pytest.raises(UserError, match=r"needs pyarrow.*pip install pyarrow"):
+        feature_files.formats_of("npz,parquet")
+
+
+def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
+    source = ArraySource("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = np.array([False, False, False, True, False])
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([others, mine]))
+    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_features_that_are_no_numbers():
+    with pytest.raises(UserError, match="1 of 2 images are NaN"):
+        embed_mode._check_finite(np.array([[1.0, 2.0], [np.nan, 0.0]]))
+
+
+def test_no_name_leaves_the_workdir():
+    about = {"data": "../../etc", "split": "train[:10%]/..", "features": "pixels"}
+    assert embed_mode._stem(about) == "features-______etc-train__10_____-pixels"
+    assert feature_files.shortened("folder:/home/me/photos/") == "folder:photos"
+    assert feature_files.shortened("folder:gs://bucket/photos") == "folder:photos"
+    assert feature_files.shortened("gs://bucket/a/b") == "b"
+    assert feature_files.shortened("tfds:cifar10") == "tfds:cifar10"
+    shown = build._shown_names(np.array(["/home/me/a/b.png", "/home/me/a/bc/d.png"]))
+    assert shown == ["b.png", "bc/d.png"]
+
+
+def test_map_keeps_groups_together():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    rows = np.eye(3, 16)[labels] + 0.05 * rng.normal(size=(60, 16))
+    places = feature_map.place(rows, seed=0)
+    distance = np.linalg.norm(places[:, None] - places[None], axis=-1) + 9 * np.eye(60)
+    np.testing.assert_array_equal(labels[distance.argmin(1)], labels)
+    assert places.min() >= 0 and places.max() <= 1
+    np.testing.assert_array_equal(feature_map.place(rows, seed=0), places)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_map_of_few_or_equal_rows(n):
+    assert np.isfinite(feature_map.place(np.eye(n, 4) + 1, 0)).all()
+    np.testing.assert_array_equal(feature_map.place(np.ones((n, 4)), 0), 0.5)
+
+
+def test_colours_and_legend():
+    names = tuple(f"n{i}" for i in range(30))
+    colours, legend = feature_map.colour(np.array([2, 0, -1, 2]), names)
+    assert [(e["name"], e["count"]) for e in legend] == [("n0", 1), ("n2", 2), ("no label", 1)]
+    assert colours[0] == colours[3] and len(set(colours)) == 3
+    colours, legend = feature_map.colour(np.arange(30), names)
+    assert len(legend) == 30 and len(set(colours)) == 30
+
+
+def test_same_class_by_hand():
+    labels = np.array([0, 0, 1, 1, -1])
+    share, chance = feature_map.same_class(np.array([1, 0, 0, 2, 3]), labels)
+    assert share == 3 / 4  # the third has the first as its neighbour
+    assert chance == pytest.approx(1 / 3)  # of the three others, one is of the class
+    assert feature_map.same_class(np.array([1, 0]), np.array([-1, 0])) is None
+
+
+def test_chart_puts_values_where_the_axes_say():
+    c = inline.chart("t", [0, 1, 4], [10.0, 20.0, 15.0], "epoch", level=30.0, level_name="raw")
+    x = {text: place for place, text in c.x_ticks}
+    y = {text: place for place, text in c.y_ticks}
+    assert [p[0] for p in c.dots] == [x["0"], x["1"], x["4"]]
+    assert [p[1] for p in c.dots] == [y["10"], y["20"], y["15"]]
+    assert c.level == y["30"] and y["30"] < y["10"]
+    assert inline.chart("t", [1], [1.0], "step") is None
+    level = inline.chart("t", [0, 1], [2.5, 2.5], "step")
+    assert len({text for _, text in level.y_ticks}) == len(level.y_ticks) >= 3
+    fine = inline.chart("t", [0, 0.5], [4.4, 5.4], "epoch")
+    assert [text for _, text in fine.y_ticks] == ["4.4", "4.6", "4.8", "5.0", "5.2", "5.4"]
+    assert [text for _, text in fine.x_ticks][:2] == ["0.0", "0.1"]
+    small = inline.chart("t", [0, 1], [0.0, 1e-7], "step")
+    assert len({text for _, text in small.y_ticks}) == len(small.y_ticks)
+    many = inline.chart("t", np.arange(10_000), np.arange(10_000.0), "step")
+    assert len(many.points.split()) == 400 and many.dots == ()
+
+
+def test_atlas_holds_each_image_in_its_cell():
+    rng = np.random.default_rng(0)
+    images = np.broadcast_to(rng.integers(0, 256, (5, 1, 1, 3), dtype=np.uint8), (5, 20, 20, 3))
+    found = inline.atlas(images)
+    data = base64.b64decode(found["uri"].partition(",")[2])
+    sheet = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+    cell, columns = found["cell"], found["columns"]
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        corner = sheet[row * cell : row * cell + 20, column * cell : column * cell + 20]
+        assert np.abs(corner - image).max() <= 6  # JPEG
+
+
+def test_small_images_keep_their_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    data = base64.b64decode(inline.data_uri(image).partition(",")[2])
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)

@@ -1,0 +1,163 @@
+"""Opening a run for evaluation: which checkpoint, which splits, and which untrained network."""
+
+import flax
+import jax
+import numpy as np
+import opened_run
+import pytest
+import tiny
+from PIL import Image
+from test_sources import config as sources_config
+
+from common.data.sources import shards
+from common.data.sources.opening import open_source
+from common.errors import UserError
+from common.evaluate import modes, transfer_mode
+from common.method import root_keys
+from common.run.checkpoint import Checkpoints
+from common.run.workdir import claim
+from common.train import resume_from, weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`(workdir, states)` of a MoCo run with the checkpoints 7 and 9."""
+    changes = {"data__train_split": "a", "data__bank_split": "b", "data__test_split": "c"}
+    changes |= {"model__stages": (1,), "model__bn_groups": 4, "seed": 5}
+    workdir = opened_run.write(tmp_path_factory.mktemp("runs") / "run", "moco", **changes)
+    method = tiny.build(tiny.config("moco", **changes), 1)
+    states = {opened_run.STEP: tiny.place_state(method, seed=3), 9: tiny.place_state(method, 4)}
+    with Checkpoints(workdir, keep=None) as checkpoints:
+        checkpoints.save(9, states[9], {})
+    return workdir, states
+
+
+@pytest.mark.parametrize(("asked", "found"), [(0, 9), (7, 7)])
+def test_the_query_encoder_of_the_step_asked_for_is_opened_or_of_the_newest(runs, asked, found):
+    workdir, states = runs
+    opened = opened_run.load(workdir, step=asked)
+    assert opened.step == found
+    for name in ("params", "batch_stats"):
+        got, want = (opened_run.leaves(getattr(s, name)) for s in (opened.state, states[found]))
+        assert got.keys() == want.keys()
+        for leaf, value in want.items():
+            np.testing.assert_array_equal(got[leaf], value, err_msg=leaf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({}, ("b", "c")),  # the split that votes while training stands for train
+        ({"train_split": "d"}, ("d", "c")),
+        ({"test_split": "e"}, ("b", "e")),
+    ],
+)
+def test_splits_are_those_asked_for_or_the_runs(runs, changes, splits):
+    opened = opened_run.load(runs[0], features="pixels", **changes)
+    data = opened.config.data
+    assert (data.train_split, data.test_split) == splits
+    assert tuple(opened.open(role).split for role in ("train", "test")) == splits
+
+
+def test_another_source_is_opened_where_one_is_asked_for(runs):
+    opened = opened_run.load(
+        runs[0], features="pixels", source="embedded", data_dir="/x", train_split="train"
+    )
+    assert (opened.config.data.source, opened.config.data.dir) == ("embedded", "/x")
+    assert opened.open("train").num_examples == 10_000
+
+
+def deep(folder, most):
+    """Two classes of 16-bit images of which the largest value is `most`."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            values = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+            Image.fromarray(values).save(folder / split / name / "0.png")
+    return f"folder:{folder}"
+
+
+def test_other_data_have_a_value_range_of_their_own(runs, tmp_path, capsys):
+    """One for all their splits, said in one line; `--eval` may give it, and `on_corrupt`."""
+    source = deep(tmp_path / "x", 1000)
+    splits = {"train_split": "train", "test_split": "test"}
+    opened = opened_run.load(
+        runs[0], features="pixels", source=source, on_corrupt="replace", **splits
+    )
+    assert capsys.readouterr().err == ""
+    train = opened.open("train")
+    assert capsys.readouterr().err.count("--eval.value_range=0:1023)") == 1
+    test = opened.open_labelled("test")
+    assert "value_range" not in capsys.readouterr().err
+    assert train.decoding.value_range == test.decoding.value_range == "0:1023"
+    assert train.on_corrupt == "replace" and opened.config.data.on_corrupt == "replace"
+    given = opened_run.load(
+        runs[0], features="pixels", source=source, value_range="0:2000", **splits
+    )
+    assert given.open("test").decoding.value_range == "0:2000"
+    assert given.open("test").on_corrupt == "error"
+
+
+def test_each_set_of_a_transfer_has_a_value_range_of_its_own(runs, tmp_path):
+    few, many = deep(tmp_path / "few", 1000), deep(tmp_path / "many", 60_000)
+    opened = opened_run.load(runs[0], features="pixels", source=few)
+    found = [
+        [part.decoding.value_range for part in transfer_mode._open(opened, data_set)]
+        for data_set in transfer_mode.parse(f"{few},{many},{few}@test:train", None)
+    ]
+    assert found == [["0:1023"] * 2, ["0:65535"] * 2, ["0:1023"] * 2]
+
+
+@flax.struct.dataclass
+class State:
+    """What is drawn at the start."""
+
+    params: dict
+    step: int = 0
+    batch_stats: dict = flax.struct.field(default_factory=dict)
+
+
+class Drawn(tiny.METHODS["simclr"]):
+    """A method that starts from a few random numbers."""
+
+    def init(self, key):
+        return State({"backbone": jax.random.normal(key, (4,))})
+
+
+def test_the_untrained_network_is_the_one_that_the_run_began_with(runs, monkeypatch):
+    """By the run's seed, not by the evaluation's."""
+    monkeypatch.setitem(tiny.METHODS, "moco", Drawn)
+    monkeypatch.setattr(Drawn, "default_config", tiny.MoCo.default_config)
+    opened = opened_run.load(runs[0], devices=2, features="untrained", seed=1)
+    want = jax.random.normal(root_keys(5)[0], (4,))
+    np.testing.assert_array_equal(opened.state.params["backbone"], want)
+    assert opened.step == 0
+
+
+def test_a_run_is_opened_whatever_its_training_needs(tmp_path):
+    """`test_matrix.py` asks every mode; here, micro-batches and a warm-up of several steps."""
+    changes = {"microbatch": 4, "model__bn_groups": 4, "optimizer__warmup": "3 steps"}
+    workdir = opened_run.write(tmp_path / "run", **changes)
+    opened = opened_run.load(workdir, devices=8)  # which 4 images cannot be split over
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    assert np.isfinite(opened.encoder(images)).all()
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_given(runs, tmp_path, monkeypatch):
+    """A shell leaves that of `--workdir=~/runs` to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(runs[0])
+    assert opened_run.load("~/run").workdir == tmp_path / "run"
+    assert len(weights.load_weights("~/run").arrays) > 5
+    assert resume_from.source_of("~/run", tmp_path / "new")[0] == tmp_path / "run"
+    assert resume_from.source_of(f"~/run@{opened_run.STEP}", tmp_path / "new")[1] == opened_run.STEP
+    c = tiny.config("simclr", data__source="fake", data__fake_examples=9)
+    shards.prepare(c, "~/shards")
+    c.data.source = "shards:~/shards"
+    assert open_source(c.data, "train").num_examples == 9
+    with claim("~/claimed", c) as (claimed, _):
+        assert claimed == tmp_path / "claimed" and claimed.is_dir()
+    s = opened_run.config(export__dir="~/out", export__format="npz")
+    assert modes.run("export", "~/run", s, tiny.METHODS)["dir"] == str(tmp_path / "out")
+    with pytest.raises(UserError, match=f"looked in {tmp_path}/sets/cifar10"):
+        open_source(sources_config("tfds:cifar10", dir="~/sets"), "train")

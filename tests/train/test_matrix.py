@@ -1,0 +1,187 @@
+"""How a run was trained never makes a mode fail, nor changes what it says of the same weights.
+
+Every possible pair of options meets in some row of each of the two tests.
+"""
+
+import importlib
+import itertools
+import json
+
+import jax
+import numpy as np
+import opened_run
+import pytest
+import tiny
+from test_end_to_end import lines
+
+from common.data.sources.opening import open_source
+from common.evaluate.modes import MODES
+from common.plan import measure
+from common.sharding import make_mesh
+from common.train import loop as loop
+from common.train import replay
+from common.train.divergence import FOLDER
+from common.train.first_state import import_weights
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {
+    "method": ("simclr", "moco"),
+    "data__augment_on": ("host", "both", "device"),
+    "steps_per_dispatch": (1, 2),
+    "microbatch": (0, 4),
+    "model__bn_groups": (1, 8),
+    "optimizer__warmup": ("0 steps", "3 steps"),  # of a run of 4 steps, in epochs of 3
+    "start": ("", "init_from", "resume_from"),
+}
+NETWORK = {"model__stages": (1,)}
+
+
+def possible(row):
+    """Several steps a dispatch take data that is there; parts of a batch are whole BN groups."""
+    return not (
+        (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
+        or (row["microbatch"] and row["model__bn_groups"] == 1)
+    )
+
+
+def pairs(row):
+    return set(itertools.combinations(row.items(), 2))
+
+
+def covering(options):
+    """Rows in which every possible pair of options occurs: each row has most of what is left."""
+    every = [dict(zip(options, v, strict=True)) for v in itertools.product(*options.values())]
+    every = [row for row in every if possible(row)]
+    left, rows = set().union(*map(pairs, every)), []
+    while left:
+        rows.append(max(every, key=lambda row: len(pairs(row) & left)))
+        left -= pairs(rows[-1])
+    return rows
+
+
+def name_of(row):
+    return "-".join(str(v) for v in row.values()).replace(" ", "")
+
+
+def config(row, **more):
+    """Of a run, without what it starts from."""
+    changes = {k: v for k, v in row.items() if "__" in k} | NETWORK | more
+    c = tiny.config(row["method"], data__fake_examples=60, data__fake_classes=3, **changes)
+    c.data.source, c.microbatch = "fake", row["microbatch"]
+    c.steps_per_dispatch = row["steps_per_dispatch"]
+    return c
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """What the modes say of a run without options, and its workdir.
+
+    By method, and by whether the device crops the images on which classifiers are trained, which
+    rounds some of their bytes otherwise.
+    """
+    found = {}
+    for method, on in itertools.product(tiny.METHODS, ("host", "device")):
+        folder = tmp_path_factory.mktemp(method)
+        opened_run.write(folder / "run", method, data__augment_on=on, **NETWORK)
+        found[method, on == "device"] = every_mode(folder / "run", 1), folder / "run"
+    return found
+
+
+def plain_of(row, plain):
+    return plain[row["method"], row["data__augment_on"] == "device"]
+
+
+def every_mode(workdir, devices):
+    """Numbers that each mode finds in a run, and the arrays that it writes."""
+    export = workdir.parent / "export"
+    asked = {
+        "knn": ("knn", {}),
+        "cached": ("linear_eval", {"linear__variant": "cached"}),
+        "augmented": ("linear_eval", {"linear__variant": "augmented", "linear__epochs": 2}),
+        "finetune": ("finetune", {}),
+        "head": ("finetune", {"layer": "head1", "seed": 1}),
+        "transfer": ("transfer", {}),
+        "embed": ("embed", {"embed__report": False}),
+        "export": ("export", {"export__dir": str(export), "export__format": "npz"}),
+    }
+    found = {}
+    for name, (mode, changes) in asked.items():
+        opened = opened_run.load(workdir, devices, **changes)
+        found[name] = importlib.import_module(MODES[mode]).run(opened)[0].get("top1", 0.0)
+    with np.load(export / "model.npz") as file:  # fc is of the linear evaluation
+        found["weights"] = {name: file[name] for name in file.files if not name.startswith("fc.")}
+    (path,) = workdir.glob("features*.npz")
+    with np.load(path) as file:
+        found["features"] = file["features"]
+    return found
+
+
+@pytest.mark.parametrize("row", covering(OPTIONS | {"elsewhere": (1, 8)}), ids=name_of)
+def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, tmp_path):
+    changes = {k: v for k, v in row.items() if "__" in k}
+    changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
+    want, other = plain_of(row, plain)
+    changes |= {row["start"]: str(other)} if row["start"] else {}
+    opened_run.write(tmp_path / "run", row["method"], **(changes | NETWORK))
+    found = every_mode(tmp_path / "run", row["elsewhere"])
+    for name, value in want.items():
+        if name == "weights":
+            for array, expected in value.items():
+                np.testing.assert_array_equal(found[name][array], expected, err_msg=array)
+        elif name == "features":
+            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
+        else:  # a rounding may turn one of 60 images
+            assert found[name] == pytest.approx(value, abs=0.02), name
+    c = config(row, init_from=str(tmp_path / "export" / "model.npz"))
+    import_weights(tiny.METHODS[row["method"]], c, tmp_path / "imported")
+    opened = opened_run.load(tmp_path / "imported", row["elsewhere"])
+    top1 = importlib.import_module(MODES["knn"]).run(opened)[0]["top1"]
+    assert top1 == pytest.approx(want["knn"], abs=0.02)
+
+
+def interrupt_once(monkeypatch):
+    """Ends the run when step 3 is done, as Ctrl-C would."""
+    real = loop.Watch.check
+
+    def check(self, step, *rest):
+        real(self, step, *rest)
+        if step >= 3:
+            monkeypatch.setattr(loop.Watch, "check", real)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Watch, "check", check)
+
+
+@pytest.mark.parametrize("row", covering(OPTIONS | {"devices": (1, 2)}), ids=name_of)
+def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch, capsys):
+    start = {row["start"]: str(plain_of(row, plain)[1])} if row["start"] else {}
+    c = config(
+        row, duration="4 steps", log_every=1, checkpoint__every="2 steps", checkpoint__keep=3,
+        evaluate__every="0 steps", evaluate__pictures=False, optimizer__learning_rate=0.05, **start,
+    )  # fmt: skip
+    mesh = make_mesh(jax.devices()[: row["devices"]])
+    make_method = tiny.METHODS[row["method"]]
+    interrupt_once(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(make_method, c, tmp_path, mesh)
+    summary = loop.train(make_method, c, tmp_path, mesh)
+    losses = {r["step"]: r["loss"] for r in lines(tmp_path) if "loss" in r}
+    assert summary["steps"] == 4 and list(losses)[-1] == 4
+    assert np.isfinite(list(losses.values())).all()
+
+    # as if step 4 had stopped the run
+    (tmp_path / FOLDER).mkdir()
+    record = {"step": 4, "checkpoint": 2, "what": "loss"}
+    (tmp_path / FOLDER / "step_4.json").write_text(json.dumps(record))
+    np.savez(tmp_path / FOLDER / "step_4.process_0.npz", ids=np.zeros(16))
+    monkeypatch.setattr(replay, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(replay, "_first_nan", lambda *arguments: "")  # there is none to look for
+    capsys.readouterr()
+    replay.replay(str(tmp_path), tiny.METHODS)
+    said = capsys.readouterr().err
+    assert float(said.split("loss ")[-1].split(",")[0]) == pytest.approx(losses[4], rel=1e-5)
+
+    source = open_source(c.data, "train")
+    task = measure.Task(make_method, c, (4, source.num_examples // 16), source.num_classes)
+    assert measure.for_mesh(task, mesh)["flops"] > 0
