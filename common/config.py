@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from common import optim
 from common.data.augment import presets
 from common.data.sources.opening import default_config
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.models import probe
 
 # What may differ between a run and its continuation: none of these changes a training step that
@@ -149,7 +149,7 @@ def check(config: ConfigDict) -> None:
             value = value[name]
         if value < least:
             raise UserError(f"{field}={value} is too small: expected at least {least}")
-    optim.one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
     if config.init_from and config.resume_from:
         raise UserError(
             f"init_from={config.init_from} and resume_from={config.resume_from}: a run starts from "

@@ -4,17 +4,15 @@ Everything that moves a parameter is optax's own; this file only chooses, scales
 batch, and sets the masks that the published recipes need.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
 import optax
 
-from common.errors import UserError
+from common.errors import UserError, one_of
 
 FORMS = '"10 epochs", "500 steps", "5 %" (of the whole run), or a whole number of steps'
 _DURATION = re.compile(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?\s*", re.IGNORECASE)
@@ -39,16 +37,6 @@ def default_config() -> ml_collections.ConfigDict:
     c.decay_rate = 0.1  # schedule=step: factor at each of decay_at
     c.clip_norm = 0.0  # clip the gradient to this global norm; 0 = off
     return c
-
-
-def one_of(name: str, found: str, options: Iterable[str]) -> str:
-    """Returns `found`, or raises a `UserError` that lists `options` and suggests the nearest."""
-    options = list(options)
-    if found in options:
-        return found
-    near = difflib.get_close_matches(str(found), options, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise UserError(f'{name}="{found}" is unknown: use one of {", ".join(options)}{hint}')
 
 
 def steps_of(

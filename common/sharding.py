@@ -12,6 +12,7 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
@@ -91,6 +92,27 @@ def each_device(
     return jax.shard_map(
         functools.partial(function, axis=AXIS), mesh=mesh, in_specs=in_specs, out_specs=out_specs
     )
+
+
+def any_process(here: bool) -> bool:
+    """Whether `here` is true on any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.int32(here)).any())
+
+
+def first_process(here: bool) -> bool:
+    """What `here` is on process 0; all of them have to ask, and go on together."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
+
+
+def any_process_of(here: np.ndarray) -> np.ndarray:
+    """`any_process` for each entry of a bool array `[n]`."""
+    if jax.process_count() == 1:
+        return here
+    return multihost_utils.process_allgather(here).any(0)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

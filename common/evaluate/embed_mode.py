@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.evaluate import feature_files, modes
 from common.evaluate.feature_files import Embedded
 from common.evaluate.pretrained import Pretrained
+from common.sharding import any_process_of
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
@@ -84,12 +85,7 @@ def _open(opened: Pretrained) -> Source:
 
 def _damaged(source: Source, ids: np.ndarray) -> np.ndarray:
     """Which of `ids` had another image put in their place; each process knows of those it read."""
-    damaged = np.isin(ids, list(source.replaced))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        damaged = multihost_utils.process_allgather(damaged).any(0)
-    return damaged
+    return any_process_of(np.isin(ids, list(source.replaced)))
 
 
 def _check_finite(features: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import accuracy, batches, finetune, modes
 from common.evaluate.pretrained import Pretrained
-from common.run import files
+from common.run import console, files
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
@@ -46,7 +46,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     tx = finetune.optimizer(c.learning_rate, c.weight_decay, size, steps)
     tuner = finetune.Finetuner(opened.config, opened.mesh, s.layer, train.num_classes, tx)
     state = tuner.init(opened.state.params, opened.state.batch_stats)
-    modes.note(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
+    console.say(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
     pairs = batches.batches(images, opened.config, opened.mesh, size, s.seed, keep)
     state = tuner.train(state, pairs, steps, size)
 

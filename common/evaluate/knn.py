@@ -14,9 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.evaluate.accuracy import labelled, top_k
-from common.optim import one_of
 from common.sharding import AXIS, local_rows, make_mesh, replicated, to_global
 
 METRICS = ("cosine", "euclidean")

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from common.errors import one_of
 from common.evaluate import accuracy, knn, modes
 from common.evaluate.pretrained import Pretrained
-from common.optim import one_of
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:

@@ -16,10 +16,10 @@ import numpy as np
 
 from common.data.sources import subset
 from common.data.sources.base import Source
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.evaluate import accuracy, batches, linear, modes
 from common.evaluate.pretrained import Pretrained
-from common.optim import one_of
+from common.run import console
 
 VARIANTS = ("auto", "cached", "augmented")
 
@@ -141,11 +141,11 @@ def _by_sgd(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, st
     chosen, held = grid[0], np.zeros(0, np.int64)
     if len(grid) > 1:
         held = subset.held_out(bank.labels, c.held_out, opened.settings.seed)
-        modes.note(f"Choosing among {len(grid)} settings by {len(held):,} training images.")
+        console.say(f"Choosing among {len(grid)} settings by {len(held):,} training images.")
         rest = np.setdiff1d(np.arange(n), held)
         fits = bank.fit(rest, grid)
         chosen = grid[linear.best(fits, bank.features[held], bank.labels[held])]
-    modes.note(f"Training on all {n:,} images.")
+    console.say(f"Training on all {n:,} images.")
     (classifier,) = bank.fit(np.arange(n), [chosen])
     how = {
         "learning_rate": chosen.learning_rate,

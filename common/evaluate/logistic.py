@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 
 from common.data.sources import subset
 from common.errors import UserError
-from common.evaluate import linear, modes
+from common.evaluate import linear
+from common.run import console
 from common.run.console import Progress
 
 # Below so many numbers one thread does it. BLAS threads wait for each other after each of these
@@ -63,13 +64,13 @@ def choose(
     l2, stopped, words = float(values[0]), 0, ""
     if len(values) > 1:
         held = subset.held_out(labels, s.held_out, seed)
-        modes.note(f"Choosing among {len(values)} values of l2 by {len(held):,} training images.")
+        console.say(f"Choosing among {len(values)} values of l2 by {len(held):,} training images.")
         rest = np.setdiff1d(np.arange(len(labels)), held)
         fits = fit(features[rest], labels[rest], num_classes, values, s.max_iterations)
         best = linear.best([f.classifier for f in fits], features[held], labels[held])
         l2, stopped = float(values[best]), sum(not f.converged for f in fits)
         words = f", chosen from {len(values)} by {len(held):,} held-out training images"
-    modes.note(f"Fitting all {len(labels):,} images.")
+    console.say(f"Fitting all {len(labels):,} images.")
     (last,) = fit(features, labels, num_classes, [l2], s.max_iterations, quiet=True)
     if not last.converged:
         words += f"; NOT converged in {s.max_iterations} iterations, see eval.logistic"

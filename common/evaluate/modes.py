@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from common.evaluate import pretrained
 from common.method import Method, Setup
-from common.run import files, jsonl
+from common.run import console, files, jsonl
 
 # The mode's name -> module with `run(pretrained) -> (metrics, sentence)`, imported when it is used.
 MODES = {
@@ -27,7 +27,6 @@ MODES = {
     "transfer": "common.evaluate.transfer_mode",
     "export": "common.export.export_mode",
 }
-FILE = "results.jsonl"
 
 
 def run(
@@ -69,10 +68,8 @@ def run(
     }
     record |= metrics  # a mode that has data of its own says so
     if jax.process_index() == 0:
-        lines = jsonl.Lines(files.path(workdir) / FILE)
-        lines.add(jsonl.dump(record))
-        lines.close()
-        print(sentence, flush=True)
+        jsonl.append(files.path(workdir) / jsonl.RESULTS, record)
+    console.result(sentence)
     return record
 
 
@@ -83,9 +80,3 @@ def subject(opened: pretrained.Pretrained) -> str:
         "untrained": "the untrained encoder",
         "pixels": "raw pixels",
     }[opened.settings.features]
-
-
-def note(text: str) -> None:
-    """Tells a person who waits what is going on."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)

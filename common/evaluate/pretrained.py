@@ -19,16 +19,14 @@ from common.data.feed import pipeline, survey
 from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.evaluate import features
 from common.evaluate.online import warn_of_overlap
 from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
-from common.optim import one_of
-from common.run import files
+from common.run import console, files
 from common.run.checkpoint import Checkpoints
 from common.sharding import local_rows, make_mesh, replicated, state_shardings
-from common.train import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +75,9 @@ class Pretrained:
             config, lines = survey.settle(self.config, source, self.value_range)
             data.value_range = config.data.value_range
             for line in lines:
-                summary.say(in_eval(line))
+                console.say(in_eval(line))
         if source.account:
-            summary.say("\n  ".join(source.summary()))
+            console.say("\n  ".join(source.summary()))
         return source
 
     def open_labelled(self, role: str) -> Source:

@@ -8,7 +8,7 @@ from common.data.sources.opening import KINDS
 from common.errors import UserError
 from common.evaluate import accuracy, logistic, modes
 from common.evaluate.pretrained import Pretrained, read_anew
-from common.run import files
+from common.run import console, files
 
 # A split may be a TFDS slice, with a colon of its own: train[:80%]
 _SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"
@@ -67,7 +67,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     opened_sets = [_open(opened, data_set) for data_set in wanted]  # mistakes show at once
     results, sentences = [], []
     for data_set, (train, test) in zip(wanted, opened_sets, strict=True):
-        modes.note(f"{train.name}: extracting features.")
+        console.say(f"{train.name}: extracting features.")
         features, labels, _ = opened.extract(train)
         features, labels = accuracy.labelled("training", features, labels)
         found = logistic.choose(

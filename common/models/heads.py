@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.models import initial
 from common.models.resnet import BatchNorm, ResNet, at_least_float32, make_encoder
-from common.optim import one_of
 
 HEADS = ("simclr", "moco_v1", "moco_v2")
 

@@ -14,8 +14,7 @@ import ml_collections
 import optax
 from jax import lax
 
-from common.errors import UserError
-from common.optim import one_of
+from common.errors import UserError, one_of
 
 DECAY = 0.9  # of the running statistics, as in the encoder's batch norm
 EPSILON = 1e-6  # of the variance: only a collapsed feature comes near it

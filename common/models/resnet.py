@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from common.errors import UserError
+from common.errors import UserError, one_of
 from common.models import cpu_conv, fold, gpu_stem, initial
-from common.optim import one_of
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
 DEPTHS = {

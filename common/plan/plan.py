@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from common.method import Method, Setup
 from common.models.resnet import REMAT
 from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
+from common.run import console
 from common.sharding import make_mesh
 
 # Images and classes of the sets that people plan for without having them: name, split.
@@ -75,9 +75,9 @@ def plan(
             continue
         rows += found
         for row in found:
-            print(json.dumps(row), flush=True)
+            console.result(json.dumps(row))
     if rows:
-        _say("\n" + table.render(rows))
+        console.say("\n" + table.render(rows))
     if errors:
         raise UserError("; ".join(dict.fromkeys(errors)))
     return rows
@@ -100,10 +100,10 @@ def _plan_one(
         task = measure.Task(make_method, changed, steps, classes, quick)
         text = f"compiling for {topology}, remat={remat} (minutes on a laptop) ..."
         if topology == LOCAL:
-            found = measure.for_mesh(task, make_mesh(), functools.partial(_say, text))
+            found = measure.for_mesh(task, make_mesh(), functools.partial(console.say, text))
         else:
             measure.check(task)
-            _say(text)
+            console.say(text)
             found = measure.for_topology(task, topology)
         rows.append(row_of(task, topology, found))
         if rows[-1]["fits"] is not False:
@@ -232,7 +232,3 @@ def _gib(size: float) -> float:
 
 def _rounded(value: float | None, unit: float) -> float | None:
     return None if value is None else round(value / unit, 6)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

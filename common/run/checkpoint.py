@@ -12,9 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.run import digests, files
 from common.run.retention import Keep
+from common.sharding import any_process
 
 ASIDE = "damaged_checkpoints"
 
@@ -118,7 +119,7 @@ class Checkpoints:
             carry_on = f"carries on from step {good:,}" if good else "starts anew"
             raise UserError(
                 f"cannot write the checkpoint of step {step} in {self._workdir} "
-                f"({_first_line(error)}): make room or mend the disk; the same command then "
+                f"({_reason(error)}): make room or mend the disk; the same command then "
                 f"{carry_on}"
             ) from error
 
@@ -168,7 +169,7 @@ class Checkpoints:
             state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
             digests.compare(step, digests.of_state(state), self._record(step))
         except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(step, _first_line(error)) from error
+            raise self._damaged(step, _reason(error)) from error
         return state
 
     def shapes(self, step: int) -> dict[str, Any]:
@@ -226,15 +227,15 @@ class Checkpoints:
             except MemoryError:
                 raise
             except Exception as error:  # whatever a reader makes of damaged files
-                reason = _first_line(error)
+                reason = _reason(error)
             try:
-                if not _any_process(reason is not None):
+                if not any_process(reason is not None):
                     state, progress = self.restore(step, target, shardings)
                     break
             except Exception as error:
                 if not alone:  # where the others are by now is not known
                     raise
-                reason = _first_line(error)
+                reason = _reason(error)
             damage[step] = reason or "process 0 says how"
         else:
             if damage:
@@ -248,7 +249,7 @@ class Checkpoints:
                     "of step %d", bad, reason, self._set_aside(bad), step,
                 )  # fmt: skip
         if damage:
-            _any_process(False)  # all wait for the move
+            any_process(False)  # all wait for the move
             self._manager.reload()
         return step, state, progress
 
@@ -308,15 +309,6 @@ class Checkpoints:
             self._manager.close()
 
 
-def _any_process(here: bool) -> bool:
-    """Whether it is so on any process; all of them ask."""
-    if jax.process_count() == 1:
-        return here
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.int32(here)).any())
-
-
 def _place(target: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -325,9 +317,8 @@ def _place(target: Any, shardings: Any) -> Any:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    """What an error says, short."""
-    text = str(error).strip().splitlines()
+def _reason(error: BaseException) -> str:
+    """What is wrong, for a message; of an error from elsewhere its type too."""
     if isinstance(error, digests.Damage):
-        return text[0]
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__

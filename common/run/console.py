@@ -1,12 +1,15 @@
-"""The line that a person watches: one that rewrites itself on a terminal, plain ones elsewhere."""
+"""Everything that is said to the person who waits: lines, results, and the progress line."""
 
 import logging
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import TextIO
+
+import jax
 
 # Shown on the line, in this order; the rest is in metrics.jsonl.
 SHOWN = ("loss", "contrastive_top1", "probe_top1", "knn_top1")
@@ -15,6 +18,36 @@ _SHORT = {"contrastive_top1": "top1", "probe_top1": "probe", "knn_top1": "kNN"}
 _COLUMNS = 80  # of a terminal that does not say
 _PLAIN_SECONDS = 10.0  # between lines when nothing can be rewritten (a log file, a notebook)
 _TERMINAL_SECONDS = 0.1
+
+
+def say(text: str, indent: int = 0) -> None:
+    """Prints on stderr, on process 0; on a terminal no line breaks inside a word.
+
+    Args:
+        text: of one line or more.
+        indent: spaces before what does not fit in a line.
+    """
+    if jax.process_index() == 0:
+        print(_wrapped(text, indent), file=sys.stderr, flush=True)
+
+
+def _wrapped(text: str, indent: int) -> str:
+    if not sys.stderr.isatty():
+        return text
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        columns = _COLUMNS
+    wrap = textwrap.TextWrapper(
+        columns - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(line) for line in text.split("\n"))
+
+
+def result(text: str) -> None:
+    """Prints on stdout, on process 0: what a program that calls this one may want to read."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class Progress:

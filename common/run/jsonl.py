@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.run import files
 
 FILE = "metrics.jsonl"
+RESULTS = "results.jsonl"  # of evaluations, a line each
 DISCARDED = "metrics.discarded.jsonl"
 _MOST_WAITING = 10_000  # lines
 _REMOTE_SECONDS = 30.0  # between two rewrites of a file in an object store
@@ -32,6 +33,13 @@ def dump(record: Mapping[str, Any]) -> str:
 def read(path: str | epath.PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `metrics.jsonl`, in order; a half-written line is left out."""
     return [record for _, record in _parse(epath.Path(path))]
+
+
+def append(path: epath.Path, record: Mapping[str, Any]) -> None:
+    """Adds one record to a file and makes it outlive this process."""
+    lines = Lines(path)
+    lines.add(dump(record))
+    lines.close()
 
 
 def discard_after(workdir: epath.Path, step: int) -> None:

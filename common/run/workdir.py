@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from common import config as configs
 from common.errors import UserError
 from common.run import files, jsonl, lock
+from common.sharding import first_process
 
 # What a run leaves in its workdir before the first step.
 OWN_FILES = {
@@ -57,13 +57,9 @@ def claim(
                 refusal = UserError(
                     f"cannot use {workdir} as a workdir: {reason}; give another --workdir"
                 )
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            # one decides for all, and nobody goes on before config.json is written
-            refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
-            if refused and not refusal:
-                refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+        # one decides for all, and nobody goes on before config.json is written
+        if first_process(refusal is not None) and not refusal:
+            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
         if refusal:
             raise refusal
         yield workdir, held

@@ -16,14 +16,12 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common.data.augment.presets import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
-from common.evaluate import modes
 from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
-from common.run import jsonl
+from common.run import console, jsonl
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import claim
 from common.sharding import make_mesh, replicated, state_shardings
-from common.train import summary
 from common.train.weights import Weights, fit, load_weights
 
 # A schedule is built, and no step of it is taken; a warm-up of many epochs has to fit in.
@@ -107,15 +105,12 @@ def import_weights(
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if jax.process_index() == 0:
-        lines = jsonl.Lines(workdir / modes.FILE)
-        lines.add(jsonl.dump(record))
-        lines.close()
-        shorter = " and a shorter optimizer.warmup" if _warms_up_too_long(config) else ""
-        print(
-            f"{workdir} holds the weights as step 0: evaluate them, e.g. --mode=knn "
-            f"--workdir={workdir}, or train from them with the same --config{shorter}.",
-            flush=True,
-        )
+        jsonl.append(workdir / jsonl.RESULTS, record)
+    shorter = " and a shorter optimizer.warmup" if _warms_up_too_long(config) else ""
+    console.result(
+        f"{workdir} holds the weights as step 0: evaluate them, e.g. --mode=knn "
+        f"--workdir={workdir}, or train from them with the same --config{shorter}."
+    )
     return record
 
 
@@ -144,7 +139,7 @@ def _init_from(
         unused = ("its projection head (of another kind or size)", *unused)
     left = f"; not used: {', '.join(unused[:6])}" if unused else ""
     more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
-    summary.say(f"initial weights: {weights.path}: {head}{left}{more}")
+    console.say(f"initial weights: {weights.path}: {head}{left}{more}")
 
     def init(key: jax.Array, initial: Any) -> Any:
         return make_method(dataclasses.replace(setup, initial=initial)).init(key)

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
-from common.run import files
+from common.run import console, files
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import as_begun, claim, moved_from, note_changes
 from common.run.writer import MetricsWriter
@@ -67,7 +67,7 @@ def train(
     train_source = open_source(config.data, "train")
     config, seen = survey.settle(config, train_source)
     for line in seen:
-        summary.say(line)
+        console.say(line)
     test_source = summary.open_test(config)
     bank_source = train_source
     if config.data.bank_split:

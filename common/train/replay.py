@@ -1,7 +1,6 @@
 """`--mode=replay`: the step that stopped a run, taken again from the checkpoint before it."""
 
 import json
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,18 +11,17 @@ from etils import epath
 
 from common.data.feed import pipeline, resident
 from common.data.sources.opening import open_source
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.evaluate.pretrained import read_config
 from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
-from common.run import files
+from common.run import console, files
 from common.run.checkpoint import Checkpoints
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.train import dispatch, resume_from
 from common.train.divergence import FOLDER, SkipNonFinite, not_finite
 from common.train.first_state import init_state
 from common.train.step import compile_step
-from common.train.summary import say
 
 
 def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         process_count=jax.process_count(),
         saved_readers=progress["readers"],
     )
-    say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
+    console.say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
     for _ in range(begin, step - 1):
         state, _ = as_taken(state, take()[1], key)
     ids, batch = take()
@@ -124,7 +122,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         f"  metrics not finite: {_some(found['metrics'])}",
     ]
     lines += [f"  first NaN: {where}"] if where else []
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    console.say("\n".join(lines))
     return found
 
 
@@ -140,7 +138,7 @@ def _first_nan(program: dispatch.Step, state: Any, batch: Any, key: jax.Array) -
                 if "site-packages" not in f.filename and f.filename != __file__
             ]
             frame = f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else ""
-            return str(error).splitlines()[0] + frame
+            return first_line(error) + frame
     return ""
 
 

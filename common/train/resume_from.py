@@ -8,11 +8,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.method import Method
-from common.run import digests, files
+from common.run import console, digests, files
 from common.run.checkpoint import Checkpoints
-from common.train import summary
 
 FILE = "resumed_from.json"
 
@@ -106,10 +105,9 @@ def _read(directory: epath.Path, step: int) -> dict[str, np.ndarray]:
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader makes of damaged files
-            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"the checkpoint of step {step} in {directory} is damaged ({reason}): name "
-                "another one with resume_from=DIR@STEP"
+                f"the checkpoint of step {step} in {directory} is damaged ({first_line(error)}): "
+                "name another one with resume_from=DIR@STEP"
             ) from error
 
 
@@ -160,7 +158,7 @@ def _note(
         reasons.setdefault(reason, []).append(name)
     lines += [f"  not restored: {_fields(names)}: {why}" for why, names in reasons.items()]
     lines += [f"  not used of that run: {_fields(unused)}"] if unused else []
-    summary.say("\n".join(lines))
+    console.say("\n".join(lines))
 
 
 def _fields(names: list[str]) -> str:

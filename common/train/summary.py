@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shlex
-import sys
-import textwrap
 from typing import Any
 
 import jax
@@ -23,7 +20,7 @@ from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate.online import Evaluator
 from common.method import Setup
-from common.run import files, pictures
+from common.run import console, files, pictures
 from common.train import dispatch
 from common.train.step import cost
 
@@ -38,30 +35,6 @@ _MADE = {
     "both": "crop and flip on the host, the rest on the device",
     "device": "on the device, which holds the data set",
 }
-
-
-def say(text: str, indent: int = 0) -> None:
-    """Prints on process 0; on a terminal no line breaks inside a word.
-
-    Args:
-        text: of one line or more.
-        indent: spaces before what does not fit in a line.
-    """
-    if jax.process_index() == 0:
-        print(_wrapped(text, indent), file=sys.stderr, flush=True)
-
-
-def _wrapped(text: str, indent: int) -> str:
-    if not sys.stderr.isatty():
-        return text
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):
-        columns = 80
-    wrap = textwrap.TextWrapper(
-        columns - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(wrap.fill(line) for line in text.split("\n"))
 
 
 def open_test(config: ConfigDict) -> Source | None:
@@ -120,7 +93,7 @@ def start_up(
         lines["test data"] = "\n            ".join(test.summary())
     if start:
         lines["resuming"] = f"after step {start:,} of {total:,}"
-    say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), indent=12)
+    console.say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), indent=12)
 
 
 def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
@@ -161,8 +134,10 @@ def finished(workdir: epath.Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_text())
     except ValueError:  # torn by a full disk: it is written again
         return None
-    say(f"This run is finished: {path} has the result. For another run give another --workdir.")
-    say("\n".join(in_words(summary, workdir)), indent=2)
+    console.say(
+        f"This run is finished: {path} has the result. For another run give another --workdir."
+    )
+    console.say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 
@@ -201,7 +176,7 @@ def finish(
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say("\n".join(in_words(summary, workdir)), indent=2)
+    console.say("\n".join(in_words(summary, workdir)), indent=2)
     return summary
 
 

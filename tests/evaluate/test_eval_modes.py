@@ -27,6 +27,7 @@ from common.evaluate import (
     transfer_mode,
 )
 from common.evaluate.linear import Candidate
+from common.run import jsonl
 from common.sharding import make_mesh
 
 
@@ -49,7 +50,7 @@ def with_settings(opened, **changes):
 
 
 def records(workdir):
-    return [json.loads(line) for line in (workdir / modes.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / jsonl.RESULTS).read_text().splitlines()]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import tiny
 from etils import epath
 
 from common.data.sources.opening import open_source
+from common.run import console
 from common.train import summary
 
 SCORES = {"knn_top1": 0.7, "knn_top1_at_init": 0.5, "knn_top1_raw_pixels": 0.4}
@@ -107,13 +108,13 @@ def test_a_run_without_labels_ends_with_what_can_be_looked_at(tmp_path):
 
 def test_on_a_terminal_nothing_that_is_said_breaks_inside_a_word(monkeypatch, capsys):
     text = "      data  a set with a name-of-parts, and a second half\n   workdir  /a/path-of/parts"
-    summary.say(text, indent=12)
+    console.say(text, indent=12)
     assert capsys.readouterr().err == text + "\n"  # a log file gets it as it is
-    monkeypatch.setattr(summary.sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(summary.sys.stderr, "fileno", lambda: 99)
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console.sys.stderr, "fileno", lambda: 99)
     sizes = {99: types.SimpleNamespace(columns=28)}
-    monkeypatch.setattr(summary.os, "get_terminal_size", sizes.get)
-    summary.say(text, indent=12)
+    monkeypatch.setattr(console.os, "get_terminal_size", sizes.get)
+    console.say(text, indent=12)
     assert capsys.readouterr().err.splitlines() == [
         "      data  a set with a",
         "            name-of-parts,",

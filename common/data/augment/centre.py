@@ -19,12 +19,12 @@ def centre(images: np.ndarray, image_size: int) -> np.ndarray:
     """Resizes the shorter side (bilinear, antialiased) and cuts the centre out.
 
     Args:
-      images: uint8 [n, h, w, 3].
-      image_size: side of the result.
+        images: uint8 [n, h, w, 3].
+        image_size: side of the result.
 
     Returns:
-      uint8 [n, image_size, image_size, 3]: what `on_host.centre` makes of one image, but for
-      images that have this size already, which are used whole.
+        uint8 [n, image_size, image_size, 3]: what `on_host.centre` makes of one image, but for
+        images that have this size already, which are used whole.
     """
     sides = np.array(images.shape[1:3])
     if (sides == image_size).all():

@@ -52,12 +52,12 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which an epoch visits the examples.
 
     Args:
-      seed: of the run.
-      epoch: >= 0.
-      n: number of examples.
+        seed: of the run.
+        epoch: >= 0.
+        n: number of examples.
 
     Returns:
-      int64 [n], a permutation of 0..n-1 that depends on (seed, epoch) only.
+        int64 [n], a permutation of 0..n-1 that depends on (seed, epoch) only.
     """
     return np.argsort(hash64(_ORDER, seed, epoch, np.arange(n)), kind="stable")
 
@@ -68,15 +68,15 @@ def uniforms(
     """Uniform numbers of one view of each example.
 
     Args:
-      seed: of the run.
-      epoch: >= 0.
-      ids: [n] example ids.
-      view: 0 or 1.
-      first: first slot.
-      count: number of slots.
+        seed: of the run.
+        epoch: >= 0.
+        ids: [n] example ids.
+        view: 0 or 1.
+        first: first slot.
+        count: number of slots.
 
     Returns:
-      float32 [n, count] in [0, 1).
+        float32 [n, count] in [0, 1).
     """
     key = hash64(_VIEW, seed, epoch, view, ids)[:, None]
     slots = np.arange(first + 1, first + count + 1, dtype=np.uint64)[None]
@@ -90,13 +90,13 @@ def view_parameters(
     """Draws everything but the crop for one view of each example.
 
     Args:
-      augmentation: the recipe.
-      seed, epoch, ids, view: as in `uniforms`.
+        augmentation: the recipe.
+        seed, epoch, ids, view: as in `uniforms`.
 
     Returns:
-      float32 [n, PARAMETERS]: crop box (zeros here), flip, angle in radians, order of the four
-      jitter operations (indices into JITTER_OPS, all "none" without jitter), their factors (the
-      hue's in turns), grey, blur sigma (0 = no blur), solarise.
+        float32 [n, PARAMETERS]: crop box (zeros here), flip, angle in radians, order of the four
+        jitter operations (indices into JITTER_OPS, all "none" without jitter), their factors (the
+        hue's in turns), grey, blur sigma (0 = no blur), solarise.
     """
     a, u = augmentation, uniforms(seed, epoch, ids, view, 0, _CROP)
 
@@ -134,13 +134,13 @@ def draw_pair(
     """All draws of both views.
 
     Args:
-      augmentations: of view 1 and view 2.
-      seed, epoch, ids: as in `uniforms`.
-      shape: (h, w) when all images share it.
+        augmentations: of view 1 and view 2.
+        seed, epoch, ids: as in `uniforms`.
+        shape: (h, w) when all images share it.
 
     Returns:
-      parameters float32 [b, 2, PARAMETERS], with boxes if the shape is known; crop draws float32
-      [b, 2, CROP_DRAWS], or [b, 0] if it is.
+        parameters float32 [b, 2, PARAMETERS], with boxes if the shape is known; crop draws float32
+        [b, 2, CROP_DRAWS], or [b, 0] if it is.
     """
     parameters = []
     for view, augmentation in enumerate(augmentations):
@@ -172,12 +172,12 @@ def crop_boxes(
     """Draws crop boxes for images of one size.
 
     Args:
-      augmentation: the recipe.
-      height, width: of the images, in pixels.
-      seed, epoch, ids, view: as in `uniforms`.
+        augmentation: the recipe.
+        height, width: of the images, in pixels.
+        seed, epoch, ids, view: as in `uniforms`.
 
     Returns:
-      int64 [n, 4]: top, left, height, width, in pixels and inside the image.
+        int64 [n, 4]: top, left, height, width, in pixels and inside the image.
     """
     place = uniforms(seed, epoch, ids, view, _TOP, 2)
     tf_style = augmentation.crop == "tf"

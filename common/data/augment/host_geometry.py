@@ -14,13 +14,13 @@ def resize_matrix(
     """Matrices that cut [start, start + length) out of a line of pixels and resize it.
 
     Args:
-      start, length: float32 [n], whole pixels.
-      in_size, out_size: pixels of the whole line and of the result.
-      kind: "bilinear" or "bicubic".
-      antialias: widen the kernel when shrinking.
+        start, length: float32 [n], whole pixels.
+        in_size, out_size: pixels of the whole line and of the result.
+        kind: "bilinear" or "bicubic".
+        antialias: widen the kernel when shrinking.
 
     Returns:
-      float32 [n, out_size, in_size]; rows sum to 1 and are zero outside the cut.
+        float32 [n, out_size, in_size]; rows sum to 1 and are zero outside the cut.
     """
     scale = (length / out_size)[:, None, None]
     centres = (tf.range(out_size, dtype=tf.float32)[None, :, None] + 0.5) * scale
@@ -45,13 +45,13 @@ def crop_resize(
     """Crops, resizes and flips images of one shape.
 
     Args:
-      images: float32 [n, 3, h, w].
-      boxes: float32 [n, 4] top, left, height, width in whole pixels.
-      flips: float32 [n], 1 to flip left and right.
-      augmentation: for size, interpolation and antialias.
+        images: float32 [n, 3, h, w].
+        boxes: float32 [n, 4] top, left, height, width in whole pixels.
+        flips: float32 [n], 1 to flip left and right.
+        augmentation: for size, interpolation and antialias.
 
     Returns:
-      float32 [n, 3, size, size]; bicubic may overshoot the range of `images`.
+        float32 [n, 3, size, size]; bicubic may overshoot the range of `images`.
     """
     a, (_, _, height, width) = augmentation, images.shape
     rows = resize_matrix(boxes[:, 0], boxes[:, 2], height, a.size, a.interpolation, a.antialias)

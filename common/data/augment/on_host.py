@@ -22,12 +22,12 @@ def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentat
     """Everything after crop, resize and flip.
 
     Args:
-      images: float32 [n, 3, size, size], about [0, 1].
-      parameters: float32 [n, draws.PARAMETERS].
-      augmentation: the recipe; operations of probability 0 leave no trace in the graph.
+        images: float32 [n, 3, size, size], about [0, 1].
+        parameters: float32 [n, draws.PARAMETERS].
+        augmentation: the recipe; operations of probability 0 leave no trace in the graph.
 
     Returns:
-      uint8 [n, size, size, 3].
+        uint8 [n, size, size, 3].
     """
     a = augmentation
     if a.color_style == "pil":  # PIL clips what bicubic overshoots, TensorFlow carries it along
@@ -86,12 +86,12 @@ def augment_pixels(
     """Two views of every image of a batch of one shape.
 
     Args:
-      images: uint8 [b, h, w, 3].
-      parameters: float32 [b, 2, draws.PARAMETERS], boxes included.
-      augmentations: of view 1 and view 2.
+        images: uint8 [b, h, w, 3].
+        parameters: float32 [b, 2, draws.PARAMETERS], boxes included.
+        augmentations: of view 1 and view 2.
 
     Returns:
-      uint8 [b, 2, size, size, 3].
+        uint8 [b, 2, size, size, 3].
     """
     first, second = augmentations
     planes = tf.cast(tf.transpose(images, [0, 3, 1, 2]), tf.float32) * (1 / 255)
@@ -120,15 +120,15 @@ def augment_encoded(
     Of a JPEG, only the part that the two crops cover together is decoded, once.
 
     Args:
-      data: scalar string, the file.
-      parameters: float32 [2, draws.PARAMETERS]; the boxes in it are not used.
-      crops: float32 [2, draws.CROP_DRAWS].
-      augmentations: of view 1 and view 2.
-      whole: decode all of the image, so that any damage in it is seen.
-      how: the rules by which its data set is decoded.
+        data: scalar string, the file.
+        parameters: float32 [2, draws.PARAMETERS]; the boxes in it are not used.
+        crops: float32 [2, draws.CROP_DRAWS].
+        augmentations: of view 1 and view 2.
+        whole: decode all of the image, so that any damage in it is seen.
+        how: the rules by which its data set is decoded.
 
     Returns:
-      uint8 [2, size, size, 3].
+        uint8 [2, size, size, 3].
     """
 
     def boxes_for(shape: tf.Tensor) -> tf.Tensor:
@@ -207,12 +207,12 @@ def draw_box(
     The distribution is that of `draws.crop_boxes`; the boxes are other ones.
 
     Args:
-      augmentation: the recipe.
-      height, width: int32 scalars.
-      u: float32 [draws.CROP_DRAWS] in [0, 1).
+        augmentation: the recipe.
+        height, width: int32 scalars.
+        u: float32 [draws.CROP_DRAWS] in [0, 1).
 
     Returns:
-      int32 [4]: top, left, height, width.
+        int32 [4]: top, left, height, width.
     """
     a = augmentation
     if a.crop == "tf":
@@ -248,12 +248,12 @@ def centre(image: tf.Tensor, shorter: int, size: int) -> tf.Tensor:
     """Resizes the shorter side (bilinear, antialiased) and cuts the centre out.
 
     Args:
-      image: uint8 [h, w, 3].
-      shorter: length of the shorter side after resizing, >= size.
-      size: side of the result.
+        image: uint8 [h, w, 3].
+        shorter: length of the shorter side after resizing, >= size.
+        size: side of the result.
 
     Returns:
-      uint8 [size, size, 3].
+        uint8 [size, size, 3].
     """
     # Of a strip, 20,000 times 1 say, only the middle is resized: all of it would fill the memory.
     tall, wide = tf.unstack(tf.shape(image)[:2])

@@ -104,13 +104,13 @@ def jitter(
     """Applies the four colour operations, in an order of its own for each image.
 
     Args:
-      images: float32 [n, 3, h, w].
-      orders: [n, 4] indices into `draws.JITTER_OPS`.
-      factors: float32 [n, 4], in the order of JITTER_OPS.
-      augmentation: for the styles.
+        images: float32 [n, 3, h, w].
+        orders: [n, 4] indices into `draws.JITTER_OPS`.
+        factors: float32 [n, 4], in the order of JITTER_OPS.
+        augmentation: for the styles.
 
     Returns:
-      float32 [n, 3, h, w]; jittered images are clipped to [0, 1] after each operation.
+        float32 [n, 3, h, w]; jittered images are clipped to [0, 1] after each operation.
     """
     a = augmentation
     ops = (
@@ -144,10 +144,10 @@ def where(chosen: tf.Tensor, op: Callable, images: tf.Tensor, *numbers: tf.Tenso
     """Applies `op` to the chosen [n] of the images [n, 3, h, w]; the others cost nothing.
 
     Args:
-      chosen: bool [n].
-      op: of images and what belongs to them.
-      images: float32 [n, 3, h, w].
-      numbers: [n, ...], further arguments of `op`.
+        chosen: bool [n].
+        op: of images and what belongs to them.
+        images: float32 [n, 3, h, w].
+        numbers: [n, ...], further arguments of `op`.
     """
     if images.shape[0] == 1:
         return tf.cond(chosen[0], lambda: op(images, *numbers), lambda: images)

@@ -20,32 +20,32 @@ class Augmentation:
     `rotate`) is the chance that one image gets the operation, drawn for each image on its own.
 
     Attributes:
-      size: side of the square output in pixels, >= 1.
-      crop: "tf" draws the box as `sample_distorted_bounding_box` does (height and ratio uniform,
-        never less than 10 % of the image, 100 tries); "torch" as torchvision's
-        `RandomResizedCrop` (area uniform, ratio log-uniform, 10 tries, then the central crop).
-      area_min, area_max: share of the image's area, 0 < min <= max <= 1.
-      ratio_min, ratio_max: width / height, 0 < min <= max.
-      interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
-      antialias: widen the kernel when the crop is larger than `size`, as PIL does.
-      flip: probability of a left-right flip.
-      jitter: probability of the colour jitter; its four operations come in random order.
-      brightness, contrast, saturation: factors are uniform in [max(0, 1 - x), 1 + x].
-      hue: shift is uniform in [-hue, hue] of the colour circle, hue <= 0.5.
-      color_style: "tf" (contrast around each channel's mean, saturation scaled in HSV) or "pil"
-        (contrast around the mean grey, saturation mixed with the grey image).
-      brightness_style: "multiply", or "add" (shift uniform in [-x, x], SimCLR's first version).
-      grey: probability of a greyscale image.
-      grey_first: grey comes before the jitter (MoCo v1).
-      blur: probability of a Gaussian blur, with one sigma for each image.
-      sigma_min, sigma_max: standard deviation in pixels, 0 < min <= max.
-      kernel: "tf" (size // 10 taps made odd, zeros outside the image) or "pil" (cut at 4 sigma,
-        edge pixels repeated).
-      solarise: probability of inverting the values at or above `solarise_threshold`.
-      solarise_threshold: in [0, 1].
-      rotate: probability of a rotation, uniform in [-rotate_degrees, rotate_degrees].
-      rotate_degrees: in [0, 180]; what comes into sight is black.
-      mean, std: subtracted and divided by on the device, for pixels in [0, 1].
+        size: side of the square output in pixels, >= 1.
+        crop: "tf" draws the box as `sample_distorted_bounding_box` does (height and ratio uniform,
+          never less than 10 % of the image, 100 tries); "torch" as torchvision's
+          `RandomResizedCrop` (area uniform, ratio log-uniform, 10 tries, then the central crop).
+        area_min, area_max: share of the image's area, 0 < min <= max <= 1.
+        ratio_min, ratio_max: width / height, 0 < min <= max.
+        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
+        antialias: widen the kernel when the crop is larger than `size`, as PIL does.
+        flip: probability of a left-right flip.
+        jitter: probability of the colour jitter; its four operations come in random order.
+        brightness, contrast, saturation: factors are uniform in [max(0, 1 - x), 1 + x].
+        hue: shift is uniform in [-hue, hue] of the colour circle, hue <= 0.5.
+        color_style: "tf" (contrast around each channel's mean, saturation scaled in HSV) or "pil"
+          (contrast around the mean grey, saturation mixed with the grey image).
+        brightness_style: "multiply", or "add" (shift uniform in [-x, x], SimCLR's first version).
+        grey: probability of a greyscale image.
+        grey_first: grey comes before the jitter (MoCo v1).
+        blur: probability of a Gaussian blur, with one sigma for each image.
+        sigma_min, sigma_max: standard deviation in pixels, 0 < min <= max.
+        kernel: "tf" (size // 10 taps made odd, zeros outside the image) or "pil" (cut at 4 sigma,
+          edge pixels repeated).
+        solarise: probability of inverting the values at or above `solarise_threshold`.
+        solarise_threshold: in [0, 1].
+        rotate: probability of a rotation, uniform in [-rotate_degrees, rotate_degrees].
+        rotate_degrees: in [0, 180]; what comes into sight is black.
+        mean, std: subtracted and divided by on the device, for pixels in [0, 1].
     """
 
     size: int
@@ -149,12 +149,12 @@ def default_config(preset: str | None = "simclr") -> ConfigDict:
     """Config of one view: a preset's name and a placeholder for everything it decides.
 
     Args:
-      preset: name in `PRESETS`; None for `config.augment_view2`, which then follows view 1.
+        preset: name in `PRESETS`; None for `config.augment_view2`, which then follows view 1.
 
     Returns:
-      ConfigDict with `preset`, `strength` (multiplies the preset's brightness, contrast,
-      saturation and hue) and every field of `Augmentation`. None means the preset's value; a
-      number given outright is taken as it is, whatever `strength` says.
+        ConfigDict with `preset`, `strength` (multiplies the preset's brightness, contrast,
+        saturation and hue) and every field of `Augmentation`. None means the preset's value; a
+        number given outright is taken as it is, whatever `strength` says.
     """
     config = ConfigDict({"preset": config_dict.placeholder(str)})
     config.preset = preset
@@ -169,15 +169,15 @@ def resolve(config: ConfigDict, image_size: int, base: Augmentation | None = Non
     """Turns a view's config into the values that are used.
 
     Args:
-      config: as made by `default_config`; fields that are None or absent keep the preset's value.
-      image_size: side of the views unless `config.size` says otherwise.
-      base: view 1, when this is view 2; used where `config` names no preset.
+        config: as made by `default_config`; fields that are None or absent keep the preset's value.
+        image_size: side of the views unless `config.size` says otherwise.
+        base: view 1, when this is view 2; used where `config` names no preset.
 
     Returns:
-      The `Augmentation`, checked.
+        The `Augmentation`, checked.
 
     Raises:
-      UserError: unknown preset or field, or a value out of its range.
+        UserError: unknown preset or field, or a value out of its range.
     """
     given = {name: value for name, value in config.items() if value is not None}
     preset, strength = given.pop("preset", None), given.pop("strength", None)
@@ -211,14 +211,14 @@ def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
     """Both views' augmentations from a whole config.
 
     Args:
-      config: with `data.image_size`, `augment` and (optional) `augment_view2`.
+        config: with `data.image_size`, `augment` and (optional) `augment_view2`.
 
     Returns:
-      Augmentations of view 1 and view 2, equal unless `augment_view2` sets something. Mean and
-      std are view 1's: one network sees both.
+        Augmentations of view 1 and view 2, equal unless `augment_view2` sets something. Mean and
+        std are view 1's: one network sees both.
 
     Raises:
-      UserError: as `resolve`, views of two sizes, or a mean or std of view 2.
+        UserError: as `resolve`, views of two sizes, or a mean or std of view 2.
     """
     first = resolve(config.augment, config.data.image_size)
     other = config.get("augment_view2") or {}

@@ -31,12 +31,12 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
     resumed run makes the same choice.
 
     Args:
-      source: `source.replaced` gains the corrupt ones, `source.seen_good` the others.
-      batches: ids of the batches to search, in order, as far as `_search` goes.
-      error: what TensorFlow said; raised again if every image can be decoded.
+        source: `source.replaced` gains the corrupt ones, `source.seen_good` the others.
+        batches: ids of the batches to search, in order, as far as `_search` goes.
+        error: what TensorFlow said; raised again if every image can be decoded.
 
     Raises:
-      UserError: an image is corrupt and `source.on_corrupt` is "error", or no image is good.
+        UserError: an image is corrupt and `source.on_corrupt` is "error", or no image is good.
     """
 
     def fault(index: int) -> str:

@@ -34,20 +34,20 @@ def train_feed(
     """Batches of two views without end.
 
     Args:
-      source: of kind "pixels", "encoded" or "path".
-      plan: step -> (epoch, ids [b]).
-      seed: of the run.
-      augmentations: of view 1 and view 2.
-      step: the first one.
-      colour: all of the augmentation; False leaves what follows crop, resize and flip to the
-        device, which then needs to know what was drawn.
+        source: of kind "pixels", "encoded" or "path".
+        plan: step -> (epoch, ids [b]).
+        seed: of the run.
+        augmentations: of view 1 and view 2.
+        step: the first one.
+        colour: all of the augmentation; False leaves what follows crop, resize and flip to the
+          device, which then needs to know what was drawn.
 
     Yields:
-      {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
-      "parameters" float32 [b, 2, draws.PARAMETERS] without `colour`.
+        {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
+        "parameters" float32 [b, 2, draws.PARAMETERS] without `colour`.
 
     Raises:
-      UserError: a corrupt image, unless the source replaces them.
+        UserError: a corrupt image, unless the source replaces them.
     """
 
     def load(step: int):
@@ -86,15 +86,15 @@ def eval_feed(
     """One pass over `plan`, decoded and resized.
 
     Args:
-      source: of kind "encoded" or "path".
-      plan: ids [b] of each batch.
-      image_size: side of the result.
+        source: of kind "encoded" or "path".
+        plan: ids [b] of each batch.
+        image_size: side of the result.
 
     Yields:
-      (uint8 [b, image_size, image_size, 3], int32 [b] labels).
+        (uint8 [b, image_size, image_size, 3], int32 [b] labels).
 
     Raises:
-      UserError: a corrupt image, unless the source replaces them.
+        UserError: a corrupt image, unless the source replaces them.
     """
     if not plan:
         return iter(())

@@ -26,7 +26,7 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
     """Full batches in the set; what remains is dropped, other examples in each epoch.
 
     Raises:
-      UserError: the set is smaller than a batch.
+        UserError: the set is smaller than a batch.
     """
     if not 1 <= batch_size <= source.num_examples:
         raise UserError(
@@ -50,21 +50,21 @@ def train_batches(
     """Batches without end, over epochs.
 
     Args:
-      source: of the training split.
-      config: the whole config: `seed`, `batch_size`, `data`, `augment`, `augment_view2`.
-      rows: [b_local] rows of the global batch that this process holds, in its order.
-      start_step: position in the data; nothing before it is decoded.
-      process_index, process_count: who reads which share of a streamed set; else unused.
-      saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
-        another order, the rest of the epoch begun is skipped, with a warning.
+        source: of the training split.
+        config: the whole config: `seed`, `batch_size`, `data`, `augment`, `augment_view2`.
+        rows: [b_local] rows of the global batch that this process holds, in its order.
+        start_step: position in the data; nothing before it is decoded.
+        process_index, process_count: who reads which share of a streamed set; else unused.
+        saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
+          another order, the rest of the epoch begun is skipped, with a warning.
 
     Returns:
-      Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
-      unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
-      draws.PARAMETERS] with `data.augment_on="both"`. With "device" there are `ResidentBatches`.
+        Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
+        unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
+        draws.PARAMETERS] with `data.augment_on="both"`. With "device" there are `ResidentBatches`.
 
     Raises:
-      UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
+        UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
     """
     steps = steps_per_epoch(source, config.batch_size)
     rows = np.asarray(rows, np.int64)
@@ -113,11 +113,11 @@ class Batches:
     """Iterator over batches that knows its place.
 
     Attributes:
-      steps_per_epoch: full batches in an epoch.
-      position: of the next batch in the data, `start_step` of a continuation; equals the training
-        step, except after a run went on in another order.
-      readers: how many processes share a streamed set, whose order depends on it; else 0.
-      corrupt_count: corrupt images replaced so far.
+        steps_per_epoch: full batches in an epoch.
+        position: of the next batch in the data, `start_step` of a continuation; equals the training
+          step, except after a run went on in another order.
+        readers: how many processes share a streamed set, whose order depends on it; else 0.
+        corrupt_count: corrupt images replaced so far.
     """
 
     def __init__(
@@ -175,20 +175,20 @@ def eval_batches(
     number of batches of one shape.
 
     Args:
-      source: of any split.
-      batch_size: of the global batch, >= 1.
-      image_size: side of the images, in pixels.
-      rows: [b_local] rows of the global batch that this process holds.
-      limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
-        class. (Of a streamed set, which has no random access, the first batches of each process.)
-      process_index, process_count: who reads which share of a streamed set; else unused.
+        source: of any split.
+        batch_size: of the global batch, >= 1.
+        image_size: side of the images, in pixels.
+        rows: [b_local] rows of the global batch that this process holds.
+        limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
+          class. (Of a streamed set, which has no random access, the first batches of each process.)
+        process_index, process_count: who reads which share of a streamed set; else unused.
 
     Returns:
-      Iterator of {"images": uint8 [b_local, h, w, 3], "labels": int32 [b_local], "mask": bool
-      [b_local] (False: padding), "ids": int64 [b_local] (-1: padding)}.
+        Iterator of {"images": uint8 [b_local, h, w, 3], "labels": int32 [b_local], "mask": bool
+        [b_local] (False: padding), "ids": int64 [b_local] (-1: padding)}.
 
     Raises:
-      UserError: batch_size < 1, or a corrupt image.
+        UserError: batch_size < 1, or a corrupt image.
     """
     if batch_size < 1:
         raise UserError(f"the evaluation's batch size is {batch_size}; expected at least 1.")

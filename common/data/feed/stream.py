@@ -6,7 +6,6 @@ Examples keep their global ids, so their augmentation is the same as in memory. 
 epoch reads past the records that have been seen without decoding them.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,6 +19,7 @@ from common.data.feed.pipeline import Batches
 from common.data.images.tensorflow_host import arrays, plain, tf
 from common.data.sources.tfds_source import Shard, StreamSource, records, unreadable
 from common.errors import UserError
+from common.run import console
 
 _FILES_AT_ONCE = 16
 _BLOCK = 16  # records read from a file before the next one's turn
@@ -128,11 +128,9 @@ def _train(source, seed, augmentations, steps, b, start, index, count, colour) -
         for number, batch in enumerate(_run(source, records_left, b, finish, done)):
             if number == 0 and done and index == 0:
                 seconds = time.monotonic() - begun
-                print(
+                console.say(
                     f"resumed inside epoch {epoch}: read past {done * b:,} records in "
-                    f"{seconds:.1f} s ({done * b / seconds:,.0f} records/s)",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{seconds:.1f} s ({done * b / seconds:,.0f} records/s)"
                 )
             yield batch
         epoch, done = epoch + 1, 0
@@ -208,11 +206,11 @@ def _run(
     """Batches of `pairs` after the first `done`; goes on without corrupt images, or names one.
 
     Args:
-      source: its `replaced` holds the corrupt examples known so far.
-      pairs: (id, record), in the same order each time it is iterated.
-      b: batch size.
-      finish: batches of (ids, labels, encoded images) -> batches to yield.
-      done: batches to read past.
+        source: its `replaced` holds the corrupt examples known so far.
+        pairs: (id, record), in the same order each time it is iterated.
+        b: batch size.
+        finish: batches of (ids, labels, encoded images) -> batches to yield.
+        done: batches to read past.
     """
     # names of our own: modules may be gone when a generator is closed
     failure, damaged = tf.errors.OpError, (tf.errors.DataLossError, tf.errors.NotFoundError)

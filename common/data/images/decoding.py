@@ -21,11 +21,11 @@ class Decoding:
     """What of `config.data` decides how a file is decoded.
 
     Attributes:
-      value_range: of images of more than 8 bits: "LOW:HIGH", the values that become 0 and 255;
-        "auto", not decided yet; "upper8", see `decode.upper_8`.
-      jpeg: "exact" (libjpeg's accurate integer DCT, Pillow's default, to the byte) or "fast"
-        (TensorFlow's default).
-      exif_rotation: turn images as their EXIF says, as `PIL.ImageOps.exif_transpose` does.
+        value_range: of images of more than 8 bits: "LOW:HIGH", the values that become 0 and 255;
+          "auto", not decided yet; "upper8", see `decode.upper_8`.
+        jpeg: "exact" (libjpeg's accurate integer DCT, Pillow's default, to the byte) or "fast"
+          (TensorFlow's default).
+        exif_rotation: turn images as their EXIF says, as `PIL.ImageOps.exif_transpose` does.
     """
 
     value_range: str = AUTO
@@ -61,7 +61,7 @@ def of(config: ConfigDict) -> Decoding:
     """The decoding of a config's `data` section.
 
     Raises:
-      UserError: a field has a value that it cannot have.
+        UserError: a field has a value that it cannot have.
     """
     return Decoding(config.value_range, config.jpeg, config.exif_rotation)
 
@@ -84,11 +84,11 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     upper 8 of k bits, to the last one; of floats that are n / 255 or n they are n.
 
     Args:
-      values: of any shape, integers or floats.
-      low, high: low < high.
+        values: of any shape, integers or floats.
+        low, high: low < high.
 
     Returns:
-      uint8 of that shape.
+        uint8 of that shape.
     """
     # float64 holds 32-bit integers; the division comes last, or 10 / 255 would fall below its step
     values = np.nan_to_num(np.asarray(values, np.float64), nan=low, posinf=high, neginf=low)

@@ -66,9 +66,9 @@ def box_shown(box: tf.Tensor, shape: tf.Tensor, orientation: tf.Tensor) -> tf.Te
     """A box of the stored image to where it is in the shown one.
 
     Args:
-      box: int32 [4], top, left, height, width.
-      shape: int32 [2], height and width as stored.
-      orientation: int32 scalar, 1 to 8.
+        box: int32 [4], top, left, height, width.
+        shape: int32 [2], height and width as stored.
+        orientation: int32 scalar, 1 to 8.
     """
     start, size = shape_shown(box[:2], orientation), shape_shown(box[2:], orientation)
     return _reversed(start, size, shape_shown(shape, orientation), orientation)

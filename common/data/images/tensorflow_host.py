@@ -74,8 +74,8 @@ def fused(function: Callable) -> Callable:
     compiling bought is in docs/benchmarks.md. Numbers differ in the last bit.
 
     Args:
-      function: of one image or more, [n, a, b, c] whose b and c or a and b are its sides, and of
-        tensors or of Python values that can be compared.
+        function: of one image or more, [n, a, b, c] whose b and c or a and b are its sides, and of
+          tensors or of Python values that can be compared.
     """
     compiled = traced(function, jit_compile=True)
 

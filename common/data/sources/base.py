@@ -12,21 +12,21 @@ class Source:
     """A labelled or unlabelled set of images with random access.
 
     Attributes:
-      name, split: for messages.
-      kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
-        "path" (object [b] of bytes), "views" (pixels that want no augmentation), or "stream" (no
-        random access; see `stream.py`).
-      num_examples: >= 1.
-      num_classes: 0 when unlabelled.
-      class_names: of length num_classes, or empty when the classes have no names.
-      labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
-      image_shape: (h, w) when all images share it, else None.
-      on_corrupt: "error" or "replace".
-      decoding: how files become pixels.
-      replaced: id of a corrupt image -> id of the image that stands in for it.
-      seen_good: ids that a search for corrupt images could decode; it need not look again.
-      listing: changes when examples are added, removed or renamed, even if their number stays.
-      account: lines that say how a set was read that could have been read otherwise.
+        name, split: for messages.
+        kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
+          "path" (object [b] of bytes), "views" (pixels that want no augmentation), or "stream" (no
+          random access; see `stream.py`).
+        num_examples: >= 1.
+        num_classes: 0 when unlabelled.
+        class_names: of length num_classes, or empty when the classes have no names.
+        labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
+        image_shape: (h, w) when all images share it, else None.
+        on_corrupt: "error" or "replace".
+        decoding: how files become pixels.
+        replaced: id of a corrupt image -> id of the image that stands in for it.
+        seen_good: ids that a search for corrupt images could decode; it need not look again.
+        listing: changes when examples are added, removed or renamed, even if their number stays.
+        account: lines that say how a set was read that could have been read otherwise.
     """
 
     name: str

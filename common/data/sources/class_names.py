@@ -15,11 +15,11 @@ def align(source: Source, config: ConfigDict) -> None:
     """Numbers the labels of a test set or a bank as the training split does.
 
     Args:
-      source: with class names; it is changed. Without a training split it is left as it is.
-      config: the config's `data` section.
+        source: with class names; it is changed. Without a training split it is left as it is.
+        config: the config's `data` section.
 
     Raises:
-      UserError: a class that is not among those of the training split and the bank.
+        UserError: a class that is not among those of the training split and the bank.
     """
     names = _of_reference(config)
     if not names or names == source.class_names:

@@ -30,11 +30,11 @@ class Reading:
     """How a folder is read as one split.
 
     Attributes:
-      root: folder of the split.
-      paths: image files, in order.
-      class_names: names of the class folders, sorted; empty where nothing is labelled.
-      classes: number of the class of each file, -1 for none.
-      account: lines for the user: what was taken, what was left out.
+        root: folder of the split.
+        paths: image files, in order.
+        class_names: names of the class folders, sorted; empty where nothing is labelled.
+        classes: number of the class of each file, -1 for none.
+        account: lines for the user: what was taken, what was left out.
     """
 
     root: epath.Path
@@ -48,14 +48,14 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
     """Reads a folder.
 
     Args:
-      base: the folder that the user named.
-      split: name of a folder in it, or of a usual synonym of one, in any case; "." is `base`.
-      labels: "folders": each folder of the split is a class. "none": no image has a label, at any
-        depth. "auto": what the tree says, if it says one thing only. "legacy": as runs were read
-        that began before there was a choice.
+        base: the folder that the user named.
+        split: name of a folder in it, or of a usual synonym of one, in any case; "." is `base`.
+        labels: "folders": each folder of the split is a class. "none": no image has a label, at any
+          depth. "auto": what the tree says, if it says one thing only. "legacy": as runs were read
+          that began before there was a choice.
 
     Raises:
-      UserError: no such split, no image, a folder that cannot be read, or two possible readings.
+        UserError: no such split, no image, a folder that cannot be read, or two possible readings.
     """
     layout = _Layout(labels)
     root = layout.split(base, split)
@@ -100,7 +100,7 @@ def class_names(base: epath.Path, split: str, labels: str = "auto") -> tuple[str
     """The `Reading.class_names` of a split, without a look at every file.
 
     Raises:
-      UserError: as `read`, except that there may be no image.
+        UserError: as `read`, except that there may be no image.
     """
     layout = _Layout(labels)
     return tuple(folder.name for folder in layout.classes(layout.split(base, split)))

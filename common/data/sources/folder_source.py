@@ -19,9 +19,9 @@ class FolderSource(Source):
     """Files on disk.
 
     Attributes:
-      paths: object [num_examples], of str.
-      base: folder that the user named; names are given below it.
-      root: folder of the split.
+        paths: object [num_examples], of str.
+        base: folder that the user named; names are given below it.
+        root: folder of the split.
     """
 
     paths: np.ndarray = None
@@ -51,15 +51,15 @@ def open_folder(path: str, split: str, labels: str = "auto") -> Source:
     """Opens a tree of image files, which `folder_layout.read` reads.
 
     Args:
-      path: folder, local or remote.
-      split: name of the split.
-      labels: see `folder_layout.read`.
+        path: folder, local or remote.
+        split: name of the split.
+        labels: see `folder_layout.read`.
 
     Returns:
-      A source of kind "path", in sorted order.
+        A source of kind "path", in sorted order.
 
     Raises:
-      UserError: no such folder, and what `folder_layout.read` raises.
+        UserError: no such folder, and what `folder_layout.read` raises.
     """
     base = _base(path)
     reading = folder_layout.read(base, split, labels)

@@ -26,13 +26,13 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     """Reads a gzipped IDX file of unsigned bytes (the format of MNIST).
 
     Args:
-      path: the `.gz` file.
+        path: the `.gz` file.
 
     Returns:
-      uint8 array with the shape that the file's header states.
+        uint8 array with the shape that the file's header states.
 
     Raises:
-      ValueError: the header is not that of an IDX file of unsigned bytes.
+        ValueError: the header is not that of an IDX file of unsigned bytes.
     """
     data = gzip.decompress(path.read_bytes())
     zeros, kind, ndim = struct.unpack_from(">HBB", data)

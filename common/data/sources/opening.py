@@ -25,11 +25,11 @@ def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict
     """The config's `data` section.
 
     Args:
-      source: see the top of this file.
-      image_size: side of the training views and of the evaluation images, in pixels.
+        source: see the top of this file.
+        image_size: side of the training views and of the evaluation images, in pixels.
 
     Returns:
-      ConfigDict; the comments below say what each field means.
+        ConfigDict; the comments below say what each field means.
     """
     config = ConfigDict()
     config.source = source
@@ -70,16 +70,16 @@ def open_source(config: ConfigDict, split: str) -> Source:
     the bank where "train" has no labels.
 
     Args:
-      config: the config's `data` section.
-      split: "train", "test" or "bank" (then `config.train_split` etc. say which split of the
-        data set that is), or the name of a split; or a slice of one, such as "train[:80%]".
+        config: the config's `data` section.
+        split: "train", "test" or "bank" (then `config.train_split` etc. say which split of the
+          data set that is), or the name of a split; or a slice of one, such as "train[:80%]".
 
     Returns:
-      The source.
+        The source.
 
     Raises:
-      UserError: unknown source, missing data set or split, empty folder, no image in it, a class
-        in the test set that the others lack.
+        UserError: unknown source, missing data set or split, empty folder, no image in it, a class
+          in the test set that the others lack.
     """
     role, split = split, config[f"{split}_split"] if split in ROLES else split
     if config.on_corrupt not in ("error", "replace"):
@@ -127,7 +127,7 @@ def kind_of(source: str) -> tuple[str, str]:
     """The kind of `data.source`, and what stands behind the colon.
 
     Raises:
-      UserError: an unknown kind.
+        UserError: an unknown kind.
     """
     kind, _, rest = source.partition(":")
     if kind in KINDS and bool(rest) == (kind in ("folder", "shards", "tfds")):

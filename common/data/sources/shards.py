@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import shlex
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from common.data.sources.base import ArraySource, Source, listed
 from common.data.sources.folder_tree import plural
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.run import files
+from common.run import console, files
 
 INDEX = "index.json"
 SHARD_BYTES = 60_000_000
@@ -67,19 +66,17 @@ def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
     directory.mkdir(parents=True, exist_ok=True)
     for source in opened.values():
         for line in source.account:
-            print(line, file=sys.stderr)
+            console.say(line)
         index["splits"][source.split] = _write_split(source, directory)
     files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
     for name, found in index["splits"].items():
         n, count = found["num_examples"], len(found["shards"])
         left_out = listed(found["left_out"], "damaged image", "left out")
-        print(
-            f"{name}: {n:,} images in {count:,} {plural('file', count)}{left_out}", file=sys.stderr
-        )
+        console.say(f"{name}: {n:,} images in {count:,} {plural('file', count)}{left_out}")
     named = {role: name for role, name in splits.items() if name != _USUAL[role]}
     flags = [f"--config.data.{role}_split={name}" for role, name in named.items()]
     flags = [f"--config.data.source=shards:{directory}", *flags]
-    print(f"Read them with {' '.join(map(shlex.quote, flags))}", file=sys.stderr)
+    console.say(f"Read them with {' '.join(map(shlex.quote, flags))}")
     return index
 
 

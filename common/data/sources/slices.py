@@ -28,15 +28,15 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
     """The examples of a slice.
 
     Args:
-      split: the whole text, for the message.
-      bounds: from `parse`: counts, or whole percents, from the start or (negative) from the end.
-      n: examples of the whole split.
+        split: the whole text, for the message.
+        bounds: from `parse`: counts, or whole percents, from the start or (negative) from the end.
+        n: examples of the whole split.
 
     Returns:
-      int64, ascending, at least one.
+        int64, ascending, at least one.
 
     Raises:
-      UserError: bounds that are no numbers, or nothing between them.
+        UserError: bounds that are no numbers, or nothing between them.
     """
     first, last = _places(split, bounds, n)
     if first >= last:

@@ -19,7 +19,7 @@ from common.data.images import decode, decoding
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import arrays, plain, tf, traced
 from common.data.sources.base import ArraySource, Source, to_rgb
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.run import files
 
 _UNLABELLED = ("unlabelled", "unlabeled")
@@ -44,9 +44,9 @@ class StreamSource(Source):
     """A TFRecord set that is too large for memory; `stream.py` reads it.
 
     Attributes:
-      shards: in order; their records are examples 0..num_examples-1.
-      features: parses a record.
-      shuffle_buffer: encoded images kept to shuffle among.
+        shards: in order; their records are examples 0..num_examples-1.
+        features: parses a record.
+        shuffle_buffer: encoded images kept to shuffle among.
     """
 
     shards: list[Shard] = None
@@ -80,17 +80,17 @@ class Features:
     """Which of a data set's features are the image and the label.
 
     Args:
-      info: the data set's description.
-      labelled: False ignores the labels there may be.
+        info: the data set's description.
+        labelled: False ignores the labels there may be.
 
     Attributes:
-      image, label: names of the features; `label` is None where nothing is labelled.
-      num_classes, class_names: as in `Source`; 0 and () as long as `by_value`.
-      by_value: whether the classes are the values, integers or text, that the label has.
-      account: a line where somebody may have expected other labels.
+        image, label: names of the features; `label` is None where nothing is labelled.
+        num_classes, class_names: as in `Source`; 0 and () as long as `by_value`.
+        by_value: whether the classes are the values, integers or text, that the label has.
+        account: a line where somebody may have expected other labels.
 
     Raises:
-      UserError: no feature, or more than one, is an image.
+        UserError: no feature, or more than one, is an image.
     """
 
     def __init__(self, info, labelled: bool = True):
@@ -146,17 +146,17 @@ def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> 
     """Opens a prepared data set.
 
     Args:
-      name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
-      split: a split or a slice of one, such as "train" or "train[:10%]".
-      config: the config's `data` section.
-      sure: labels that are values are classes, however few images there are of each: those of the
-        training split decide whether they are.
+        name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
+        split: a split or a slice of one, such as "train" or "train[:10%]".
+        config: the config's `data` section.
+        sure: labels that are values are classes, however few images there are of each: those of the
+          training split decide whether they are.
 
     Returns:
-      An `ArraySource`, `RecordSource` or `StreamSource`.
+        An `ArraySource`, `RecordSource` or `StreamSource`.
 
     Raises:
-      UserError: not prepared, no such split, or no image in it.
+        UserError: not prepared, no such split, or no image in it.
     """
     builder = _builder(name, config.dir)
     info = builder.info
@@ -263,8 +263,7 @@ def _builder(name: str, folder: str):
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(f"no data set tfds:{name} (looked in {where}). {fix}") from error
     except (ValueError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(f"cannot open tfds:{name}: {''.join(reason)} {fix}") from error
+        raise UserError(f"cannot open tfds:{name}: {first_line(error)} {fix}") from error
     if not builder.info.splits:
         raise UserError(f"tfds:{name} is not prepared (looked in {builder.data_dir}). {fix}")
     return builder
@@ -302,7 +301,7 @@ def _in_memory(
     """Keeps the set in memory: as pixels if all images have one shape, else encoded.
 
     Raises:
-      UserError: the files hold less than the set's description says, or cannot be read.
+        UserError: the files hold less than the set's description says, or cannot be read.
     """
     n, done = common["num_examples"], 0
     images = np.empty(n, object) if shape is None else np.empty((n, *shape, 3), np.uint8)
@@ -333,7 +332,7 @@ def _in_memory(
 
 def unreadable(name: str, error: Exception) -> UserError:
     """The error of a set whose files are damaged or missing."""
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = first_line(error)
     return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it anew")
 
 

@@ -190,7 +190,7 @@ def _curves(workdir: epath.Path) -> dict[str, Any]:
 
 def _results(workdir: epath.Path) -> list[dict[str, Any]]:
     """The lines of `results.jsonl` that say how good the features are; embeddings do not."""
-    path = workdir / modes.FILE
+    path = workdir / jsonl.RESULTS
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for line in lines:
