@@ -129,6 +129,7 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
 
 def trained(where: str, steps: int) -> float:
     """Pairs a second of the demo's training, end to end."""
+    from common.evaluate.online import make_evaluator
     from common.train.loop import train
     from configs import simclr_demo
     from simclr_jax.method import SimCLR
@@ -138,7 +139,7 @@ def trained(where: str, steps: int) -> float:
     config.data.test_split, config.data.augment_on = "", where
     config.checkpoint.every, config.evaluate.pictures = "0 steps", False
     with tempfile.TemporaryDirectory() as workdir:
-        return train(SimCLR, config, workdir)["images_per_second"]
+        return train(SimCLR, config, workdir, make_evaluator)["images_per_second"]
 
 
 def main() -> None:

@@ -56,10 +56,11 @@ def start(method: str, workdir: pathlib.Path) -> int:
     try:
         log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
+        from common.evaluate.online import make_evaluator
         from common.train.loop import train
         from main import METHODS
 
-        train(METHODS[method], make_config(method), workdir)
+        train(METHODS[method], make_config(method), workdir, make_evaluator)
         status = 0
     except BaseException:
         traceback.print_exc()

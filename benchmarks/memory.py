@@ -33,6 +33,7 @@ def look() -> dict[str, int]:
 def run(steps: int, since: int, workdir: str) -> dict:
     """Trains `steps` steps; returns what was seen after `since` and at the end."""
     from common.config import base_config
+    from common.evaluate.online import make_evaluator
     from common.train import loop as loop
     from main import METHODS
 
@@ -45,18 +46,18 @@ def run(steps: int, since: int, workdir: str) -> dict:
     c.moco.queue_length = 256
     c.evaluate.every, c.evaluate.knn_examples, c.evaluate.pictures = "10 %", 64, False
     c.checkpoint.every = "5 %"
-    seen, took = {}, loop.Watch.took
+    seen, took = {}, loop.Watch.add
 
     def watched(self, first, metrics, ids):
         took(self, first, metrics, ids)
         if first == steps or (first >= since and not seen):
             seen[first] = look()
 
-    loop.Watch.took = watched
+    loop.Watch.add = watched
     try:
-        loop.train(METHODS["moco"], c, workdir)
+        loop.train(METHODS["moco"], c, workdir, make_evaluator)
     finally:
-        loop.Watch.took = took
+        loop.Watch.add = took
     first, last = seen[min(seen)], seen[steps]
     return {
         "steps": steps,

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from benchmarks import side_by_side
 from common.config import base_config
-from common.method import make_setup, root_keys
 from common.plan import collectives, measure
-from common.sharding import make_mesh, replicated, state_shardings, to_global
+from common.sharding import make_mesh, to_global
+from common.train.first_state import draw_state
+from common.train.prepare import Extent, prepare
 from common.train.step import compile_step
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
@@ -66,13 +67,9 @@ def compiled(name: str, devices: int) -> list:
 def ready(c: ConfigDict):
     """A program that takes one more step on one device, and what was compiled."""
     mesh = make_mesh(jax.devices()[:1])
-    method = METHODS[c.method](make_setup(c, mesh, 100, 10, 10))
-    init_key, key = root_keys(0)
-    abstract = jax.eval_shape(method.init, init_key)
-    shardings = state_shardings(mesh, abstract)
-    step = compile_step(method, c, mesh, abstract, shardings)
-    held = [jax.jit(method.init, out_shardings=shardings)(init_key)]
-    key = jax.device_put(key, replicated(mesh))
+    run = prepare(METHODS[c.method], c, mesh, extent=Extent(100, 10, 10))
+    step = compile_step(run.method.train_step, run)
+    held, key = [draw_state(run)], run.root_key
     size, rng = c.data.image_size, np.random.default_rng(0)
     images = rng.integers(0, 256, (c.batch_size, 2, size, size, 3), dtype=np.uint8)
     batch = to_global(mesh, {"images": images, "labels": np.zeros(c.batch_size, np.int32)})

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from benchmarks import tpu_baseline, tpu_figures
 from common.errors import UserError
 from common.plan import measure, plan
+from common.train.prepare import Extent
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 
@@ -95,7 +96,7 @@ def measured(job: Job, quick: bool) -> list[dict[str, Any]]:
             found = measure.on_topology(
                 functools.partial(tpu_baseline.compile_for, batch), topology
             )
-            task = measure.Task(SimCLR, config("simclr", batch, {}), (100, 10), 0)
+            task = measure.Task(SimCLR, config("simclr", batch, {}), Extent(100, 10))
             return [plan.row_of(task, topology, found)]
         return plan.plan(METHODS[method], config(method, batch, changes), [topology], quick)
     except UserError as error:

@@ -20,6 +20,7 @@ from common.method import Method
 from common.models.probe import Probe
 from common.run import pictures
 from common.sharding import local_rows
+from common.train.prepare import Prepared
 
 
 class Evaluator:
@@ -162,6 +163,16 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+
+def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluator:
+    """The evaluator of a run, for `common.train.loop.train`.
+
+    Raises:
+        UserError: for settings that cannot work.
+    """
+    Evaluator.check(run.config, bank, test)
+    return Evaluator(run.config, run.mesh, run.method, run.setup.probe, bank, test)
 
 
 def warn_of_overlap(data: ConfigDict) -> None:

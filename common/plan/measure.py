@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 
 from common.data.feed import resident
 from common.errors import UserError
-from common.method import Method, Setup, make_setup
+from common.method import Method, Setup
 from common.plan import collectives, traffic
-from common.sharding import AXIS, local_rows, make_mesh, state_shardings
+from common.sharding import AXIS, local_rows, make_mesh
+from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, cost
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
@@ -43,20 +44,18 @@ class Task:
     Attributes:
         make_method: class of the method.
         config: of the run.
-        steps: of the whole run, and of an epoch.
-        num_classes: of the data, 0 without labels.
+        extent: of the run.
         quick: on a described slice the compiler makes as little effort as it can.
     """
 
     make_method: Callable[[Setup], Method]
     config: ConfigDict
-    steps: tuple[int, int]
-    num_classes: int
+    extent: Extent
     quick: bool = False
 
 
 def check(task: Task) -> None:
-    """Builds the method for devices that are described, touching none: they may be busy with a run.
+    """Builds the method for a device that is described, touching none: they may be busy.
 
     Raises:
         UserError: for a mistake in the config, before anybody waits for a compiler.
@@ -64,7 +63,7 @@ def check(task: Task) -> None:
     whole = task.config.copy_and_resolve_references()
     whole.microbatch = 0  # which parts can be formed depends on the devices
     mesh = AbstractMesh((1,), (AXIS,))
-    task.make_method(make_setup(whole, mesh, *task.steps, task.num_classes))
+    prepare(task.make_method, whole, mesh, extent=task.extent)
 
 
 def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -83,15 +82,11 @@ def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) 
         or, when the program does not fit, `out_of_memory`: `{"peak": ..., "capacity": ...}`.
     """
     local_rows(mesh, task.config.batch_size)  # refuses a batch that cannot be split
-    setup = make_setup(task.config, mesh, *task.steps, task.num_classes)
-    method = task.make_method(setup)
-    abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
+    run = prepare(task.make_method, task.config, mesh, extent=task.extent)
     begins()
     begin = time.process_time()
     try:
-        compiled = compile_step(
-            method, task.config, mesh, abstract, state_shardings(mesh, abstract), _data(task)
-        )
+        compiled = compile_step(run.method.train_step, run, _data(task))
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
         if not match:
@@ -100,7 +95,7 @@ def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) 
         found = {"out_of_memory": {"peak": used, "capacity": capacity}}
         return {"devices": mesh.size, "compile_seconds": time.process_time() - begin} | found
     seconds = time.process_time() - begin
-    return describe(compiled, mesh.size, setup.microbatches) | {"compile_seconds": seconds}
+    return describe(compiled, mesh.size, run.setup.microbatches) | {"compile_seconds": seconds}
 
 
 def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1) -> dict[str, Any]:
@@ -127,7 +122,7 @@ def _data(task: Task) -> dict[str, Any] | None:
     if task.config.data.augment_on != "device":
         return None
     size = task.config.data.image_size
-    return resident.shapes_of(task.steps[1] * task.config.batch_size, (size, size))
+    return resident.shapes_of(task.extent.steps_per_epoch * task.config.batch_size, (size, size))
 
 
 def for_topology(task: Task, topology: str) -> dict[str, Any]:

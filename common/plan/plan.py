@@ -20,6 +20,7 @@ from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
 from common.run import console
 from common.sharding import make_mesh
+from common.train.prepare import Extent
 
 # Images and classes of the sets that people plan for without having them: name, split.
 KNOWN = {
@@ -65,11 +66,11 @@ def plan(
         raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
     per_epoch = n // config.batch_size
     total = steps_of(config.duration, per_epoch, name="duration")
-    steps = max(1, total), per_epoch
+    extent = Extent(max(1, total), per_epoch, classes)
     rows, errors = [], []
     for topology in topologies or (LOCAL,):
         try:
-            found = _plan_one(make_method, config, topology, steps, classes, quick)
+            found = _plan_one(make_method, config, topology, extent, quick)
         except UserError as error:  # the other slices are of use all the same
             errors.append(str(error))
             continue
@@ -87,8 +88,7 @@ def _plan_one(
     make_method: Callable[[Setup], Method],
     config: ConfigDict,
     topology: str,
-    steps: tuple[int, int],
-    classes: int,
+    extent: Extent,
     quick: bool,
 ) -> list[dict[str, Any]]:
     """The row of a topology, and where the step does not fit those of stronger `model.remat`."""
@@ -97,7 +97,7 @@ def _plan_one(
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             changed.model.remat = remat
-        task = measure.Task(make_method, changed, steps, classes, quick)
+        task = measure.Task(make_method, changed, extent, quick)
         text = f"compiling for {topology}, remat={remat} (minutes on a laptop) ..."
         if topology == LOCAL:
             found = measure.for_mesh(task, make_mesh(), functools.partial(console.say, text))
@@ -143,7 +143,7 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         "batch_per_device": config.batch_size // devices,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
-        "steps": task.steps[0],
+        "steps": task.extent.total_steps,
         "quick": task.quick,
         "compile_seconds": round(found["compile_seconds"], 1),
         "hbm_gib": hbm_gib,
@@ -177,7 +177,7 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         slowest = max(bounds.values())
         row |= {name: round(value, 2) for name, value in bounds.items()}
         row["images_per_second"] = round(1e3 * config.batch_size / slowest)
-        row["hours"] = round(task.steps[0] * slowest / 3.6e6, 2)
+        row["hours"] = round(task.extent.total_steps * slowest / 3.6e6, 2)
         row["rates"] = dataclasses.asdict(device)
     return row
 

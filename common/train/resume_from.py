@@ -29,8 +29,7 @@ def adopt(
     Args:
         config: its `resume_from` is "DIR" (the newest checkpoint) or "DIR@STEP".
         workdir: of the new run.
-        method: may have `adopted(state, names)`, which derives from what was taken what could not
-            be (a momentum encoder that the other run did not have).
+        method: derives what the other run did not have, see `Method.adopted`.
         state: as `method.init` made it, on the devices.
         note: False neither says nor writes anything.
 
@@ -60,9 +59,7 @@ def adopt(
             f"{missed.get(name, 'missing')}; give the model settings of that run's config.json"
         )
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    derived = []
-    if hasattr(method, "adopted"):
-        state, derived = method.adopted(state, set(taken))
+    state, derived = method.adopted(state, set(taken))
     if note:
         unused = sorted(set(arrays) - set(names))
         _note(workdir, directory, step, taken, missed, unused, derived)

@@ -22,8 +22,9 @@ from common.optim import steps_of
 from common.run import formats
 from common.run.workdir import claim
 from common.sharding import make_mesh
-from common.train import replay, summary
-from common.train.loop import same_data
+from common.train import replay
+from common.train.position import Position
+from common.train.prepare import open_evaluation
 
 
 def refused(words, call, *args):
@@ -140,8 +141,8 @@ def test_the_batch_of_a_classifier():
 
 def test_a_run_goes_on_with_its_own_data_only():
     source = open_source(data_config("fake", fake_examples=20), "train")
-    same_data({"num_examples": 20}, source)
-    refused("20 images, and had 19 when this run", same_data, {"num_examples": 19}, source)
+    Position(num_examples=20).check_same_data(source)
+    refused("20 images, and had 19", Position(num_examples=19).check_same_data, source)
 
 
 @pytest.mark.parametrize("wrong", [{"fake_examples": 0}, {"fake_classes": -1}])
@@ -154,7 +155,7 @@ def test_random_images_of_no_number(wrong):
 
 def test_a_test_split_that_is_not_there():
     c = tiny.config("simclr", data__source="embedded", data__test_split="val")
-    refused(["no split 'val'", "Set data.test_split='' to train without"], summary.open_test, c)
+    refused(["no split 'val'", "Set data.test_split='' to train without"], open_evaluation, c, None)
 
 
 def test_a_streamed_set_needs_no_shards(tmp_path, monkeypatch):

@@ -204,13 +204,14 @@ def test_mistakes(folder, tmp_path):
 SCRIPT = """
 import sys, tiny, jax
 from common.data.sources import shards
+from common.evaluate.online import make_evaluator
 from common.train.loop import train
 from simclr_jax.method import SimCLR
 c = tiny.config("simclr", data__source="embedded", data__augment_on="device", steps_per_dispatch=2,
                 data__image_size=12, duration="3 steps", evaluate__knn_examples=40)
 shards.prepare(c, sys.argv[1] + "/shards")
 c.data.source = "shards:" + sys.argv[1] + "/shards"
-train(SimCLR, c, sys.argv[1] + "/run")
+train(SimCLR, c, sys.argv[1] + "/run", make_evaluator)
 assert not {"tensorflow", "tensorflow_datasets"} & set(sys.modules)
 """
 

@@ -106,9 +106,7 @@ def compiled(batch, size):
         model__width=16, model__stages=(1,), data__image_size=16,
     )  # fmt: skip
     method = tiny.build(c, 1)
-    abstract = jax.eval_shape(method.init, jax.random.key(0))
-    shardings = tiny.state_shardings(method.setup.mesh, abstract)
-    return tiny.compile_step(method, c, method.setup.mesh, abstract, shardings)
+    return tiny.compile_step(method.train_step, method.run)
 
 
 @pytest.mark.optimised

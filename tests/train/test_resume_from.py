@@ -12,13 +12,14 @@ from etils import epath
 
 from common.config import check_same_run
 from common.errors import UserError
+from common.method import Method
 from common.optim import make_optimizer
 from common.run.checkpoint import Checkpoints
 from common.sharding import batch_sharding, make_mesh, replicated
 from common.train import resume_from
 
 
-class Plain:
+class Plain(Method):
     """A method without a wish."""
 
 
@@ -53,7 +54,7 @@ def other(tmp_path_factory):
 def adopt(c, state, workdir, text, method=None, **changes):
     with c.unlocked():
         c.update(resume_from=text, **changes)
-    got = resume_from.adopt(c, epath.Path(workdir), method or Plain(), state)
+    got = resume_from.adopt(c, epath.Path(workdir), method or Plain(None), state)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
     return tiny.named_leaves(got)
