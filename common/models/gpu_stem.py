@@ -127,6 +127,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
+    """What `max_pool` computes, as Flax has it."""
     return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
 
 

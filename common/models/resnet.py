@@ -134,6 +134,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> jax.Array:
+        """The kernel for an input of `channels` channels."""
         shape, kind = (1, 1, channels, self.features), at_least_float32(self.dtype)
         return self.param("kernel", initial.KERNELS[self.init_as], shape, kind)[0, 0]
 
@@ -176,6 +177,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """`[b, h, w, c]` to `[b, h / stride, w / stride, width]`."""
         width = self.features * (4 if self.bottleneck else 1)
         zero = self.zero_init_residual
         if self.bottleneck:

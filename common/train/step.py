@@ -38,7 +38,6 @@ def compile_step(
         with `steps_per_dispatch` > 1 the metrics are the last step's, and "each" holds
         `divergence.WATCHED` of all steps.
     """
-
     traced = trace_step(method, config, mesh, abstract, shardings, data)
     options = compiler_options(mesh.devices.flat[0].platform, config.tpu_compiler_options)
     return traced.lower().compile(compiler_options=options)
