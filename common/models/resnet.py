@@ -14,12 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
 from common.errors import UserError, one_of
 from common.models import cpu_conv, fold, gpu_stem, initial
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
-DEPTHS = {
+DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {
     18: (False, (2, 2, 2, 2)),
     34: (False, (3, 4, 6, 3)),
     50: (True, (3, 4, 6, 3)),
@@ -300,13 +301,12 @@ def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(b, h // block, w // block, block * block * c)
 
 
-def make_encoder(config: Any) -> ResNet:
-    """Builds the encoder of `config.model`.
+def make_encoder(model: ConfigDict) -> ResNet:
+    """Builds the encoder of the model section.
 
     Raises:
         UserError: for an unknown depth, stem, remat or initialisation.
     """
-    model = config.model
     if not model.stages and model.depth not in DEPTHS:
         raise UserError(
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "
