@@ -198,7 +198,8 @@ def _forward(queries, keys, query_ids, key_ids, threshold, block, precision):
 
         def fold(carry, column):
             top, total, above = carry
-            logits, live = _tile(q, q_ids, *column, precision)
+            k, k_ids = column
+            logits, live = _tile(q, q_ids, k, k_ids, precision)
             logits = jnp.where(live, logits, -jnp.inf)
             new_top = jnp.maximum(top, logits.max(axis=1))
             shift = jnp.where(new_top == -jnp.inf, 0, new_top)  # nothing seen yet: not inf - inf
@@ -207,8 +208,8 @@ def _forward(queries, keys, query_ids, key_ids, threshold, block, precision):
             return (new_top, total, above), None
 
         empty = jnp.full_like(limit, -jnp.inf), jnp.zeros_like(limit), jnp.zeros_like(q_ids)
-        empty = _align(*empty, limit)[:3]
-        (top, total, above), _ = jax.lax.scan(fold, tuple(empty), columns)
+        start = tuple(_align(*empty, limit)[:3])
+        (top, total, above), _ = jax.lax.scan(fold, start, columns)
         return jnp.where(top == -jnp.inf, 0, top) + jnp.log(total), above
 
     rows = _blocks(queries, block), _blocks(query_ids, block, -1), _blocks(threshold, block)
@@ -238,7 +239,7 @@ def _weighted_keys(rows, cols, row_ids, col_ids, row_side, col_side, block, prec
         def fold(total, column):
             c, c_ids, c_side = column
             logits, live = _tile(r, r_ids, c, c_ids, precision)
-            weights = 0
+            weights: jax.Array | int = 0
             if r_side:
                 weights += jnp.exp(logits - r_side[0][:, None]) * r_side[1][:, None]
             if c_side:
@@ -289,9 +290,9 @@ def _self_lse_fwd(z, ids, threshold, axis, block, precision):
 
 def _self_lse_bwd(axis, block, precision, saved, cotangents):
     z, everyone, ids, all_ids, lse = saved
-    own = jnp.stack([lse, cotangents[0]], axis=1)
-    other = gather_rows(own, axis)
-    own, other = (own[:, 0], own[:, 1]), (other[:, 0], other[:, 1])
+    pair = jnp.stack([lse, cotangents[0]], axis=1)
+    pairs = gather_rows(pair, axis)
+    own, other = (pair[:, 0], pair[:, 1]), (pairs[:, 0], pairs[:, 1])
     return _weighted_keys(z, everyone, ids, all_ids, own, other, block, precision), None, None
 
 

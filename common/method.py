@@ -267,21 +267,25 @@ def make_setup(
         UserError: from the builders, for a value that none of them knows, or for micro-batches
             that do not fit the mesh.
     """
-    tx, schedule = optim.make_optimizer(config, total_steps, steps_per_epoch)
+    tx, schedule = optim.make_optimizer(
+        config.optimizer, config.batch_size, total_steps, steps_per_epoch
+    )
     augmentation = presets.resolve(config.augment, config.data.image_size)
     return Setup(
         config=config[config.method],
         batch_size=config.batch_size,
         image_size=config.data.image_size,
         mesh=mesh,
-        network=heads.make_network(config),
+        network=heads.make_network(config.model, config.head),
         tx=tx,
         schedule=schedule,
-        probe=probe.make_probe(config, num_classes, total_steps),
+        probe=probe.make_probe(config.probe, num_classes, total_steps),
         mean=augmentation.mean,
         std=augmentation.std,
         steps_per_epoch=steps_per_epoch,
-        microbatches=microbatch.count(config, mesh.size),
+        microbatches=microbatch.count(
+            config.batch_size, config.microbatch, config.model.bn_groups, mesh.size
+        ),
     )
 
 

@@ -75,16 +75,15 @@ def steps_of(
     return max(1, math.floor(steps + 0.5 + 1e-9)) if steps > 0 else 0
 
 
-def peak_learning_rate(config: ml_collections.ConfigDict) -> float:
-    """Returns the learning rate after warm-up: the base value scaled by the global batch."""
-    c = config.optimizer
+def peak_learning_rate(c: ml_collections.ConfigDict, batch_size: int) -> float:
+    """Returns the learning rate after warm-up: that of the section, scaled by the global batch."""
     one_of("optimizer.scaling", c.scaling, ("linear", "sqrt", "none"))
-    factor = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size), "none": 1.0}
+    factor = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return c.learning_rate * factor[c.scaling]
 
 
 def learning_rate_schedule(
-    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+    c: ml_collections.ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done before.
 
@@ -101,16 +100,16 @@ def learning_rate_schedule(
     its first update moves nothing; MoCo's takes the cosine of the epoch, not of the step.
 
     Args:
-        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        c: the optimizer section, see `default_config`.
+        batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
 
     Raises:
         UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
     """
-    c = config.optimizer
     one_of("optimizer.schedule", c.schedule, ("cosine", "step", "constant"))
-    peak = peak_learning_rate(config)
+    peak = peak_learning_rate(c, batch_size)
     warmup = steps_of(c.warmup, steps_per_epoch, total_steps, "optimizer.warmup")
     if warmup > total_steps:
         raise UserError(
@@ -121,7 +120,7 @@ def learning_rate_schedule(
     if c.schedule == "cosine" and total_steps > warmup:
         after = optax.cosine_decay_schedule(peak, total_steps - warmup)
     elif c.schedule == "step":
-        boundaries = {}
+        boundaries: dict[int, float] = {}
         for at in c.decay_at:
             at = at if isinstance(at, str) else f"{at} epochs"
             step = steps_of(at, steps_per_epoch, total_steps, "optimizer.decay_at")
@@ -148,9 +147,9 @@ def _everything(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+    c: ml_collections.ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Builds the optax transformation and its schedule from `config.optimizer`.
+    """Builds the optax transformation and its schedule.
 
     sgd:   g += weight_decay p;  v = momentum v + g;  p -= lr v   (as in PyTorch)
     lars:  You et al. 2017, in the order of SimCLR's code: weight decay, then the trust ratio
@@ -161,7 +160,8 @@ def make_optimizer(
     trust ratio. Clipping, when on, comes first.
 
     Args:
-        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        c: the optimizer section, see `default_config`.
+        batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
 
@@ -172,7 +172,6 @@ def make_optimizer(
         UserError: on an unknown name, a number out of its range, a malformed duration, or a warm-up
             longer than the run.
     """
-    c = config.optimizer
     one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
     for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
         if not 0 <= c[name] < math.inf:
@@ -185,7 +184,7 @@ def make_optimizer(
                 f"optimizer.{name}={c[name]} is no decay of a running mean: expected 0 or more, "
                 "and less than 1"
             )
-    schedule = learning_rate_schedule(config, total_steps, steps_per_epoch)
+    schedule = learning_rate_schedule(c, batch_size, total_steps, steps_per_epoch)
     decayed = _everything if c.decay_bn_and_bias else kernels
     parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
     if c.name == "sgd":

@@ -135,7 +135,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
             f"{max(1, batch_size // mesh.size) * mesh.size}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    starts = sorted({(s[0].start or 0) for s in slices.values()})
+    starts = sorted({(s[0].start or 0) for s in slices.values() if s})
     size = batch_size // mesh.size
     return np.concatenate([np.arange(start, start + size) for start in starts])
 

@@ -23,8 +23,8 @@ from benchmarks.record.setting import (
     environment,
     last_words,
 )
+from common.distributed import STOPPED
 from common.run import jsonl
-from common.train.preemption import EXIT_STATUS
 
 # Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same,
 # on a GPU too if it keeps to one order of sums. Where it does not, differences grow with the steps:
@@ -55,7 +55,7 @@ def resume(setting: Setting, method: str) -> Found:
         f"told to stop at step {at} of {total}: exit status {status} after {seconds:.1f} s; losses "
         f"until step {compared[-1]} within {off:.1e} of a run that was left alone",
         {"status": status, "stopped_at": at, "seconds_to_stop": seconds, "difference": off},
-        ok=status == EXIT_STATUS and stop <= at < total and same and off < RESUMED,
+        ok=status == STOPPED[0] and stop <= at < total and same and off < RESUMED,
     )
 
 

@@ -20,8 +20,8 @@ from benchmarks.record.setting import (
     environment,
     last_words,
 )
+from common.distributed import STOPPED
 from common.errors import UserError
-from common.train.preemption import TOLD
 
 SAVING = 30.0  # seconds before the end at which a training run is told to save
 LAST = 30.0  # that it has for it, the end notwithstanding
@@ -193,7 +193,7 @@ class Schedule:
             except Exception as error:  # whatever is in the files that it left
                 found = Found(f"its result cannot be read: {error!r}"[:300], ok=False)
             return ("ok" if found.ok else "failed"), found
-        if status in TOLD and item.training:
+        if status in STOPPED and item.training:
             return "saved", Found(words)
         if cut in ("told", "cut"):
             return "cut", Found("the time was up")

@@ -53,7 +53,7 @@ def formats_of(text: str) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A name that is valid UTF-8: a file's need not be, and its odd bytes become `\\udcXX`."""
+    r"""A name that is valid UTF-8: a file's need not be, and other bytes become `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -148,7 +148,7 @@ def fit(
 
 
 def _columns(model: LogisticRegression, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """kernel `[d, c]` and bias `[c]` of softmax logits, with a column for each class."""
+    """Kernel `[d, c]` and bias `[c]` of softmax logits, with a column for each class."""
     coefficients, intercepts = model.coef_, model.intercept_
     if len(coefficients) == 1:  # two classes: scikit-learn keeps their difference
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

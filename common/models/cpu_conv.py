@@ -14,7 +14,7 @@ import jax
 
 PIECES = 8  # at most; with 16 a step is no faster and takes longer to compile
 POSITIONS = 2048  # of a piece at least, images x height x width: smaller ones fit the cache
-FORM = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+FORM = ("NHWC", "HWIO", "NHWC")
 Pair = tuple[int, int]
 
 
@@ -86,7 +86,9 @@ def input_gradient(
         first = k - 1 - before
         around.append((first, n + k - 2 - (out - 1) * stride - first))
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return jax.lax.conv_general_dilated(g, turned, (1, 1), around, lhs_dilation=strides, **FORM)
+    return jax.lax.conv_general_dilated(
+        g, turned, (1, 1), around, lhs_dilation=strides, dimension_numbers=FORM
+    )
 
 
 def kernel_gradient(
@@ -108,7 +110,7 @@ def kernel_gradient(
     ]
     gradient = jax.lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around,
-        rhs_dilation=strides, **FORM,
+        rhs_dilation=strides, dimension_numbers=FORM,
     )  # fmt: skip
     return gradient.transpose(1, 2, 0, 3)
 

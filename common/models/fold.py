@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from common.models import gpu_stem
+from common.models.platform import on_gpu
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -73,7 +73,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y.astype(_kind(x))
 
     gpu, other = (functools.partial(rounded_to, kind) for kind in (x.dtype, _kind(x)))
-    return gpu_stem.on_gpu(gpu, other, x, kernel.astype(x.dtype))
+    return on_gpu(gpu, other, x, kernel.astype(x.dtype))
 
 
 def _product_forward(x, kernel):

@@ -17,31 +17,24 @@ import jax
 import jax.numpy as jnp
 
 from common.models import cpu_conv
+from common.models.platform import on_gpu
 
-PLATFORMS = ("cuda", "rocm")
-CHANNELS = 8  # a multiple of so many is what cuDNN's kernels read
+CHANNELS = 8  # cuDNN's kernels read channels in multiples of this
 Pair = tuple[int, int]
-
-
-def on_gpu(gpu: Callable, other: Callable, *arguments: Any) -> Any:
-    """One function of the arguments where the program is lowered for a GPU, another one elsewhere.
-
-    That is not where it is traced: a plan for a TPU may be made on a GPU.
-    """
-    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(PLATFORMS, gpu), default=other)
 
 
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], **options: Any
 ) -> jax.Array:
-    """What `cpu_conv.conv_general_dilated` is, and takes; on a GPU in blocks where they fit.
+    """`cpu_conv.conv_general_dilated`, computed on a GPU from blocks of 2x2 pixels where they fit.
 
     They fit a square kernel of odd size k, a stride of 2, `k // 2` zeros on every side, and an even
     height and width: the first convolution of an ImageNet ResNet.
     """
-    plain = functools.partial(
-        cpu_conv.conv_general_dilated, strides=strides, padding=padding, **options
-    )
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return cpu_conv.conv_general_dilated(x, kernel, strides, padding, **options)
+
     size = kernel.shape[0]
     around = [(size // 2, size // 2)] * 2
     fits = kernel.shape[1] == size and size % 2 and [tuple(p) for p in padding] == around
@@ -127,11 +120,12 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
+    """What `max_pool` computes, as Flax has it."""
     return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
 
 
 def pool_with_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maxima of `x [b, h, w, c]`, h and w even, and where they were, uint8 0 to 8: the first."""
+    """Maxima of `x [b, h, w, c]`, h and w even, and the first place of each, uint8 0 to 8."""
     low = jnp.array(-jnp.inf, x.dtype)
     x = jax.lax.pad(x, low, [(0, 0, 0), (1, 0, 0), (1, 0, 0), (0, 0, 0)])
     x = jax.lax.pad(x, low, [(0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0)])
@@ -149,17 +143,17 @@ def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
 
     Args:
         places: `[b, h / 2, w / 2, c]`, as that function gives them.
-        g: of the maxima, of the same shape. What meets is added up in float32 at least.
+        g: of the maxima, of the same shape. Sums are formed in float32 at least.
     """
     b, h, w, c = g.shape
     kind = jnp.promote_types(g.dtype, jnp.float32)
     none = jnp.uint8(9)
     # pixel 2 i is in the middle of window i; pixel 2 i + 1 at the end of it, and at the beginning
     # of window i + 1
-    along = [[1, 2], [None, 0]]
+    along: list[list[int | None]] = [[1, 2], [None, 0]]
 
     def part(shift_h: int, shift_w: int) -> jax.Array:
-        """What the pixels of each 2x2 block get from one window."""
+        """The gradient that one window gives the pixels of each 2x2 block."""
         wanted = jnp.array(
             [
                 [none if m is None or n is None else 3 * m + n for n in along[shift_w]]
@@ -175,5 +169,5 @@ def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
         hit = shifted(places) == wanted[None, None, :, None, :, None]
         return jnp.where(hit, shifted(g).astype(kind), 0)
 
-    total = sum(part(i, j) for i in (0, 1) for j in (0, 1))
+    total = part(0, 0) + part(0, 1) + part(1, 0) + part(1, 1)
     return total.astype(g.dtype).reshape(b, 2 * h, 2 * w, c)

@@ -67,7 +67,8 @@ def from_torchvision(arrays: Mapping[str, Any]) -> tuple[dict, dict]:
     Raises:
         UserError: for a name, a number of axes or a first convolution that no ResNet here has.
     """
-    params, batch_stats = {}, {}
+    params: dict[tuple[str, ...], Any] = {}
+    batch_stats: dict[tuple[str, ...], Any] = {}
     for name, array in arrays.items():
         match = _NAME.fullmatch(name)
         path = _our_path(match) if match else None

@@ -17,24 +17,25 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.sharding import AXIS, each_device
 
 
-def count(config: ConfigDict, devices: int) -> int:
+def count(batch_size: int, microbatch: int, bn_groups: int, devices: int) -> int:
     """Number of micro-batches M of a step; 1 where the batch is not split.
 
     Args:
-        config: `microbatch` (images; 0 = the batch), `batch_size`, `model.bn_groups`.
-        devices: of the mesh.
+        batch_size: images in the global batch.
+        microbatch: images in a micro-batch; 0 = the batch.
+        bn_groups: groups of the global batch that share batch statistics.
+        devices: in the mesh.
 
     Raises:
         UserError: unless `microbatch` divides the batch and is a multiple of the devices, and
-            `model.bn_groups` is a multiple of M x devices.
+            `bn_groups` is a multiple of M x devices.
     """
-    b, size, groups = config.batch_size, config.microbatch, config.model.bn_groups
+    b, size, groups = batch_size, microbatch, bn_groups
     if size in (0, b):
         return 1
     if size < 0 or b % size or size % devices:

@@ -40,13 +40,12 @@ def default_config() -> ml_collections.ConfigDict:
     return c
 
 
-def make_probe(config: ml_collections.ConfigDict, num_classes: int, total_steps: int) -> "Probe":
-    """Builds the probe of `config.probe`; with `num_classes=0` it does nothing.
+def make_probe(c: ml_collections.ConfigDict, num_classes: int, total_steps: int) -> "Probe":
+    """Builds the probe of the probe section `c`; with `num_classes=0` it does nothing.
 
     Raises:
         UserError: for an unknown schedule, or a learning rate that is negative or not finite.
     """
-    c = config.probe
     one_of("probe.schedule", c.schedule, ("constant", "cosine"))
     rate = c.learning_rate
     if not 0 <= rate < float("inf"):

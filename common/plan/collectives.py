@@ -66,7 +66,7 @@ def read(text: str, devices: int) -> list[Collective]:
     for match in _INSTRUCTION.finditer(text):
         line = text[match.start() : text.find("\n", match.end())]
         channel = _CHANNEL.search(line)
-        one = _collective(*match.groups(), line, devices)
+        one = _collective(match[1], match[2], match[3], line, devices)
         key = (one, channel and channel[1])
         i = bisect.bisect_right(fusions, match.start()) - 1
         if i >= 0 and match.start() < ends[i]:

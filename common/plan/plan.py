@@ -155,10 +155,12 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         return row | {"fits": False, "peak_gib": _gib(peak), "advice": advice}
     names = ("arguments", "temporaries", "outputs", "aliased", "peak")
     row |= {f"{name}_gib": _gib(found[name]) for name in names}
-    full = found["peak"] / (hbm_gib * chips.GIB) if hbm_gib else None
-    row["fits"] = None if full is None else full <= 1
-    if row["fits"] is False:
-        row["advice"] = "does not fit: " + _advice(config, row, full)
+    row["fits"] = None
+    if hbm_gib:
+        full = found["peak"] / (hbm_gib * chips.GIB)
+        row["fits"] = full <= 1
+        if full > 1:
+            row["advice"] = "does not fit: " + _advice(config, row, full)
     moved = [collectives.Collective(*c) for c in found["collectives"]]
     row |= {
         "tflop": _rounded(found["flops"], 1e12),

@@ -20,8 +20,6 @@ import jax
 from jax.experimental import multihost_utils
 
 _asked = itertools.count()
-EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
-TOLD = (EXIT_STATUS, 128 + signal.SIGINT)  # of a run that was told to stop, and is saved
 # Seconds for which a second SIGINT is the first one: a terminal sends it to all processes, and
 # `common.distributed` passes it on to those that it has started.
 _ONE_INTERRUPT = 1.0

@@ -63,7 +63,7 @@ def start_up(
         "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({run.extent.steps_per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
-        f"{optim.peak_learning_rate(config):.4g}",
+        f"{optim.peak_learning_rate(config.optimizer, config.batch_size):.4g}",
         "workdir": str(workdir),
     }
     if test is not None and test.account:

@@ -118,12 +118,14 @@ def fit(weights: Weights, params: Mapping, batch_stats: Mapping) -> tuple[dict, 
         )
     new_params, new_stats = ({"backbone": x} for x in layout.from_torchvision(found))
     heads = (params.get("head", {}), batch_stats.get("head", {}))
-    with_head = weights.head is not None and all(map(_alike, weights.head, heads))
-    if with_head:
-        new_params["head"] = weights.head[0]
-        if weights.head[1]:
-            new_stats["head"] = weights.head[1]
-    return _as_type(new_params, params), _as_type(new_stats, batch_stats), with_head
+    head = weights.head
+    if head is not None and not all(map(_alike, head, heads)):
+        head = None
+    if head is not None:
+        new_params["head"] = head[0]
+        if head[1]:
+            new_stats["head"] = head[1]
+    return _as_type(new_params, params), _as_type(new_stats, batch_stats), head is not None
 
 
 def _prefix(names: Mapping[str, Any], path: epath.Path) -> str:

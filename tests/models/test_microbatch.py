@@ -132,7 +132,7 @@ def config(batch, size, groups):
     ],
 )  # fmt: skip
 def test_number_of_parts(batch, size, groups, devices, parts):
-    assert microbatch.count(config(batch, size, groups), devices) == parts
+    assert microbatch.count(batch, size, groups, devices) == parts
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,14 @@ class Plain(Method):
 def place(seed, width=4, out=3, optimizer="sgd", **fields):
     """(config, state): the parts of a real state that matter here, on two devices."""
     c = tiny.config("simclr", optimizer__name=optimizer)
+    tx, _ = make_optimizer(c.optimizer, c.batch_size, total_steps=8, steps_per_epoch=4)
     rng, mesh = np.random.default_rng(seed), make_mesh(jax.devices()[:2])
     params = {"backbone": {"kernel": rng.normal(size=(3, width)).astype(np.float32)},
               "head": {"kernel": rng.normal(size=(width, out)).astype(np.float32)}}  # fmt: skip
     state = {
         "step": np.int32(seed),
         "params": params,
-        "opt_state": make_optimizer(c, 8, 4)[0].init(jax.tree.map(jnp.asarray, params)),
+        "opt_state": tx.init(jax.tree.map(jnp.asarray, params)),
         **fields,
     }
     shardings = jax.tree.map(lambda _: replicated(mesh), state)
