@@ -72,7 +72,7 @@ def train(
     bank_source = train_source
     if config.data.bank_split:
         bank_source = open_source(config.data, "bank")
-    Evaluator.check(config, bank_source, test_source)
+    Evaluator.check(config.evaluate, bank_source, test_source)
     per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
     if total < 1:
@@ -120,7 +120,10 @@ def train(
                 state = resume_from.adopt(config, workdir, method, state)
             progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
         note_changes(config, workdir)
-        evaluator = Evaluator(config, mesh, method, setup.probe, bank_source, test_source)
+        evaluator = Evaluator(
+            config.evaluate, mesh, method, setup.probe, bank_source, test_source,
+            batch_size=config.batch_size, image_size=config.data.image_size,
+        )  # fmt: skip
         summary.start_up(
             config, workdir, mesh, setup, state, step_fn, train_source, test_source, start, total,
             per_epoch,

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common.cli import modes
 from common.data.sources.base import ArraySource
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
+from common.evaluate import embed_mode, feature_files, pretrained, settings
 from common.evaluate.page import build, feature_map, inline
 from common.evaluate.pretrained import Pretrained
 
@@ -186,7 +187,7 @@ def rebuild(labelled):
 
     def write(path, class_names=source.class_names):
         embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
-        build.write(path, opened, source, embedded)
+        build.write(path, embed_mode._page_run(opened, source), source, embedded, 3000, 0)
         return path.read_text()
 
     return write

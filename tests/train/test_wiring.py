@@ -44,9 +44,9 @@ def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_pat
     handed = []
 
     class Evaluator(loop.Evaluator):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **sizes):
             handed.extend(source.split for source in arguments[-2:])
-            super().__init__(*arguments)
+            super().__init__(*arguments, **sizes)
 
     monkeypatch.setattr(loop, "Evaluator", Evaluator)
     c = toy.config(
