@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -160,7 +161,7 @@ def _neighbours(
             label, wanted = int(embedded.labels[place]), int(embedded.labels[query])
             row.append(
                 {
-                    "uri": inline.data_uri(image),
+                    "uri": inline.image_uri(image),
                     "name": names[place],
                     "class": classes[label] if label >= 0 else "",
                     "same": None if min(label, wanted) < 0 else label == wanted,
@@ -179,7 +180,7 @@ def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
     originals = images_of(source, ids, run.image_size)
     return [
         {
-            "uris": [inline.data_uri(image) for image in (original, *pair)],
+            "uris": [inline.image_uri(image) for image in (original, *pair)],
             "name": names.get(int(i), str(i)),
         }
         for i, original, pair in zip(ids, originals, views, strict=True)
@@ -187,22 +188,20 @@ def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
 
 
 def _curves(workdir: epath.Path) -> dict[str, Any]:
-    """The charts of `metrics.jsonl`, and where they begin and end, for the words below them."""
+    """The curves of `metrics.jsonl`, and where they begin and end, for the words above them."""
     path = workdir / jsonl.FILE
     records = jsonl.read(path) if path.exists() else []
-    unit = "epoch" if any("epoch" in record for record in records) else "step"
-    loss, scores = pictures.series(records, "loss"), pictures.series(records, "knn_top1")
-    raw = [r["knn_top1_raw_pixels"] for r in records if r.get("knn_top1_raw_pixels") is not None]
-    raw = 100 * raw[-1] if raw else None
-    charts = [
-        inline.chart("Training loss", *loss, unit),
-        inline.chart("kNN top-1 (%)", scores[0], 100 * scores[1], unit, raw, "raw pixels"),
-    ]
+    loss, knn, raw = (
+        pictures.series(records, name)[1] for name in ("loss", "knn_top1", "knn_top1_raw_pixels")
+    )
+    drawn = io.BytesIO()
+    if max(len(loss), len(knn)) > 1:
+        pictures.curves(records, drawn)
     return {
-        "charts": [c for c in charts if c],
-        "loss": (loss[1][0], loss[1][-1]) if len(loss[1]) else None,
-        "knn": (100 * scores[1][0], 100 * scores[1][-1]) if len(scores[1]) else None,
-        "raw": raw,
+        "curves": inline.data_uri(drawn.getvalue(), "png") if drawn.getvalue() else "",
+        "loss": (loss[0], loss[-1]) if len(loss) else None,
+        "knn": (100 * knn[0], 100 * knn[-1]) if len(knn) else None,
+        "raw": 100 * raw[-1] if len(raw) else None,
     }
 
 
@@ -268,5 +267,5 @@ def _render(**values: Any) -> str:
     # The browser runs this script and no other, whatever else gets into the page.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
-        script=script, style=style, digest=digest, box=inline.Chart, **values
+        script=script, style=style, digest=digest, **values
     )
