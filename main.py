@@ -15,10 +15,9 @@ import jax
 from absl import app, flags
 
 from common import distributed
-from common.cli import command_line
+from common.cli import command_line, modes
 from common.data.sources import shards
 from common.errors import UserError, one_of
-from common.evaluate import modes
 from common.evaluate.online import make_evaluator
 from common.plan.plan import plan
 from common.run import files

@@ -11,10 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from common import config
-from common.cli import command_line
+from common.cli import command_line, modes
 from common.data.augment import presets
 from common.errors import UserError
-from common.evaluate import modes
 from common.method import make_setup
 from common.sharding import make_mesh
 

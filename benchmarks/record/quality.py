@@ -16,7 +16,8 @@ from benchmarks.record.setting import ROOT, Setting, hardware
 from benchmarks.record.steps import Sizes
 from benchmarks.scaling import METHODS
 from common import config as configs
-from common.evaluate import modes, settings
+from common.cli import modes
+from common.evaluate import settings
 from common.run import jsonl
 from configs import moco_cifar10, simclr_cifar10
 

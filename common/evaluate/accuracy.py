@@ -1,16 +1,32 @@
-"""Top-1 and top-5 accuracy, and how to say them."""
+"""Top-1 and top-5 accuracy: which rows count, how they are computed and reported."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from common.data.sources import slices
 from common.data.sources.base import Source
 from common.errors import UserError
 
 
+def warn_of_overlap(votes: str, scored: str) -> None:
+    """Warns where two splits share images, as far as their names tell.
+
+    Args:
+        votes: the split that votes or trains, e.g. "train[:80%]".
+        scored: the split that is scored.
+    """
+    if slices.overlap(votes, scored):
+        logging.warning(
+            "the splits %s and %s share images: what is scored was seen, so accuracies are too "
+            "high; name other splits, e.g. train[:80%%] and train[80%%:]", votes, scored,
+        )  # fmt: skip
+
+
 def labelled(name: str, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that have a label.
+    """Returns the rows that have a label.
 
     Args:
         name: "training" or "test", for the error.
@@ -25,9 +41,9 @@ def labelled(name: str, features: np.ndarray, labels: np.ndarray) -> tuple[np.nd
     if not keep.any():
         raise UserError(
             f"none of the {len(labels)} {name} rows has a label, and a score needs some: "
-            "evaluate on a labelled data set"
+            "evaluate on a labelled dataset"
         )
-    # Indexing copies, and pixels are large: only when something has to go.
+    # Indexing copies, and pixels are large: only where rows have to be dropped.
     return (features, labels) if keep.all() else (np.asarray(features)[keep], labels[keep])
 
 
@@ -35,13 +51,13 @@ def top_k(scores: np.ndarray, labels: np.ndarray, least: float = -np.inf) -> dic
     """Scores predictions.
 
     Args:
-        scores: `[n, c]`, larger is likelier. Of equal ones the first class is predicted, so that
+        scores: `[n, c]`, larger is likelier. A tie goes to the class with the lower index, so that
             constant scores are worth no more than chance.
         labels: int `[n]`, in [0, c).
-        least: a class whose score is not above it is no prediction at all.
+        least: a class whose score is not above this is not predicted at all.
 
     Returns:
-        `top1` and `top5` in [0, 1]; `top5` is None with 5 classes or fewer, where it says nothing.
+        `top1` and `top5` in [0, 1]; `top5` is None with 5 classes or fewer, where it means nothing.
     """
     ranked = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = (ranked == labels[:, None]) & (np.take_along_axis(scores, ranked, 1) > least)
@@ -50,7 +66,7 @@ def top_k(scores: np.ndarray, labels: np.ndarray, least: float = -np.inf) -> dic
 
 
 def in_words(metrics: Mapping[str, Any], source: Source) -> str:
-    """E.g. "71.20 % of 10,000 images of cifar10 (test) right, top-5 97.10 %"."""
+    """Returns e.g. "71.20 % of 10,000 images of cifar10 (test) right, top-5 97.10 %"."""
     top5 = metrics.get("top5")
     return (
         f"{100 * metrics['top1']:.2f} % of {metrics['num_test']:,} images of {source.name} "

@@ -8,10 +8,14 @@ import numpy as np
 from common.data.sources.base import Source, listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
-from common.evaluate import feature_files, modes
+from common.evaluate import feature_files
 from common.evaluate.feature_files import Embedded
+from common.evaluate.page import build
 from common.evaluate.pretrained import Pretrained
 from common.sharding import any_process_of
+from common.train import summary
+
+_PAIRS = 8  # augmented pairs on the page
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
@@ -20,7 +24,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     An image that cannot be decoded has no features: with `on_corrupt="replace"`, where others train
     and score with another image in its place, it gets no row.
     """
-    c = opened.settings.embed
+    c, s = opened.settings.embed, opened.settings
     formats = feature_files.formats_of(c.format)
     if c.examples < 0 or c.points < 1:
         raise UserError(
@@ -47,9 +51,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         for path, kind in zip(written, formats, strict=True):
             feature_files.WRITERS[kind](path, embedded)
         if c.report:
-            from common.evaluate.page import build
-
-            build.write(page, opened, source, embedded)
+            build.write(page, _page_run(opened, source), source, embedded, c.points, s.seed)
     if c.report:
         written.append(page)
     n, d = features.shape
@@ -64,7 +66,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     }
     return metrics, (
         f"{d:,} features of {n:,} images of {source.name} ({source.split}) by "
-        f"{modes.subject(opened)}: {', '.join(str(path) for path in written)}"
+        f"{opened.subject}: {', '.join(str(path) for path in written)}"
         + listed([shown(name) for name in left_out], "damaged image", "left out")
     )
 
@@ -95,6 +97,15 @@ def _check_finite(features: np.ndarray) -> None:
             f"the features of {bad:,} of {len(features):,} images are NaN or infinite: the run "
             "has diverged, so evaluate an earlier checkpoint with --eval.step=STEP"
         )
+
+
+def _page_run(opened: Pretrained, source: Source) -> build.Run:
+    pairs = np.zeros(0, np.int64), np.zeros((0, 2, 1, 1, 3), np.uint8)
+    if source.kind != "stream":  # which has no random access
+        n = min(_PAIRS, source.num_examples)
+        pairs = summary.some_pairs(opened.config, source, n)
+    size = opened.config.data.image_size
+    return build.Run(opened.subject, opened.workdir, size, pairs)
 
 
 def _about(opened: Pretrained, source: Source) -> dict[str, Any]:

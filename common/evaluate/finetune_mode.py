@@ -15,7 +15,7 @@ import numpy as np
 from common.data.sources import subset
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import accuracy, batches, finetune, modes
+from common.evaluate import accuracy, batches, finetune
 from common.evaluate.pretrained import Pretrained
 from common.run import console, files
 
@@ -63,7 +63,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "learning_rate": c.learning_rate,
         "weight_decay": c.weight_decay,
     }
-    start = "from scratch" if s.features == "untrained" else f"from {modes.subject(opened)}"
+    start = "from scratch" if s.features == "untrained" else f"from {opened.subject}"
     return metrics, (
         f"Fine-tuned on {100 * c.fraction:g} % of the labels ({len(ids):,} images) {start}, layer "
         f"{s.layer}, {epochs:g} epochs: {accuracy.in_words(metrics, test)}."

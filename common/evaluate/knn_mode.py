@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.errors import one_of
-from common.evaluate import accuracy, knn, modes
+from common.evaluate import accuracy, knn
 from common.evaluate.pretrained import Pretrained
 
 
@@ -27,6 +27,6 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     }
     return metrics, (
         f"kNN (k = {metrics['k']}, T = {c.temperature:g}, {c.metric}, votes of "
-        f"{metrics['num_train']:,} images) on {modes.subject(opened)}: "
+        f"{metrics['num_train']:,} images) on {opened.subject}: "
         f"{accuracy.in_words(metrics, test)}."
     )

@@ -17,7 +17,7 @@ import numpy as np
 from common.data.sources import subset
 from common.data.sources.base import Source
 from common.errors import UserError, one_of
-from common.evaluate import accuracy, batches, linear, modes
+from common.evaluate import accuracy, batches, linear, logistic
 from common.evaluate.pretrained import Pretrained
 from common.run import console
 
@@ -50,8 +50,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     if opened.settings.features == "trained":
         metrics["classifier"] = _save(opened, classifier, train)
     return metrics, (
-        f"Linear classifier ({words}) on {modes.subject(opened)}: "
-        f"{accuracy.in_words(metrics, test)}."
+        f"Linear classifier ({words}) on {opened.subject}: {accuracy.in_words(metrics, test)}."
     )
 
 
@@ -71,7 +70,7 @@ class Bank:
         self._ids, self.num_classes = ids[labels >= 0], train.num_classes
         if not np.isfinite(self.features.sum(dtype=np.float64)):
             raise UserError(
-                f"features of {modes.subject(opened)} are not finite: this run has diverged; "
+                f"features of {opened.subject} are not finite: this run has diverged; "
                 "choose an earlier checkpoint with --eval.step"
             )
 
@@ -166,8 +165,6 @@ def _by_sgd(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, st
 
 
 def _by_lbfgs(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, str]:
-    from common.evaluate import logistic  # imports scikit-learn
-
     found = logistic.choose(
         bank.features, bank.labels, bank.num_classes, opened.settings.logistic, opened.settings.seed
     )

@@ -13,9 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from common.data.sources import subset
 from common.errors import UserError
@@ -117,6 +114,11 @@ def fit(
     Raises:
         UserError: if all rows are of one class.
     """
+    # here: importing it takes seconds
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
     if len(np.unique(labels)) < 2:
         raise UserError("all labelled training images are of one class: expected two or more")
     mean, scale = linear.standardiser(features)
@@ -147,8 +149,8 @@ def fit(
     return fits
 
 
-def _columns(model: LogisticRegression, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel `[d, c]` and bias `[c]` of softmax logits, with a column for each class."""
+def _columns(model: Any, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel `[d, c]` and bias `[c]` of softmax logits of a fitted `LogisticRegression`."""
     coefficients, intercepts = model.coef_, model.intercept_
     if len(coefficients) == 1:  # two classes: scikit-learn keeps their difference
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

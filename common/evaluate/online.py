@@ -1,8 +1,8 @@
-"""What a run measures of itself: weighted kNN and the online probe, on the test split."""
+"""Scores of a run in training: weighted kNN and the online probe, on the test split."""
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common.data.feed import pipeline
-from common.data.sources import slices
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import features, knn
+from common.evaluate import accuracy, features, knn
+from common.evaluate.features import Features
 from common.method import Method
 from common.models.probe import Probe
 from common.run import pictures
-from common.sharding import local_rows
 from common.train.prepare import Prepared
 
 
@@ -27,75 +26,86 @@ class Evaluator:
     """One protocol for the trained encoder, the untrained one, and raw pixels.
 
     Cosine kNN on the pooled backbone features of un-augmented images, train split (or
-    `data.bank_split`) against test split: k = min(200, n / 10), T = 0.1 unless `config.evaluate`
-    says otherwise.
+    `data.bank_split`) against test split: k = min(200, n / 10), T = 0.1 unless `settings` says
+    otherwise.
 
     Args:
-        method: gives `encode`.
+        settings: the section `evaluate` of the config.
+        mesh: the device mesh.
+        method: provides `encode`.
         probe: of the run; with labels its test accuracy is reported too.
-        bank, test: the source whose examples vote, and the one that is scored; `test=None` or an
-            unlabelled set leaves kNN out.
+        bank: the source whose examples vote.
+        test: the source that is scored; None or an unlabelled one leaves kNN out.
+        batch_size: images encoded at a time where `settings.batch_size` is 0.
+        image_size: side of the images, in pixels.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
+        settings: ConfigDict,
         mesh: Mesh,
         method: Method,
         probe: Probe,
         bank: Source,
         test: Source | None,
+        *,
+        batch_size: int,
+        image_size: int,
     ) -> None:
-        self.config, self.mesh, self.probe = config, mesh, probe
+        self.settings, self.mesh, self.probe = settings, mesh, probe
         self.bank, self.test = bank, test
+        self.batch_size, self.image_size = settings.batch_size or batch_size, image_size
         self._encode = features.jit_encoder(method.encode, mesh)
-        self._pixels = features.jit_encoder(lambda _, x: x.reshape(x.shape[0], -1), mesh)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there are labels to score by."""
-        return self.test is not None and self.bank.num_classes > 0
+        self._pixels = features.jit_encoder(features.flatten_pixels, mesh)
 
     @staticmethod
-    def check(config: ConfigDict, bank: Source, test: Source | None) -> None:
-        """Says of settings that work and say nothing so, and refuses those that cannot work.
+    def check(settings: ConfigDict, bank: Source, test: Source | None) -> None:
+        """Warns of splits that overlap, and refuses settings that cannot work.
+
+        Args:
+            settings: the section `evaluate` of the config.
+            bank: the source whose examples vote.
+            test: the source that is scored, or None.
 
         Raises:
             UserError: if more neighbours are asked for than there are images.
         """
-        if test is not None and bank.num_classes:
-            warn_of_overlap(config.data)
-        c, n = config.evaluate, bank.num_examples
-        n = min(n, c.knn_examples or n)
-        if c.knn_k > n and bank.num_classes and test is not None:  # else nobody votes
+        if test is None or not bank.num_classes:  # nobody votes
+            return
+        accuracy.warn_of_overlap(bank.split, test.split)
+        n = bank.num_examples
+        n = min(n, settings.knn_examples or n)
+        if settings.knn_k > n:
             raise UserError(
-                f"evaluate.knn_k={c.knn_k} is more than the {n:,} images of {bank.split} that "
-                f"vote: expected at most {n}, or 0 for a tenth of them up to 200"
+                f"evaluate.knn_k={settings.knn_k} is more than the {n:,} images of {bank.split} "
+                f"that vote: expected at most {n}, or 0 for a tenth of them up to 200"
             )
 
     def __call__(self, state: Any) -> dict[str, float]:
         """Returns `knn_top1`, and `probe_test_top1` when there is a probe; {} without labels."""
-        if not self.enabled:
+        test = self._scored()
+        if test is None:
             return {}
-        bank, queries = self._both(functools.partial(self._encode, state))
+        bank, queries = self._both(functools.partial(self._encode, state), test)
         if not _labelled(bank, queries):
             return {}
         metrics = {"knn_top1": self._knn(bank, queries)}
         if getattr(state, "probe", None) is not None:
-            logits = np.asarray(self.probe.predict(jax.device_get(state.probe), queries[0]))
-            labelled = queries[1] >= 0
-            metrics["probe_test_top1"] = float((logits.argmax(-1) == queries[1])[labelled].mean())
+            logits = self.probe.predict(jax.device_get(state.probe), queries.features)
+            right = np.asarray(logits).argmax(-1) == queries.labels
+            metrics["probe_test_top1"] = float(right[queries.labels >= 0].mean())
         return metrics
 
     def raw_pixels(self) -> dict[str, float]:
-        """The same kNN on pixels, which no encoder should lose against."""
-        if not self.enabled:
+        """The same kNN on pixels, which every encoder should beat."""
+        test = self._scored()
+        if test is None:
             return {}
-        bank, queries = self._both(functools.partial(self._pixels, None))
+        bank, queries = self._both(self._pixels, test)
         if not _labelled(bank, queries):
             logging.warning(
-                "no kNN: %s or %s has no labels, though its data set has classes; name a labelled "
-                "split in data.bank_split or data.test_split", self.bank.split, self.test.split,
+                "no kNN: %s or %s has no labels, though its dataset has classes; name a labelled "
+                "split in data.bank_split or data.test_split", self.bank.split, test.split,
             )  # fmt: skip
             return {}
         return {"knn_top1_raw_pixels": self._knn(bank, queries)}
@@ -103,65 +113,59 @@ class Evaluator:
     def draw_neighbours(
         self, state: Any, path: epath.Path, rows: int = 8, columns: int = 8
     ) -> bool:
-        """Draws test images with their nearest in the bank; False where neither is at hand."""
-        sources = (self.bank, self.test)
-        if self.test is None or any(source.kind == "stream" for source in sources):
+        """Draws test images with their nearest in the bank.
+
+        Returns:
+            False, and nothing is drawn, without a test split or where one of the two is streamed
+            and has no random access.
+        """
+        test = self.test
+        if test is None or "stream" in (self.bank.kind, test.kind):
             return False
-        bank, queries = self._both(functools.partial(self._encode, state))
-        # evenly spread, so that sorted test sets show several classes
-        chosen = np.linspace(0, len(queries[0]) - 1, min(rows, len(queries[0]))).astype(int)
-        k = min(columns, len(bank[0]))
-        indices, _ = knn.neighbours(
-            bank[0], queries[0][chosen], k, center=self.config.evaluate.knn_center
+        bank, queries = self._both(functools.partial(self._encode, state), test)
+        # evenly spaced, so that sorted test splits show several classes
+        chosen = np.linspace(0, len(queries.ids) - 1, min(rows, len(queries.ids))).astype(int)
+        k = min(columns, len(bank.ids))
+        nearest, _ = knn.neighbours(
+            bank.features, queries.features[chosen], k, center=self.settings.knn_center
         )
-        size = self.config.data.image_size
-        shown = pipeline.images_of(self.test, queries[2][chosen], size)
-        found = pipeline.images_of(self.bank, bank[2][np.asarray(indices).reshape(-1)], size)
+        shown = pipeline.images_of(test, queries.ids[chosen], self.image_size)
+        found = pipeline.images_of(self.bank, bank.ids[nearest.reshape(-1)], self.image_size)
         if jax.process_index() == 0:
+            labelled = self.bank.num_classes > 0
             pictures.nearest_neighbours(
                 shown,
                 found.reshape(len(chosen), k, *found.shape[1:]),
-                queries[1][chosen] if self.enabled else None,
-                bank[1][np.asarray(indices)] if self.enabled else None,
+                queries.labels[chosen] if labelled else None,
+                bank.labels[nearest] if labelled else None,
                 self.bank.class_names or None,
                 path,
             )
         return True
 
-    def _knn(self, bank: tuple, queries: tuple) -> float:
-        c = self.config.evaluate
+    def _scored(self) -> Source | None:
+        """The test split, where there are classes to score by."""
+        return self.test if self.bank.num_classes else None
+
+    def _knn(self, bank: Features, queries: Features) -> float:
+        c = self.settings
         return knn.knn_top1(
-            bank[0],
-            bank[1],
-            queries[0],
-            queries[1],
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
             self.bank.num_classes,
             k=c.knn_k or None,
             temperature=c.knn_temperature,
             center=c.knn_center,
         )
 
-    def _both(self, encode: Callable) -> tuple[tuple, tuple]:
-        """`(features, labels, ids)` of the bank and of the test split."""
-        limit = self.config.evaluate.knn_examples
-        bank, queries = (
-            features.extract(encode, self._batches(source, n), self.mesh)
-            for source, n in ((self.bank, limit), (self.test, 0))
-        )
-        # of a streamed set whole batches were read
-        return tuple(x[: limit or None] for x in bank), queries
-
-    def _batches(self, source: Source, limit: int) -> Iterator[dict[str, np.ndarray]]:
-        size = self.config.evaluate.batch_size or self.config.batch_size
-        size = -(-size // self.mesh.size) * self.mesh.size  # padding makes up the rest
-        return pipeline.eval_batches(
-            source,
-            size,
-            self.config.data.image_size,
-            local_rows(self.mesh, size),
-            limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+    def _both(self, encode: Callable, test: Source) -> tuple[Features, Features]:
+        """The features of the examples that vote, and of the test split."""
+        sizes = self.batch_size, self.image_size
+        return (
+            features.of_source(encode, self.bank, self.mesh, *sizes, self.settings.knn_examples),
+            features.of_source(encode, test, self.mesh, *sizes),
         )
 
 
@@ -171,20 +175,13 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
     Raises:
         UserError: for settings that cannot work.
     """
-    Evaluator.check(run.config, bank, test)
-    return Evaluator(run.config, run.mesh, run.method, run.setup.probe, bank, test)
+    Evaluator.check(run.config.evaluate, bank, test)
+    return Evaluator(
+        run.config.evaluate, run.mesh, run.method, run.setup.probe, bank, test,
+        batch_size=run.config.batch_size, image_size=run.config.data.image_size,
+    )  # fmt: skip
 
 
-def warn_of_overlap(data: ConfigDict) -> None:
-    """Warns where the split that votes has images of the one that is scored."""
-    votes = data.bank_split or data.train_split
-    if slices.overlap(votes, data.test_split):
-        logging.warning(
-            "the splits %s and %s share images: what is scored was seen, so accuracies are too "
-            "high; name other splits, e.g. train[:80%%] and train[80%%:]", votes, data.test_split,
-        )  # fmt: skip
-
-
-def _labelled(*sets: tuple) -> bool:
-    """Whether each of the `(features, labels, ids)` has a label."""
-    return all((labels >= 0).any() for _, labels, _ in sets)
+def _labelled(*splits: Features) -> bool:
+    """Whether each of them has a label."""
+    return all((split.labels >= 0).any() for split in splits)

@@ -9,24 +9,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import config as configs
-from common.data.feed import pipeline, survey
+from common.data.feed import survey
 from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError, one_of
-from common.evaluate import features
-from common.evaluate.online import warn_of_overlap
+from common.evaluate import accuracy, features
+from common.evaluate.features import Features
 from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.run import console, files
 from common.run.checkpoint import Checkpoints
-from common.sharding import local_rows, make_mesh, replicated, state_shardings
+from common.sharding import make_mesh, replicated, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,15 @@ class Pretrained:
     state: Any
     step: int
     value_range: str = UPPER_8
+
+    @property
+    def subject(self) -> str:
+        """What is evaluated, for a sentence."""
+        return {
+            "trained": f"the encoder after step {self.step:,}",
+            "untrained": "the untrained encoder",
+            "pixels": "raw pixels",
+        }[self.settings.features]
 
     def open(self, role: str) -> Source:
         """The source of a role ("train" or "test"), with what there is to say of it.
@@ -84,7 +92,8 @@ class Pretrained:
         """`open`, for a mode that cannot do without labels."""
         source = self.open(role)
         if role == "test":
-            warn_of_overlap(self.config.data)
+            data = self.config.data
+            accuracy.warn_of_overlap(data.train_split, data.test_split)
         if not source.num_classes:
             raise UserError(
                 f"{source.name} ({source.split}) has no labels, and this mode needs some: give "
@@ -93,39 +102,28 @@ class Pretrained:
             )
         return source
 
-    def extract(
-        self, source: Source, limit: int = 0, encode: Callable | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features of un-augmented images (pixels with `settings.features="pixels"`).
+    def extract(self, source: Source, limit: int = 0, encode: Callable | None = None) -> Features:
+        """Features of un-augmented images (raw pixels with `settings.features="pixels"`).
 
         Args:
-            source: of any split.
-            limit: at most so many examples, evenly spaced; 0 for all.
-            encode: what makes features of global images; None is `encoder`.
-
-        Returns:
-            features `[n, d]` (float32; of pixels uint8), labels int32 `[n]` (-1: none) and ids
-            int64 `[n]`, in the order of the ids.
+            source: any split.
+            limit: at most this many examples, evenly spaced; 0 for all.
+            encode: makes features of global images; None is `encoder`.
         """
-        size = self.settings.batch_size or self.config.batch_size
-        size = -(-size // self.mesh.size) * self.mesh.size  # padding makes up the rest
-        batches = pipeline.eval_batches(
+        return features.of_source(
+            encode or self.encoder,
             source,
-            size,
+            self.mesh,
+            self.settings.batch_size or self.config.batch_size,
             self.config.data.image_size,
-            local_rows(self.mesh, size),
-            limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            limit,
         )
-        found = features.extract(encode or self.encoder, batches, self.mesh)
-        return tuple(x[: limit or None] for x in found)
 
     @functools.cached_property
     def encoder(self) -> Callable[[jax.Array], jax.Array]:
         """Global uint8 images `[b, h, w, 3]` -> features `[b, d]` of `settings.layer`, compiled."""
         if self.settings.features == "pixels":
-            return features.jit_encoder(lambda x: x.reshape(x.shape[0], -1), self.mesh)
+            return features.jit_encoder(features.flatten_pixels, self.mesh)
         encode = functools.partial(self.method.encode, layer=self.settings.layer)
         return functools.partial(features.jit_encoder(encode, self.mesh), self.state)
 

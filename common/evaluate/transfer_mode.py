@@ -6,7 +6,7 @@ from typing import Any
 
 from common.data.sources.opening import KINDS
 from common.errors import UserError
-from common.evaluate import accuracy, logistic, modes
+from common.evaluate import accuracy, logistic
 from common.evaluate.pretrained import Pretrained, read_anew
 from common.run import console, files
 
@@ -89,9 +89,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "num_train": sum(r["num_train"] for r in results),
         "num_test": sum(r["num_test"] for r in results),
     }
-    return metrics, (
-        f"Logistic regression on {modes.subject(opened)}: " + "; ".join(sentences) + "."
-    )
+    return metrics, f"Logistic regression on {opened.subject}: " + "; ".join(sentences) + "."
 
 
 def _open(opened: Pretrained, data_set: DataSet) -> tuple:

@@ -9,7 +9,6 @@ import numpy as np
 
 from common.data.augment import presets
 from common.errors import UserError
-from common.evaluate import modes
 from common.evaluate.feature_files import shortened
 from common.evaluate.pretrained import Pretrained
 from common.export import stablehlo
@@ -63,8 +62,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     fits = metadata["torchvision"]
     loads = f"loads into torchvision.models.{fits}()" if fits else "docs/export.md says how to load"
     return {"dir": str(directory), "files": sizes, "fc": metadata["fc"]}, (
-        f"Exported {modes.subject(opened)} to {directory}: {written}; {loads}; "
-        f"fc: {metadata['fc']}."
+        f"Exported {opened.subject} to {directory}: {written}; {loads}; fc: {metadata['fc']}."
     )
 
 

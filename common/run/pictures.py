@@ -103,29 +103,32 @@ def nearest_neighbours(
 
 def curves(
     runs: Mapping[str, Any] | str | epath.PathLike | Sequence[Mapping[str, Any]],
-    path: str | epath.PathLike,
+    path: str | epath.PathLike | io.BytesIO,
 ) -> None:
     """Draws loss and kNN accuracy against the epoch (the step where no epoch is recorded).
 
     Args:
         runs: a `metrics.jsonl` or its records, or a dict of these by the name of the run.
-        path: PNG to write.
+        path: PNG to write, or a buffer for its bytes.
     """
     runs = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     runs = {n: r if isinstance(r, (list, tuple)) else jsonl.read(r) for n, r in runs.items()}
-    figure = _figure(8.4, 3.2, top=0.1, bottom=0.1)
-    left, right = figure.subplots(1, 2)
+    scored = any(len(series(records, "knn_top1")[0]) for records in runs.values())
+    figure = _figure(8.4 if scored else 4.2, 3.2, top=0.1, bottom=0.1)
+    left, *right = figure.subplots(1, 1 + scored, squeeze=False)[0]
     for name, records in runs.items():
         left.plot(*series(records, "loss"), label=name or None, linewidth=1.3)
         x, y = series(records, "knn_top1")
-        right.plot(x, 100 * y, label=name or None, marker="o", markersize=3.5, linewidth=1.3)
-    # Runs on one data set share the value: one line, not one a run.
+        for axes in right:
+            axes.plot(x, 100 * y, label=name or None, marker="o", markersize=3.5, linewidth=1.3)
+    # Runs on one dataset share the value: one line, not one a run.
     raw = sorted({value for records in runs.values() for value in _raw_pixels(records)})
     for value in raw:
         label = "raw pixels" if len(raw) == 1 else f"raw pixels ({100 * value:.1f} %)"
-        right.axhline(100 * value, color="0.45", linestyle=":", linewidth=1.2, label=label)
+        for axes in right:
+            axes.axhline(100 * value, color="0.45", linestyle=":", linewidth=1.2, label=label)
     unit = "epoch" if any("epoch" in r for records in runs.values() for r in records) else "step"
-    for axes, title in ((left, "training loss"), (right, "kNN top-1 (%)")):
+    for axes, title in zip(figure.axes, ("training loss", "kNN top-1 (%)"), strict=False):
         axes.set(title=title, xlabel=unit)
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.25)
@@ -211,10 +214,12 @@ def _title(figure: Any, text: str) -> None:
     figure.text(0.5, 1 - 0.12 / height, text, ha="center", va="top", fontsize=10)
 
 
-def _save(figure: Any, path: str | epath.PathLike) -> None:
+def _save(figure: Any, path: str | epath.PathLike | io.BytesIO) -> None:
     """Through memory, because matplotlib cannot write to an object store."""
-    buffer = io.BytesIO()
+    buffer = path if isinstance(path, io.BytesIO) else io.BytesIO()
     figure.savefig(buffer, format="png")
+    if isinstance(path, io.BytesIO):
+        return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())

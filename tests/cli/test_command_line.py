@@ -14,10 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 import main
 from common import config, fields
-from common.cli import command_line
+from common.cli import command_line, modes
 from common.data.augment import presets
 from common.errors import UserError
-from common.evaluate import modes, settings
+from common.evaluate import settings
 
 DEMO = f"--config={ROOT / 'configs' / 'simclr_demo.py'}:smoke"
 MOCO = f"--config={ROOT / 'configs' / 'moco_demo.py'}:smoke"

@@ -77,7 +77,8 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
 # Starting a process takes longer than a mode: all of them in one.
 EVERY_MODE = """
 import pathlib, sys
-from common.evaluate import modes, settings
+from common.cli import modes
+from common.evaluate import settings
 from main import METHODS
 for mode, changes in {
     "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},

@@ -16,9 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import main
-from common.cli import command_line
+from common.cli import command_line, modes
 from common.errors import UserError
-from common.evaluate import modes
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- mistakes begin -->", "<!-- mistakes end -->"

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common.cli import modes
 from common.data.sources.base import ArraySource
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
+from common.evaluate import embed_mode, feature_files, pretrained, settings
 from common.evaluate.page import build, feature_map, inline
 from common.evaluate.pretrained import Pretrained
 
@@ -162,11 +163,15 @@ def test_page_escapes_and_is_self_contained(labelled):
 
 
 def test_page_says_the_numbers(labelled):
-    text = " ".join(Page((labelled[0] / "report.html").read_text()).text.split())
+    page = Page((labelled[0] / "report.html").read_text())
+    text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
     assert "loss went from 3.00 to 1.00" in text
     assert "from 25.0 % to 30.0 % right; on raw pixels it has 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
+    (curves,) = (a["src"] for t, a in page.elements if a.get("alt", "").startswith("Training loss"))
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curves.partition(",")[2]))))
+    assert drawn.shape[1] > 2 * drawn.shape[0] and drawn.std() > 0  # two axes side by side
     nested = [
         {"source": "folder:/home/me/photos", "top1": 0.5},
         {"source": "embedded", "top1": 1.0},
@@ -186,7 +191,7 @@ def rebuild(labelled):
 
     def write(path, class_names=source.class_names):
         embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
-        build.write(path, opened, source, embedded)
+        build.write(path, embed_mode._page_run(opened, source), source, embedded, 3000, 0)
         return path.read_text()
 
     return write
@@ -341,25 +346,6 @@ def test_same_class_by_hand():
     assert feature_map.same_class(np.array([1, 0]), np.array([-1, 0])) is None
 
 
-def test_chart_puts_values_where_the_axes_say():
-    c = inline.chart("t", [0, 1, 4], [10.0, 20.0, 15.0], "epoch", level=30.0, level_name="raw")
-    x = {text: place for place, text in c.x_ticks}
-    y = {text: place for place, text in c.y_ticks}
-    assert [p[0] for p in c.dots] == [x["0"], x["1"], x["4"]]
-    assert [p[1] for p in c.dots] == [y["10"], y["20"], y["15"]]
-    assert c.level == y["30"] and y["30"] < y["10"]
-    assert inline.chart("t", [1], [1.0], "step") is None
-    level = inline.chart("t", [0, 1], [2.5, 2.5], "step")
-    assert len({text for _, text in level.y_ticks}) == len(level.y_ticks) >= 3
-    fine = inline.chart("t", [0, 0.5], [4.4, 5.4], "epoch")
-    assert [text for _, text in fine.y_ticks] == ["4.4", "4.6", "4.8", "5.0", "5.2", "5.4"]
-    assert [text for _, text in fine.x_ticks][:2] == ["0.0", "0.1"]
-    small = inline.chart("t", [0, 1], [0.0, 1e-7], "step")
-    assert len({text for _, text in small.y_ticks}) == len(small.y_ticks)
-    many = inline.chart("t", np.arange(10_000), np.arange(10_000.0), "step")
-    assert len(many.points.split()) == 400 and many.dots == ()
-
-
 def test_atlas_holds_each_image_in_its_cell():
     rng = np.random.default_rng(0)
     images = np.broadcast_to(rng.integers(0, 256, (5, 1, 1, 3), dtype=np.uint8), (5, 20, 20, 3))
@@ -375,5 +361,5 @@ def test_atlas_holds_each_image_in_its_cell():
 
 def test_small_images_keep_their_pixels():
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    data = base64.b64decode(inline.data_uri(image).partition(",")[2])
+    data = base64.b64decode(inline.image_uri(image).partition(",")[2])
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from test_knn import by_hand
 
+from common.cli import modes
 from common.data.sources import fake
 from common.data.sources.fake import FakeSource
 from common.errors import UserError
@@ -23,7 +24,6 @@ from common.evaluate import (
     linear,
     linear_mode,
     logistic,
-    modes,
     transfer_mode,
 )
 from common.evaluate.linear import Candidate

@@ -178,7 +178,10 @@ def test_scores_while_training_leave_out_rows_without_a_label():
     trained = trained.replace(params=trained.params | {"kernel": kernel})
     state = Probed({"scale": np.float32(1 / 256)}, {}, trained)
     mesh = make_mesh(jax.devices()[:2])
-    score = Evaluator(c, mesh, FirstPixels(), model, split("train"), split("test"))
+    score = Evaluator(
+        c.evaluate, mesh, FirstPixels(), model, split("train"), split("test"),
+        batch_size=c.batch_size, image_size=c.data.image_size,
+    )  # fmt: skip
     got = score(state)
     # running statistics of 0 and 1
     classifier = linear.Classifier(kernel, np.zeros(CLASSES))

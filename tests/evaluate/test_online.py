@@ -53,7 +53,10 @@ def source(n, seed, labels=None, split="train"):
 def evaluator(bank, test, devices=4, **changes):
     c = tiny.config("simclr", **changes)
     probe = probes.make_probe(c.probe, CLASSES, 8)
-    return Evaluator(c, make_mesh(jax.devices()[:devices]), Pixels(), probe, bank, test)
+    return Evaluator(
+        c.evaluate, make_mesh(jax.devices()[:devices]), Pixels(), probe, bank, test,
+        batch_size=c.batch_size, image_size=c.data.image_size,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_a_bank_of_some_examples_has_all_classes_on_any_hardware(devices, batch)
         source(N, 1), source(21, 2), devices, batch_size=8, evaluate__knn_examples=9,
         evaluate__batch_size=batch,
     )  # fmt: skip
-    bank, queries = score._both(lambda images: Pixels().encode(None, images))
+    bank, queries = score._both(lambda images: Pixels().encode(None, images), score.test)
     assert len(queries[0]) == 21
     np.testing.assert_array_equal(bank[2], np.arange(9) * N // 9)
     assert set(bank[1]) == set(range(CLASSES))
@@ -158,7 +161,7 @@ def test_more_neighbours_than_images_are_refused_where_they_would_vote(
     c = tiny.config("simclr", evaluate__knn_k=k, evaluate__knn_examples=limit)
     bank = source(20, 0)
     bank.num_classes *= labels
-    arguments = c, bank, source(8, 1) if test else None
+    arguments = c.evaluate, bank, source(8, 1) if test else None
     if not refused:
         Evaluator.check(*arguments)
         return
@@ -167,14 +170,15 @@ def test_more_neighbours_than_images_are_refused_where_they_would_vote(
 
 
 @pytest.mark.parametrize(
-    ("train", "bank", "test", "told"),
-    [("train", "", "train", True), ("train[:80%]", "", "train[80%:]", False),
-     ("a", "train", "train[:10]", True), ("train", "a", "train", False)],
+    ("bank", "test", "warned"),
+    [("train", "train", True), ("train[:80%]", "train[80%:]", False),
+     ("train", "train[:10]", True), ("a", "train", False)],
 )  # fmt: skip
-def test_scores_of_images_that_vote_are_warned_of(train, bank, test, told, caplog):
-    c = tiny.config("simclr", data__train_split=train, data__bank_split=bank, data__test_split=test)
-    Evaluator.check(c, source(9, 1), source(9, 2))
-    assert ("share images: what is scored was seen" in caplog.text) == told
+def test_scores_of_images_that_vote_are_warned_of(bank, test, warned, caplog):
+    c = tiny.config("simclr").evaluate
+    bank = source(9, 1, split=bank)
+    Evaluator.check(c, bank, source(9, 2, split=test))
+    assert ("share images: what is scored was seen" in caplog.text) == warned
     caplog.clear()
-    Evaluator.check(c, source(9, 1), None)
+    Evaluator.check(c, bank, None)
     assert not caplog.text

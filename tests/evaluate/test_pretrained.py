@@ -9,10 +9,11 @@ import tiny
 from PIL import Image
 from test_sources import config as sources_config
 
+from common.cli import modes
 from common.data.sources import shards
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.evaluate import modes, transfer_mode
+from common.evaluate import transfer_mode
 from common.method import root_keys
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import claim

@@ -14,9 +14,10 @@ import pytest
 import tiny
 from test_resnet import BLOCKS
 
+from common.cli import modes
 from common.config import as_dict
 from common.errors import UserError
-from common.evaluate import modes, settings
+from common.evaluate import settings
 from common.models import layout, resnet
 from common.run import formats
 from common.run.checkpoint import Checkpoints

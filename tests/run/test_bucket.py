@@ -11,11 +11,10 @@ from test_end_to_end import Killed, kill_before, lines, small
 from test_writer import read_events
 
 import main
-from common.cli import command_line
+from common.cli import command_line, modes
 from common.data.sources import shards
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.evaluate import modes
 from common.evaluate.online import make_evaluator
 from common.run import files
 from common.run.checkpoint import Checkpoints

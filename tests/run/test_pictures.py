@@ -134,4 +134,7 @@ def test_values_of_raw_pixels_that_differ_are_told_apart(tmp_path, monkeypatch):
 
 def test_curves_of_a_run_without_epochs_or_evaluations(tmp_path):
     pictures.curves([{"step": 3, "loss": 1.0}], tmp_path / "c.png")
-    assert load(tmp_path / "c.png").std() > 0
+    found, both = load(tmp_path / "c.png"), io.BytesIO()
+    pictures.curves([{"step": 3, "loss": 1.0, "knn_top1": 0.5}], both)
+    assert found.std() > 0
+    assert found.shape[1] < 0.6 * Image.open(both).width  # no empty axes

@@ -3,7 +3,6 @@
 Every possible pair of options meets in some row of each of the two tests.
 """
 
-import importlib
 import itertools
 import json
 
@@ -12,10 +11,10 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
+from common.evaluate.modes import MODES
 from test_end_to_end import lines
 
 from common.data.sources.opening import open_source
-from common.evaluate.modes import MODES
 from common.evaluate.online import make_evaluator
 from common.plan import measure
 from common.sharding import make_mesh
@@ -110,7 +109,7 @@ def every_mode(workdir, devices):
     found = {}
     for name, (mode, changes) in asked.items():
         opened = opened_run.load(workdir, devices, **changes)
-        found[name] = importlib.import_module(MODES[mode]).run(opened)[0].get("top1", 0.0)
+        found[name] = MODES[mode](opened)[0].get("top1", 0.0)
     with np.load(export / "model.npz") as file:  # fc is of the linear evaluation
         found["weights"] = {name: file[name] for name in file.files if not name.startswith("fc.")}
     (path,) = workdir.glob("features*.npz")
@@ -138,7 +137,7 @@ def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, t
     c = config(row, init_from=str(tmp_path / "export" / "model.npz"))
     import_weights(tiny.METHODS[row["method"]], c, tmp_path / "imported")
     opened = opened_run.load(tmp_path / "imported", row["elsewhere"])
-    top1 = importlib.import_module(MODES["knn"]).run(opened)[0]["top1"]
+    top1 = MODES["knn"](opened)[0]["top1"]
     assert top1 == pytest.approx(want["knn"], abs=0.02)
 
 

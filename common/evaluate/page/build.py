@@ -1,7 +1,9 @@
 """`report.html`: a run at a glance, in one file that needs no network and no other file."""
 
 import base64
+import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,15 +17,13 @@ from etils import epath
 from common import config as configs
 from common.data.feed.pipeline import images_of
 from common.data.sources.base import Source
-from common.evaluate import knn, modes
+from common.evaluate import knn
 from common.evaluate.feature_files import Embedded, printable, shortened
 from common.evaluate.page import feature_map, inline
-from common.evaluate.pretrained import Pretrained
 from common.run import files, jsonl, pictures
-from common.train import summary
 
 _HERE = pathlib.Path(__file__).parent
-_QUERIES, _NEIGHBOURS, _PAIRS = 8, 7, 8
+_QUERIES, _NEIGHBOURS = 8, 7
 _CHUNK = 256  # images decoded at a time
 # Of a line of results.jsonl: how it was made, in columns of their own or not shown.
 _PROTOCOL = {
@@ -32,27 +32,48 @@ _PROTOCOL = {
 }  # fmt: skip
 
 
-def write(path: epath.Path, opened: Pretrained, source: Source, embedded: Embedded) -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the page shows of a run beside the features of its encoder.
+
+    Attributes:
+        subject: which encoder, for a sentence.
+        workdir: has `config.json`, and `metrics.jsonl` and `results.jsonl` if there are any.
+        image_size: side of the images that the encoder sees, in pixels.
+        pairs: int ids `[m]` of some examples of the source, and the two augmented views of each,
+            uint8 `[m, 2, h, w, 3]`; m may be 0.
+    """
+
+    subject: str
+    workdir: epath.Path
+    image_size: int
+    pairs: tuple[np.ndarray, np.ndarray]
+
+
+def write(
+    path: epath.Path, run: Run, source: Source, embedded: Embedded, points: int, seed: int
+) -> None:
     """Writes the page.
 
     Args:
         path: of the HTML file.
-        opened: the run.
-        source: whose features were taken.
-        embedded: these features.
+        run: whose encoder made the features.
+        source: the images.
+        embedded: their features.
+        points: most images in the map.
+        seed: decides which they are, and of t-SNE.
     """
-    seed, config = opened.settings.seed, opened.config
-    n = len(embedded.ids)
-    chosen = np.random.default_rng(seed).permutation(n)[: opened.settings.embed.points]
+    n, size = len(embedded.ids), run.image_size
+    chosen = np.random.default_rng(seed).permutation(n)[:points]
     names = _shown_names(embedded.names)
     classes = tuple(printable(str(name)) for name in embedded.class_names)
     labelled = bool((embedded.labels >= 0).any())
-    saved = json.loads((opened.workdir / "config.json").read_text())
+    saved = json.loads((run.workdir / "config.json").read_text())
     pictured = source.kind != "stream"  # which has no random access
     text = _render(
-        subject=modes.subject(opened),
+        subject=run.subject,
         about=embedded.about,
-        workdir=printable(opened.workdir.name),
+        workdir=printable(run.workdir.name),
         data=printable(source.name),
         split=printable(source.split),
         n=n,
@@ -60,13 +81,11 @@ def write(path: epath.Path, opened: Pretrained, source: Source, embedded: Embedd
         classes=len(classes),
         labelled=labelled,
         pictured=pictured,
-        map=_map(source, embedded, chosen, names, classes, config.data.image_size, seed),
-        rows=_neighbours(source, embedded, names, classes, config) if pictured else [],
-        pairs=_pairs(opened, source, names, dict(zip(embedded.ids.tolist(), range(n), strict=True)))
-        if pictured
-        else [],
-        **_curves(opened.workdir),
-        results=_results(opened.workdir),
+        map=_map(source, embedded, chosen, names, classes, size, seed),
+        rows=_neighbours(source, embedded, names, classes, size) if pictured else [],
+        pairs=_pairs(run, source, dict(zip(embedded.ids.tolist(), names, strict=True))),
+        **_curves(run.workdir),
+        results=_results(run.workdir),
         settings={k: shortened(_text(v)) for k, v in configs.flatten(saved).items()},
         jax=jax.__version__,
     )
@@ -120,7 +139,7 @@ def _map(
 
 
 def _neighbours(
-    source: Source, embedded: Embedded, names: list[str], classes: tuple[str, ...], config: Any
+    source: Source, embedded: Embedded, names: list[str], classes: tuple[str, ...], size: int
 ) -> list[list[dict]]:
     """Rows of a query and the images nearest to it in the same split."""
     n = len(embedded.ids)
@@ -134,7 +153,7 @@ def _neighbours(
     for query, places, cosines in zip(queries, found, similarity, strict=True):
         others = [(p, s) for p, s in zip(places, cosines, strict=True) if p != query][:k]
         places = np.array([query, *(p for p, _ in others)])
-        images = images_of(source, embedded.ids[places], config.data.image_size)
+        images = images_of(source, embedded.ids[places], size)
         row = []
         for place, image, cosine in zip(
             places, images, [1.0, *(s for _, s in others)], strict=True
@@ -142,7 +161,7 @@ def _neighbours(
             label, wanted = int(embedded.labels[place]), int(embedded.labels[query])
             row.append(
                 {
-                    "uri": inline.data_uri(image),
+                    "uri": inline.image_uri(image),
                     "name": names[place],
                     "class": classes[label] if label >= 0 else "",
                     "same": None if min(label, wanted) < 0 else label == wanted,
@@ -153,38 +172,36 @@ def _neighbours(
     return rows
 
 
-def _pairs(
-    opened: Pretrained, source: Source, names: list[str], places: dict[int, int]
-) -> list[dict]:
+def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
     """Images and the two views that this run's augmentation makes of each."""
-    ids, views = summary.some_pairs(opened.config, source, min(_PAIRS, source.num_examples))
-    originals = images_of(source, ids, opened.config.data.image_size)
+    ids, views = run.pairs
+    if not len(ids):
+        return []
+    originals = images_of(source, ids, run.image_size)
     return [
         {
-            "uris": [inline.data_uri(image) for image in (original, *pair)],
-            "name": names[places[int(i)]] if int(i) in places else str(i),
+            "uris": [inline.image_uri(image) for image in (original, *pair)],
+            "name": names.get(int(i), str(i)),
         }
         for i, original, pair in zip(ids, originals, views, strict=True)
     ]
 
 
 def _curves(workdir: epath.Path) -> dict[str, Any]:
-    """The charts of `metrics.jsonl`, and where they begin and end, for the words below them."""
+    """The curves of `metrics.jsonl`, and where they begin and end, for the words above them."""
     path = workdir / jsonl.FILE
     records = jsonl.read(path) if path.exists() else []
-    unit = "epoch" if any("epoch" in record for record in records) else "step"
-    loss, scores = pictures.series(records, "loss"), pictures.series(records, "knn_top1")
-    raw = [r["knn_top1_raw_pixels"] for r in records if r.get("knn_top1_raw_pixels") is not None]
-    raw = 100 * raw[-1] if raw else None
-    charts = [
-        inline.chart("Training loss", *loss, unit),
-        inline.chart("kNN top-1 (%)", scores[0], 100 * scores[1], unit, raw, "raw pixels"),
-    ]
+    loss, knn, raw = (
+        pictures.series(records, name)[1] for name in ("loss", "knn_top1", "knn_top1_raw_pixels")
+    )
+    drawn = io.BytesIO()
+    if max(len(loss), len(knn)) > 1:
+        pictures.curves(records, drawn)
     return {
-        "charts": [c for c in charts if c],
-        "loss": (loss[1][0], loss[1][-1]) if len(loss[1]) else None,
-        "knn": (100 * scores[1][0], 100 * scores[1][-1]) if len(scores[1]) else None,
-        "raw": raw,
+        "curves": inline.data_uri(drawn.getvalue(), "png") if drawn.getvalue() else "",
+        "loss": (loss[0], loss[-1]) if len(loss) else None,
+        "knn": (100 * knn[0], 100 * knn[-1]) if len(knn) else None,
+        "raw": 100 * raw[-1] if len(raw) else None,
     }
 
 
@@ -250,5 +267,5 @@ def _render(**values: Any) -> str:
     # The browser runs this script and no other, whatever else gets into the page.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
-        script=script, style=style, digest=digest, box=inline.Chart, **values
+        script=script, style=style, digest=digest, **values
     )
