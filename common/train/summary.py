@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import optim
+from common import optim, version
 from common.data.augment import presets
 from common.data.feed import pipeline, resident
 from common.data.sources.base import Source
@@ -88,6 +88,7 @@ def start_up(
         "optimiser": f"{config.optimizer.name}, peak learning rate "
         f"{optim.peak_learning_rate(config):.4g}",
         "workdir": str(workdir),
+        "code": f"version {version.in_words()}",
     }
     if test is not None and test.account:
         lines["test data"] = "\n            ".join(test.summary())
@@ -173,6 +174,7 @@ def finish(
         "seconds": round(progress["seconds"], 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        **version.fields(),
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common import version
 from common.data.sources.base import ArraySource
 from common.errors import UserError
 from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
@@ -167,6 +168,7 @@ def test_page_says_the_numbers(labelled):
     assert "loss went from 3.00 to 1.00" in text
     assert "from 25.0 % to 30.0 % right; on raw pixels it has 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
+    assert f"of jax-contrastive {version.in_words()} with jax {jax.__version__}." in text
     nested = [
         {"source": "folder:/home/me/photos", "top1": 0.5},
         {"source": "embedded", "top1": 1.0},
