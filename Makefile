@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: demo demo-moco pod-sim test test-long test-tpu test-notebook test-torch mutants lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements/run.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements.txt
 	touch $@

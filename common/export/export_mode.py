@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common import version
 from common.data.augment import presets
 from common.errors import UserError
 from common.evaluate.feature_files import shortened
@@ -108,6 +109,7 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         "batch_norm_epsilon": 1e-5,
         "fc": fc,
         "class_names": classes,
+        **version.fields(),  # of this code
         "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 

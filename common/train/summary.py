@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from common import optim
+from common import optim, version
 from common.data.augment import presets
 from common.data.feed import pipeline, resident
 from common.data.sources.base import Source
@@ -65,6 +65,7 @@ def start_up(
         "optimiser": f"{config.optimizer.name}, peak learning rate "
         f"{optim.peak_learning_rate(config.optimizer, config.batch_size):.4g}",
         "workdir": str(workdir),
+        "code": f"version {version.in_words()}",
     }
     if test is not None and test.account:
         lines["test data"] = "\n            ".join(test.summary())
@@ -152,6 +153,7 @@ def finish(
         "seconds": round(position.seconds, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        **version.fields(),
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from test_resnet import BLOCKS
 
+from common import version
 from common.cli import modes
 from common.config import as_dict
 from common.errors import UserError
@@ -222,6 +223,7 @@ def test_export_of_a_run(tmp_path, capsys):
     }  # fmt: skip
     assert {name: metadata[name] for name in expected} == expected
     assert metadata["versions"]["jax"] == jax.__version__
+    assert {name: metadata[name] for name in ("version", "commit")} == version.fields()
     assert "not part of conv1" in metadata["input"]
 
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

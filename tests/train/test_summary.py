@@ -9,6 +9,7 @@ import pytest
 import tiny
 from etils import epath
 
+from common import version
 from common.data.sources.opening import open_source
 from common.run import console
 from common.train import summary
@@ -27,6 +28,7 @@ def test_weights_of_another_run_are_not_called_untrained(tmp_path, capsys, field
     got = summary.finish(run, epath.Path(tmp_path), None, None, POSITION)
     said = capsys.readouterr().err
     assert got["started_from"] == ("runs/other" if field else None)
+    assert {name: got[name] for name in ("version", "commit")} == version.fields()
     # rerunning the command says the same of the summary that was written
     assert json.loads((tmp_path / "summary.json").read_text()) == got
     summary.finished(epath.Path(tmp_path))
@@ -146,4 +148,5 @@ def test_the_summary_at_the_start_is_of_all_devices(capsys):
     assert said["batch"].startswith("32 images, 8 a device, 2 views each, 8 px")
     assert "0.06 M parameters, 0.10 M with the head" in said["network"]
     assert said["data"] == "fake (train): 4,096 images, 10 classes"
+    assert said["code"] == f"version {version.in_words()}"
     assert said["resuming"] == "after step 3 of 1,200"

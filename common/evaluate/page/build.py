@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from common import config as configs
+from common import version
 from common.data.feed.pipeline import images_of
 from common.data.sources.base import Source
 from common.evaluate import knn
@@ -87,6 +88,7 @@ def write(
         **_curves(run.workdir),
         results=_results(run.workdir),
         settings={k: shortened(_text(v)) for k, v in configs.flatten(saved).items()},
+        code=version.in_words(),
         jax=jax.__version__,
     )
     files.write_text(path, text)
