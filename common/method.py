@@ -195,7 +195,8 @@ class Setup:
     def encode(self, params: Any, batch_stats: Any, images: jax.Array, layer: str) -> jax.Array:
         """Eval-mode features of uint8 images."""
         variables = {"params": params, "batch_stats": batch_stats}
-        return self.network.apply(variables, self.scale(images), layer, method="encode")
+        features: Any = self.network.apply(variables, self.scale(images), layer, method="encode")
+        return features
 
     def next_state(
         self,
@@ -231,7 +232,8 @@ class Setup:
         with jax.named_scope("probe"):
             labels = jnp.repeat(labels, len(features) // len(labels))
             probe_state, probe_metrics = self.probe.update(state.probe, features, labels)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,

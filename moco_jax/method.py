@@ -77,7 +77,8 @@ class MoCo(Method):
         """Without a momentum encoder in that run, the key encoder is a copy of its weights."""
         if any(name.startswith("key_params/") for name in taken):
             return state, []
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             key_params=jax.tree.map(jnp.copy, state.params),
             key_batch_stats=jax.tree.map(jnp.copy, state.batch_stats),
         )
@@ -102,7 +103,7 @@ class MoCo(Method):
             keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups, setup.mesh))))
 
         def loss_fn(params: Any) -> tuple:
-            stats, losses, metrics, features, queries = state.batch_stats, [], [], [], []
+            stats, losses, metrics, seen, queries = state.batch_stats, [], [], [], []
             for (view, _), key_embeddings in zip(pairs, keys, strict=True):
                 f, q, stats = setup.forward(params, stats, images[:, view])
                 loss, scores = info_nce(
@@ -116,11 +117,11 @@ class MoCo(Method):
                 )
                 losses.append(loss)
                 metrics.append(scores)
-                features.append(f)
+                seen.append(f)
                 queries.append(q)
             # means over the directions; the loss itself is their sum
             scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
-            features = jnp.stack(features, 1).reshape(-1, features[0].shape[-1])
+            features = jnp.stack(seen, 1).reshape(-1, f.shape[-1])
             scores |= embedding_metrics(features, jnp.stack(queries, 1).reshape(-1, q.shape[-1]))
             return sum(losses), (stats, features, scores)
 

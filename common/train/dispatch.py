@@ -5,7 +5,7 @@ A method sees uint8 views and knows nothing of this. `data.augment_on` says what
     host    images [b, 2, s, s, 3] and labels [b]: the views, made by TensorFlow
     both    the same, cropped only, and parameters [b, 2, draws.PARAMETERS] for the rest
     device  ids [b, K] and parameters [b, K, 2, ...] of K steps, how many of them to take, and the
-            data set itself; K is `steps_per_dispatch`
+            dataset itself; K is `steps_per_dispatch`
 """
 
 from collections.abc import Callable, Iterator

@@ -83,7 +83,10 @@ def first_state(
         return found[0], *_restored(found[1:])
     state = draw_state(run)
     if run.config.resume_from:
-        state = resume_from.adopt(run.config, workdir, run.method, state, note=note)
+        state = resume_from.adopt(
+            run.config.resume_from, workdir, run.method, state,
+            optimizer=run.config.resume_optimizer, note=note,
+        )  # fmt: skip
     return 0, state, Position()
 
 

@@ -62,7 +62,7 @@ def train(
     profile = Profile(config.profile, workdir)
     run = prepare(make_method, config, mesh or make_mesh())
     config, total = run.config, run.extent.total_steps
-    bank, test = open_evaluation(config, run.source)
+    bank, test = open_evaluation(config.data, run.source)
     evaluator = make_evaluator(run, bank, test)
     due, keep = Due.of(config, run.extent), config.checkpoint
     with (

@@ -63,7 +63,7 @@ class Position:
         if moved and not self.listing:
             raise UserError(
                 f"the data of this run was {moved}, and its checkpoints do not list its files, so "
-                "nobody can tell whether these are the same: give data.source as it was, or "
+                "whether these are the same cannot be checked: give data.source as it was, or "
                 "another --workdir"
             )
         if self.listing and source.listing != self.listing:

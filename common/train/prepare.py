@@ -139,26 +139,26 @@ def prepare(
     return Prepared(config, mesh, make_method, method, setup, extent, abstract, shardings, source)
 
 
-def open_evaluation(config: ConfigDict, train: Source) -> tuple[Source, Source | None]:
+def open_evaluation(data: ConfigDict, train: Source) -> tuple[Source, Source | None]:
     """The split whose images vote in kNN, and the test split; None if `data.test_split` is empty.
 
     Args:
-        config: of the run.
+        data: section of the config.
         train: the training split, which votes where `data.bank_split` is empty.
 
     Raises:
         UserError: if a split is named but missing, or empty.
     """
     test = None
-    if config.data.test_split:
+    if data.test_split:
         try:
-            test = open_source(config.data, "test")
+            test = open_source(data, "test")
         except UserError as error:
             raise UserError(
                 f"{str(error).rstrip('.')}. (Set data.test_split='' to train without a test set: "
                 "no kNN then.)"
             ) from error
-    return open_source(config.data, "bank") if config.data.bank_split else train, test
+    return open_source(data, "bank") if data.bank_split else train, test
 
 
 def resident_data(run: Prepared) -> dict[str, jax.Array]:

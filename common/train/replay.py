@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
@@ -22,7 +23,9 @@ from common.train.prepare import batches_from, prepare, resident_data
 from common.train.step import compile_step
 
 
-def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> dict[str, Any]:
+def replay(
+    workdir: str | epath.PathLike, methods: Mapping[str, Callable[[Setup], Method]]
+) -> dict[str, Any]:
     """Takes the steps from the last checkpoint to the newest one in `<workdir>/nonfinite/`.
 
     Nothing is written. On the same hardware the numbers are those of the run.
@@ -39,8 +42,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     Raises:
         UserError: if there is nothing to replay, or its checkpoint is gone.
     """
-    workdir = files.path(workdir)
-    folder = workdir / FOLDER
+    folder = files.path(workdir) / FOLDER
     records = list(folder.glob("step_*.json")) if folder.is_dir() else []
     if not records:
         raise UserError(f"nothing to replay: no {folder}/step_N.json, so this run did not diverge")
@@ -64,7 +66,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         return ids[0], to_global(mesh, batch) | data
 
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
-        _, state, position = first_state(run, checkpoints, workdir, at=begin, note=False)
+        _, state, position = first_state(run, checkpoints, folder.parent, at=begin, note=False)
     batches = batches_from(run, position)
     console.say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
     for _ in range(begin, step - 1):

@@ -57,7 +57,7 @@ def cost(compiled: jax.stages.Compiled, microbatches: int = 1) -> dict[str, floa
     """XLA's `flops` and `bytes accessed` of a compiled step, of one device.
 
     XLA counts the body of a loop once. With micro-batches nearly all work is in such a body, so the
-    figures are multiplied: the flops are then within some per cent, the bytes an upper bound.
+    figures are multiplied: the flops are then within a few per cent, the bytes an upper bound.
     """
     found = compiled.cost_analysis() or {}
     names = ("flops", "bytes accessed")

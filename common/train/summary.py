@@ -31,7 +31,7 @@ TOO_FEW = 100  # steps of a run that says nothing about learning
 _MADE = {
     "host": "on the host",
     "both": "crop and flip on the host, the rest on the device",
-    "device": "on the device, which holds the data set",
+    "device": "on the device, which holds the dataset",
 }
 
 

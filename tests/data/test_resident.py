@@ -226,7 +226,7 @@ def test_a_whole_run_from_shards_needs_no_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], text=True,
                           env=env | {"PYTHONPATH": path}, capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "on the device, which holds the data set" in done.stderr
+    assert "on the device, which holds the dataset" in done.stderr
     work = tmp_path / "run"
     summary = json.loads((work / "summary.json").read_text())
     assert summary["steps"] == 3 and 0 <= summary["knn_top1"] <= 1
