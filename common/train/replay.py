@@ -50,7 +50,7 @@ def replay(
     record = max(steps, key=lambda r: r["step"])
     step, begin = record["step"], record["checkpoint"] or 0
 
-    config, mesh = read_config(workdir, methods), make_mesh()
+    config, mesh = read_config(folder.parent, methods), make_mesh()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")

@@ -154,10 +154,9 @@ def test_random_images_of_no_number(wrong):
 
 
 def test_a_test_split_that_is_not_there():
-    c = tiny.config("simclr", data__source="embedded", data__test_split="val")
-    refused(
-        ["no split 'val'", "Set data.test_split='' to train without"], open_evaluation, c.data, None
-    )
+    data = tiny.config("simclr", data__source="embedded", data__test_split="val").data
+    words = ["no split 'val'", "Set data.test_split='' to train without"]
+    refused(words, open_evaluation, data, None)
 
 
 def test_a_streamed_set_needs_no_shards(tmp_path, monkeypatch):

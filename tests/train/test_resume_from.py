@@ -81,10 +81,10 @@ def test_started_again_it_takes_the_same_step(tmp_path):
     state = place(1)
     for step in (6, 9):
         with Checkpoints(tmp_path / "other", 2) as checkpoints:
-            checkpoints.save(step, place(step)[1], {})
+            checkpoints.save(step, place(step), {})
         (tmp_path / f"run{step}").mkdir()
         first = adopt(state, tmp_path / "run6", str(tmp_path / "other"))
-        want = tiny.named_leaves(place(6)[1])
+        want = tiny.named_leaves(place(6))
         np.testing.assert_array_equal(first["['params']['backbone']['kernel']"],
                                       want["['params']['backbone']['kernel']"])  # fmt: skip
     newest = adopt(state, tmp_path / "run9", str(tmp_path / "other"))
