@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from common import optim
+from common.config import section
 from common.errors import UserError
 
 STEPS, EPOCH = 12, 4
@@ -17,7 +18,7 @@ STEPS, EPOCH = 12, 4
 
 def make_config(batch_size=512, **fields):
     config = ml_collections.ConfigDict({"batch_size": batch_size})
-    config.optimizer = optim.default_config()
+    config.optimizer = section("optimizer")
     config.optimizer.update(fields)
     config.lock()
     return config

@@ -19,10 +19,9 @@ from common.data.feed import pipeline, survey
 from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
-from common.errors import UserError, one_of
+from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.online import warn_of_overlap
-from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.run import console, files
 from common.run.checkpoint import Checkpoints
@@ -35,7 +34,7 @@ class Pretrained:
 
     Attributes:
         config: of the run; its `data` section is what `settings` made of it.
-        settings: of the evaluation, see `settings.py`.
+        settings: of the evaluation, see `common/eval_fields.py`.
         workdir: of the run.
         mesh: the devices.
         method: built from `config`, without a probe.
@@ -148,7 +147,7 @@ def load(
 
     Args:
         workdir: of a run, finished or not.
-        settings: from `settings.default_config()`.
+        settings: from `common.config.eval_config()`.
         methods: by name, e.g. `{"simclr": SimCLR}`.
         mesh: default all devices.
 
@@ -156,7 +155,7 @@ def load(
         UserError: no run or no such checkpoint there, an unknown method or field.
     """
     workdir = files.path(workdir)
-    one_of("eval.features", settings.features, FEATURES)
+    configs.one_of_field("eval.features", settings.features)
     config = read_config(workdir, methods)
     value_range = config.data.value_range
     with config.unlocked():

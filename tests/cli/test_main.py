@@ -77,7 +77,8 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
 # Starting a process takes longer than a mode: all of them in one.
 EVERY_MODE = """
 import pathlib, sys
-from common.evaluate import modes, settings
+from common.config import eval_config
+from common.evaluate import modes
 from main import METHODS
 for mode, changes in {
     "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},
@@ -85,7 +86,7 @@ for mode, changes in {
     "knn": {}, "embed": {}, "export": {},
     "transfer": {"logistic.num_values": 2, "logistic.max_iterations": 5},
 }.items():
-    c = settings.default_config()
+    c = eval_config()
     c.update_from_flattened_dict(changes)
     modes.run(mode, sys.argv[1], c, METHODS)
 """

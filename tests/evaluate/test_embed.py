@@ -20,7 +20,7 @@ from PIL import Image
 from common import config as configs
 from common.data.sources.base import ArraySource
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, modes, pretrained, settings
+from common.evaluate import embed_mode, feature_files, modes, pretrained
 from common.evaluate.page import build, feature_map, inline
 from common.evaluate.pretrained import Pretrained
 
@@ -29,7 +29,7 @@ CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
 
 
 def eval_settings(**changes) -> ConfigDict:
-    c = settings.default_config()
+    c = configs.eval_config()
     c.features = "untrained"
     for name, value in changes.items():
         section, _, last = name.rpartition("__")

@@ -14,9 +14,9 @@ import pytest
 import tiny
 from test_resnet import BLOCKS
 
-from common.config import as_dict
+from common.config import as_dict, eval_config
 from common.errors import UserError
-from common.evaluate import modes, settings
+from common.evaluate import modes
 from common.models import layout, resnet
 from common.run import formats
 from common.run.checkpoint import Checkpoints
@@ -37,7 +37,7 @@ def workdir(path, c, devices=2, seed=0):
 
 def export(path, **changes):
     """`--mode=export`; `changes` as in `tiny.config`."""
-    s = settings.default_config()
+    s = eval_config()
     for name, value in changes.items():
         section, *rest = name.split("__")
         if rest:

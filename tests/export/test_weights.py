@@ -17,8 +17,9 @@ import safetensors.numpy
 import tiny
 from test_export import STEP, export, variables, workdir
 
+from common.config import eval_config
 from common.errors import UserError
-from common.evaluate import pretrained, settings
+from common.evaluate import pretrained
 from common.method import root_keys
 from common.models import layout
 from common.run import formats
@@ -245,7 +246,7 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     assert json.loads(line) == record
     assert record["unused"] == ["fc.bias", "fc.weight"] and len(record["sha256"]) == 64
     assert json.loads((run / "config.json").read_text())["init_from"] == str(path)
-    opened = pretrained.load(run, settings.default_config(), tiny.METHODS)
+    opened = pretrained.load(run, eval_config(), tiny.METHODS)
     assert opened.step == 0
     params, stats = jax.device_get((opened.state.params, opened.state.batch_stats))
     got = layout.to_torchvision(params["backbone"], stats["backbone"])
