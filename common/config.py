@@ -23,7 +23,7 @@ def _by_name(sections: Mapping[str, Mapping[str, Field]]) -> dict[str, Field]:
 FIELDS = _by_name(fields.CONFIG)
 EVAL_FIELDS = _by_name(eval_fields.EVAL)
 _BOTH = FIELDS | {f"eval.{name}": field for name, field in EVAL_FIELDS.items()}
-_BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not ...} | fields.METHODS_BEFORE
+BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not ...} | fields.METHODS_BEFORE
 
 
 def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
@@ -183,7 +183,7 @@ def with_decided(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, An
 
 def _before(config: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
     """What the code did without the fields that a config has and a saved one (flat) lacks."""
-    return {n: _BEFORE[n] for n in _BEFORE.keys() & flat(config).keys() - saved.keys()}
+    return {n: BEFORE[n] for n in BEFORE.keys() & flat(config).keys() - saved.keys()}
 
 
 def _set(config: ConfigDict, values: dict[str, Any], where: str) -> None:
@@ -229,7 +229,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         if name in a:  # what `--mode=import` left is not decided yet
             return a[name] == b.get(name, ...) or (a[name] == AUTO and field.decided)
         # a field that the code of the run did not have yet
-        return b[name] == _BEFORE[name] if name in _BEFORE else not b[name]
+        return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 
     differing = {n for n in a.keys() | b.keys() if not same(n)}
     if {_kind(c.get("data.source")) for c in (a, b)} in ({"folder"}, {"shards"}):

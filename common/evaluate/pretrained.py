@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from common.errors import UserError
 from common.evaluate import features
 from common.evaluate.online import warn_of_overlap
 from common.method import Method, Setup, make_encoder_setup, root_keys
-from common.run import console, files
+from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import local_rows, make_mesh, replicated, state_shardings
 
@@ -156,7 +155,7 @@ def load(
     """
     workdir = files.path(workdir)
     configs.one_of_field("eval.features", settings.features)
-    config = read_config(workdir, methods)
+    config = saved_config.load(workdir, methods)
     value_range = config.data.value_range
     with config.unlocked():
         d = config.data
@@ -201,25 +200,6 @@ def _place(source: str) -> str:
     if kind not in ("folder", "shards") or files.is_remote(path):
         return source.rstrip("/")
     return kind + colon + os.path.realpath(files.path(path))
-
-
-def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
-    """The config of the run in `workdir`; fields that are newer than the run have their default."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give the --workdir that a run was trained in"
-        )
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it from a copy") from error
-    name = saved.get("method") if isinstance(saved, dict) else None
-    if name not in methods:
-        raise UserError(f"{path} is of the method {name!r}: expected one of {', '.join(methods)}")
-    config = configs.base_config(name, methods[name].default_config())
-    configs.update(config, saved, str(path))
-    return config
 
 
 def untrained(method: Method, seed: int, mesh: Mesh) -> Any:

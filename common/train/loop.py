@@ -20,7 +20,8 @@ from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
 from common.run import console, files
 from common.run.checkpoint import Checkpoints
-from common.run.workdir import as_begun, claim, moved_from, note_changes
+from common.run.saved_config import moved_from, note_changes
+from common.run.workdir import as_begun, claim
 from common.run.writer import MetricsWriter
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.train import resume_from, summary

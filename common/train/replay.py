@@ -12,10 +12,9 @@ from etils import epath
 from common.data.feed import pipeline, resident
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
-from common.evaluate.pretrained import read_config
 from common.method import Method, Setup, make_setup, root_keys
 from common.optim import steps_of
-from common.run import console, files
+from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
 from common.train import dispatch, resume_from
@@ -50,7 +49,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     record = max(steps, key=lambda r: r["step"])
     step, begin = record["step"], record["checkpoint"] or 0
 
-    config, mesh = read_config(workdir, methods), make_mesh()
+    config, mesh = saved_config.load(workdir, methods), make_mesh()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")

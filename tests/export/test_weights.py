@@ -405,7 +405,7 @@ def test_import_needs_weights_and_a_run_needs_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint in .* \(step 5\): it has 3"):
         weights.load_weights(tmp_path / "run" / "checkpoints" / "5")
     (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read \(.*restore it"):
+    with pytest.raises(UserError, match=r"config.json is not JSON \(.*restore it"):
         weights.load_weights(tmp_path / "run")
 
 

@@ -19,7 +19,7 @@ from common.evaluate import knn, modes
 from common.evaluate.feature_files import Embedded, printable, shortened
 from common.evaluate.page import feature_map, inline
 from common.evaluate.pretrained import Pretrained
-from common.run import files, jsonl, pictures
+from common.run import files, jsonl, pictures, saved_config
 from common.train import summary
 
 _HERE = pathlib.Path(__file__).parent
@@ -47,7 +47,7 @@ def write(path: epath.Path, opened: Pretrained, source: Source, embedded: Embedd
     names = _shown_names(embedded.names)
     classes = tuple(printable(str(name)) for name in embedded.class_names)
     labelled = bool((embedded.labels >= 0).any())
-    saved = json.loads((opened.workdir / "config.json").read_text())
+    saved = saved_config.read(opened.workdir)
     pictured = source.kind != "stream"  # which has no random access
     text = _render(
         subject=modes.subject(opened),
