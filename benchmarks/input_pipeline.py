@@ -33,7 +33,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import peer_views
-from common.data.sources.opening import default_config, open_source
+from common.config import section
+from common.data.sources.opening import open_source
 
 WIDTH, HEIGHT = 500, 375
 AHEAD = 8  # batches that are not counted: tf.data and a DataLoader make some before they are asked
@@ -90,13 +91,11 @@ def settings(size: int, preset: str, where: str, source: str, n: int):
     """The part of a config that the pipeline reads."""
     from ml_collections import ConfigDict
 
-    from common.data.augment import presets
-
     config = ConfigDict({"seed": 0, "batch_size": batch_size(n), "steps_per_dispatch": 1})
-    config.data = default_config(source, size)
+    config.data = section("data", source=source, image_size=size)
     config.data.augment_on = where
-    config.augment = presets.default_config(preset)
-    config.augment_view2 = presets.default_config(None)
+    config.augment = section("augment", preset=preset)
+    config.augment_view2 = section("augment_view2")
     return config
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import optim
+from common.config import section
 from common.data.augment import presets
 from common.models import heads, microbatch, probe
 
@@ -303,5 +304,5 @@ def make_encoder_setup(config: ConfigDict, mesh: Mesh) -> Setup:
     """
     config = config.copy_and_resolve_references()
     config.microbatch = 0
-    config.optimizer, config.probe = optim.default_config(), probe.default_config()
+    config.optimizer, config.probe = section("optimizer"), section("probe")
     return dataclasses.replace(make_setup(config, mesh, 1, 1, num_classes=0), training=False)

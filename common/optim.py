@@ -12,31 +12,11 @@ import jax
 import ml_collections
 import optax
 
-from common.errors import UserError, one_of
+from common.config import one_of_field
+from common.errors import UserError
 
 FORMS = '"10 epochs", "500 steps", "5 %" (of the whole run), or a whole number of steps'
 _DURATION = re.compile(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?\s*", re.IGNORECASE)
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """Returns the `config.optimizer` sub-tree with its defaults."""
-    c = ml_collections.ConfigDict()
-    c.name = "sgd"  # sgd | lars | adamw
-    c.learning_rate = 0.06  # the base value: `scaling` makes the peak of it
-    c.scaling = "linear"  # linear: x batch / 256 | sqrt: x sqrt(batch) | none; of the global batch
-    c.weight_decay = 1e-4  # on kernels only, unless decay_bn_and_bias
-    c.decay_bn_and_bias = False  # also decay biases and batch-norm scales, as MoCo's PyTorch code
-    c.momentum = 0.9  # sgd and lars
-    c.nesterov = False  # look-ahead form of the momentum (any optimiser)
-    c.b1 = 0.9  # adamw: decay of the first moment
-    c.b2 = 0.999  # adamw: decay of the second moment
-    c.trust_coefficient = 1e-3  # lars: eta in You et al. 2017, eq. 6
-    c.warmup = "0 steps"  # linear warm-up: "10 epochs", "500 steps" or "5 %"
-    c.schedule = "cosine"  # after the warm-up: cosine (to 0) | step | constant
-    c.decay_at = (120, 160)  # schedule=step: where to decay, in epochs, or durations as above
-    c.decay_rate = 0.1  # schedule=step: factor at each of decay_at
-    c.clip_norm = 0.0  # clip the gradient to this global norm; 0 = off
-    return c
 
 
 def steps_of(
@@ -77,7 +57,7 @@ def steps_of(
 
 def peak_learning_rate(c: ml_collections.ConfigDict, batch_size: int) -> float:
     """Returns the learning rate after warm-up: that of the section, scaled by the global batch."""
-    one_of("optimizer.scaling", c.scaling, ("linear", "sqrt", "none"))
+    one_of_field("optimizer.scaling", c.scaling)
     factor = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return c.learning_rate * factor[c.scaling]
 
@@ -100,7 +80,7 @@ def learning_rate_schedule(
     its first update moves nothing; MoCo's takes the cosine of the epoch, not of the step.
 
     Args:
-        c: the optimizer section, see `default_config`.
+        c: the optimizer section, see `common/fields.py`.
         batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
@@ -108,7 +88,7 @@ def learning_rate_schedule(
     Raises:
         UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
     """
-    one_of("optimizer.schedule", c.schedule, ("cosine", "step", "constant"))
+    one_of_field("optimizer.schedule", c.schedule)
     peak = peak_learning_rate(c, batch_size)
     warmup = steps_of(c.warmup, steps_per_epoch, total_steps, "optimizer.warmup")
     if warmup > total_steps:
@@ -160,7 +140,7 @@ def make_optimizer(
     trust ratio. Clipping, when on, comes first.
 
     Args:
-        c: the optimizer section, see `default_config`.
+        c: the optimizer section, see `common/fields.py`.
         batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
@@ -172,7 +152,7 @@ def make_optimizer(
         UserError: on an unknown name, a number out of its range, a malformed duration, or a warm-up
             longer than the run.
     """
-    one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
+    one_of_field("optimizer.name", c.name)
     for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
         if not 0 <= c[name] < math.inf:
             raise UserError(

@@ -17,7 +17,6 @@ from benchmarks.record.steps import Sizes
 from benchmarks.scaling import METHODS
 from common import config as configs
 from common.cli import modes
-from common.evaluate import settings
 from common.run import jsonl
 from configs import moco_cifar10, simclr_cifar10
 
@@ -173,7 +172,7 @@ PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
 def evaluate(setting: Setting, name: str, protocol: str) -> Found:
     """Scores a trained run, as `main.py --mode=...` does."""
     mode, given = PROTOCOLS[protocol]
-    c = settings.default_config()
+    c = configs.eval_config()
     tiny = {"linear.epochs": 1, "linear.learning_rate": (1.0,), "linear.weight_decay": (0.0,)}
     c.update_from_flattened_dict(given | (tiny if setting.sizes.name == "tiny" else {}))
     record = modes.run(mode, str(workdir(setting, name)), c, METHODS)

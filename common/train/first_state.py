@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.method import Setup
 from common.run import console
 from common.run.checkpoint import Checkpoints
-from common.run.workdir import moved_from
+from common.run.saved_config import moved_from
 from common.sharding import replicated
 from common.train import resume_from
 from common.train.position import Position

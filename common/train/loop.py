@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from common.method import Method, Setup
 from common.run import files
 from common.run.checkpoint import Checkpoints
-from common.run.workdir import as_begun, claim, note_changes
+from common.run.saved_config import note_changes
+from common.run.workdir import as_begun, claim
 from common.run.writer import MetricsWriter
 from common.sharding import make_mesh, to_global
 from common.train import summary

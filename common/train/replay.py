@@ -11,9 +11,8 @@ from etils import epath
 
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
-from common.evaluate.pretrained import read_config
 from common.method import Method, Setup, Step
-from common.run import console, files
+from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, to_global
 from common.train import dispatch
@@ -50,7 +49,7 @@ def replay(
     record = max(steps, key=lambda r: r["step"])
     step, begin = record["step"], record["checkpoint"] or 0
 
-    config, mesh = read_config(folder.parent, methods), make_mesh()
+    config, mesh = saved_config.load(folder.parent, methods), make_mesh()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")

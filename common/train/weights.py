@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from common.data.augment import presets
 from common.errors import UserError
 from common.models import layout
-from common.run import files, formats
+from common.run import files, formats, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, replicated
 
@@ -168,11 +167,11 @@ def _of_run(path: epath.Path) -> Weights:
     workdir, step = path, None
     if _is_checkpoint(path):
         workdir, step = path.parent.parent, int(path.name)
-    config = workdir / "config.json"
+    config = workdir / saved_config.FILE
     if not config.exists():
         raise UserError(f"{path} is a directory and holds no run (no config.json): give a workdir")
+    saved = saved_config.read(workdir)
     try:
-        saved = json.loads(config.read_text())
         augmentation = presets.resolve(saved["augment"], saved["data"]["image_size"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config} cannot be read ({error}): restore it") from error

@@ -19,7 +19,7 @@ from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import batches, linear_mode, pretrained
 from common.optim import steps_of
-from common.run import formats
+from common.run import formats, saved_config
 from common.run.workdir import claim
 from common.sharding import make_mesh
 from common.train import replay
@@ -82,16 +82,16 @@ def hold(workdir):
 def test_a_config_json_that_is_torn(tmp_path):
     (tmp_path / "config.json").write_text('{"method": ')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    refused(["config.json is not JSON (", "restore it, or give another --workdir"], hold, tmp_path)
+    refused(["config.json is not JSON (", "or give another --workdir"], hold, tmp_path)
     words = ["config.json is not JSON (", "restore it from a copy"]
-    refused(words, pretrained.read_config, tmp_path, tiny.METHODS)
+    refused(words, saved_config.load, tmp_path, tiny.METHODS)
 
 
 @pytest.mark.parametrize("saved", ['{"method": "byol"}', "{}", "[1]"])
 def test_a_run_of_another_method(tmp_path, saved):
     (tmp_path / "config.json").write_text(saved)
     words = ["is of the method ", "expected one of simclr, moco"]
-    refused(words, pretrained.read_config, tmp_path, tiny.METHODS)
+    refused(words, saved_config.load, tmp_path, tiny.METHODS)
 
 
 def test_a_replay_without_its_checkpoint(workdir, tmp_path):

@@ -22,7 +22,7 @@ from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, pretrained, settings
+from common.evaluate import embed_mode, feature_files, pretrained
 from common.evaluate.page import build, feature_map, inline
 from common.evaluate.pretrained import Pretrained
 
@@ -31,7 +31,7 @@ CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
 
 
 def eval_settings(**changes) -> ConfigDict:
-    c = settings.default_config()
+    c = configs.eval_config()
     c.features = "untrained"
     for name, value in changes.items():
         section, _, last = name.rpartition("__")

@@ -16,9 +16,8 @@ from test_resnet import BLOCKS
 
 from common import version
 from common.cli import modes
-from common.config import as_dict
+from common.config import as_dict, eval_config
 from common.errors import UserError
-from common.evaluate import settings
 from common.models import layout, resnet
 from common.run import formats
 from common.run.checkpoint import Checkpoints
@@ -39,7 +38,7 @@ def workdir(path, c, devices=2, seed=0):
 
 def export(path, **changes):
     """`--mode=export`; `changes` as in `tiny.config`."""
-    s = settings.default_config()
+    s = eval_config()
     for name, value in changes.items():
         section, *rest = name.split("__")
         if rest:

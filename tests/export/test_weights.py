@@ -17,8 +17,9 @@ import safetensors.numpy
 import tiny
 from test_export import STEP, export, variables, workdir
 
+from common.config import eval_config
 from common.errors import UserError
-from common.evaluate import pretrained, settings
+from common.evaluate import pretrained
 from common.evaluate.online import make_evaluator
 from common.models import layout
 from common.run import formats
@@ -245,7 +246,7 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     assert json.loads(line) == record
     assert record["unused"] == ["fc.bias", "fc.weight"] and len(record["sha256"]) == 64
     assert json.loads((run / "config.json").read_text())["init_from"] == str(path)
-    opened = pretrained.load(run, settings.default_config(), tiny.METHODS)
+    opened = pretrained.load(run, eval_config(), tiny.METHODS)
     assert opened.step == 0
     params, stats = jax.device_get((opened.state.params, opened.state.batch_stats))
     got = layout.to_torchvision(params["backbone"], stats["backbone"])
@@ -404,7 +405,7 @@ def test_import_needs_weights_and_a_run_needs_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint in .* \(step 5\): it has 3"):
         weights.load_weights(tmp_path / "run" / "checkpoints" / "5")
     (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read \(.*restore it"):
+    with pytest.raises(UserError, match=r"config.json is not JSON \(.*restore it"):
         weights.load_weights(tmp_path / "run")
 
 

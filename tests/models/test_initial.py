@@ -13,9 +13,9 @@ from etils import epath
 
 from common import config
 from common.errors import UserError
-from common.evaluate import pretrained
 from common.method import make_encoder_setup
 from common.models import heads, initial, resnet
+from common.run import saved_config
 from common.sharding import make_mesh
 
 
@@ -163,7 +163,7 @@ def test_a_run_is_evaluated_on_the_network_that_it_began_with(tmp_path):
 
     def opened():
         (tmp_path / "config.json").write_text(json.dumps(saved))
-        found = pretrained.read_config(epath.Path(tmp_path), tiny.METHODS)
+        found = saved_config.load(epath.Path(tmp_path), tiny.METHODS)
         return make_encoder_setup(found, make_mesh()).network
 
     assert opened() == heads.make_network(c.model, c.head)

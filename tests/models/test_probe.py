@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from common.config import section
 from common.errors import UserError
 from common.models import probe
 
@@ -102,7 +103,7 @@ def test_constant_features_stay_finite():
 
 
 def test_switched_off():
-    config = probe.default_config()
+    config = section("probe")
     model = probe.make_probe(config, num_classes=0, total_steps=10)
     state = model.init(jax.random.key(0), D)
     assert state is None
@@ -136,7 +137,7 @@ def test_default_learning_rate_learns_at_any_scale_and_width(schedule, width, sc
         latent = centres[labels] + 0.5 * rng.normal(size=(n, 12))
         return (scale * (latent @ mixing + 4)).astype(np.float32), labels
 
-    config = probe.default_config()
+    config = section("probe")
     config.schedule = schedule
     model = probe.make_probe(config, 10, 200)
     state = model.init(jax.random.key(0), width)
@@ -149,7 +150,7 @@ def test_default_learning_rate_learns_at_any_scale_and_width(schedule, width, sc
 
 
 def test_the_cosine_comes_to_0_at_the_end_of_the_run():
-    config = probe.default_config()
+    config = section("probe")
     config.update(schedule="cosine", momentum=0.0, learning_rate=3.0)
     tx, weight = probe.make_probe(config, C, total_steps=8).tx, np.zeros(())
     state, rates = tx.init(weight), []
@@ -160,7 +161,7 @@ def test_the_cosine_comes_to_0_at_the_end_of_the_run():
 
 
 def test_unknown_schedule():
-    config = probe.default_config()
+    config = section("probe")
     config.schedule = "linear"
     with pytest.raises(UserError, match="constant, cosine"):
         probe.make_probe(config, 10, 300)

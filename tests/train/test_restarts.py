@@ -15,7 +15,7 @@ from common import config as configs
 from common.data.sources import fake
 from common.data.sources.fake import FakeSource
 from common.errors import UserError
-from common.evaluate import pretrained
+from common.run import saved_config
 from common.run import workdir as workdirs
 from common.run.writer import NonFiniteLossError
 from common.train import loop as loop
@@ -124,7 +124,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypa
         begun = workdirs.as_begun(c, tmp_path)
     assert (begun.seed, begun.augment_view2.crop) == (0, "torch") and c.seed == 3
     assert "began before there was a field seed: it goes on as it began, with seed=0" in caplog.text
-    assert pretrained.read_config(tmp_path, {"simclr": toy.Toy}).seed == 0
+    assert saved_config.load(tmp_path, {"simclr": toy.Toy}).seed == 0
     toy.train(c, tmp_path)
     assert workdirs.as_begun(c, tmp_path / "new") is c
     other = toy.config()

@@ -21,7 +21,7 @@ from common.data.sources.base import Source
 from common.evaluate import knn
 from common.evaluate.feature_files import Embedded, printable, shortened
 from common.evaluate.page import feature_map, inline
-from common.run import files, jsonl, pictures
+from common.run import files, jsonl, pictures, saved_config
 
 _HERE = pathlib.Path(__file__).parent
 _QUERIES, _NEIGHBOURS = 8, 7
@@ -69,7 +69,7 @@ def write(
     names = _shown_names(embedded.names)
     classes = tuple(printable(str(name)) for name in embedded.class_names)
     labelled = bool((embedded.labels >= 0).any())
-    saved = json.loads((run.workdir / "config.json").read_text())
+    saved = saved_config.read(run.workdir)
     pictured = source.kind != "stream"  # which has no random access
     text = _render(
         subject=run.subject,
