@@ -55,7 +55,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     if rates := {r["device"]: r["rates"] for r in rows if "rates" in r}:
         lines += [
             "",
-            "Bounds, no forecasts: the largest of arithmetic, memory and links at datasheet rates.",
+            "Bounds, not forecasts: the largest of arithmetic, memory, links at datasheet rates.",
             *(
                 f"{name}: {d['tflops']:g} bfloat16 TFLOP/s, {d['hbm_gb_per_s']:g} GB/s memory, "
                 f"{d['ici_gb_per_s']:g} GB/s links"

@@ -307,8 +307,8 @@ def test_a_compiler_that_dies_is_an_error(topology, quick, advice, monkeypatch):
     with pytest.raises(UserError) as caught:
         measure.for_topology(task, topology)
     assert str(caught.value) == (
-        f"the TPU compiler crashed on {topology} (exit status -6, Check failed: bound == 1 || bound "
-        f">= 2 bound = 0): a fault in {advice}, or another version of libtpu"
+        f"the TPU compiler crashed on {topology} (exit status -6, Check failed: bound == 1 || "
+        f"bound >= 2 bound = 0): a fault in {advice}, or another version of libtpu"
     )
 
 
