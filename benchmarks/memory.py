@@ -3,7 +3,8 @@
     python -m benchmarks.memory --steps=3000 --since=500
 
 trains on the embedded images through the whole host pipeline, with evaluations and checkpoints, and
-measures the process after step `since` and at the end. Prints a JSON line; the exit status is 1 if resident memory grew by more than 2 % or a handle or thread was left open.
+measures the process after step `since` and at the end. Prints a JSON line; the exit status is 1 if
+resident memory grew by more than 2 % or a handle or thread was left open.
 """
 
 import argparse
