@@ -1,4 +1,4 @@
-"""A config's train step, compiled for one device and ready to be taken again and again."""
+"""A config's train step, compiled for one device and ready to be called repeatedly."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from common.train.first_state import draw_state
 from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, trace_step
 
-# Of the whole run, of an epoch, and classes: they shape a schedule and a probe.
+# Of the run and of an epoch, and classes: for the schedule and the probe.
 EXTENT = Extent(total_steps=100, steps_per_epoch=10, num_classes=10)
 
 
@@ -43,7 +43,7 @@ class Running:
         self.state = draw_state(run)
 
     def dispatch(self) -> dict[str, Any]:
-        """Takes `steps_per_dispatch` steps; the metrics of the last, which are still being made."""
+        """Makes `steps_per_dispatch` steps; returns the metrics of the last without waiting."""
         _, batch = self.batches.take(self.config.steps_per_dispatch)
         batch = to_global(self.mesh, batch) | self.data
         with jax.transfer_guard("disallow"):
@@ -64,8 +64,8 @@ def traced(c: ConfigDict, device: jax.Device | None = None) -> jax.stages.Traced
 def flops(c: ConfigDict) -> float | None:
     """Floating-point operations of a step, as XLA counts them for a CPU before it compiles.
 
-    Afterwards some are in calls of libraries, whose counting depends on the platform, and on a GPU
-    JAX does not count at all. None where JAX was told to leave CPUs alone (`JAX_PLATFORMS`).
+    After compiling, calls of libraries are counted differently on each platform, and on a GPU not
+    at all. None where `JAX_PLATFORMS` excludes CPUs.
     """
     try:
         device = jax.devices("cpu")[0]

@@ -1,7 +1,7 @@
-"""Config -> learning-rate schedule and optax transformation.
+"""The optimizer section -> learning-rate schedule and optax transformation.
 
-Everything that moves a parameter is optax's own; this file only chooses, scales by the global
-batch, and sets the masks that the published recipes need.
+Every update rule is optax's own; this file only chooses, scales by the global batch, and sets the
+masks that the published recipes need.
 """
 
 import math
@@ -45,13 +45,15 @@ def steps_of(
         steps = value * steps_per_epoch
     elif unit == "%":
         if total is None:
-            raise UserError(f'{name}="{text}" has nothing to be a part of: use epochs or steps')
+            raise UserError(
+                f'{name}="{text}" is a percentage, not possible here: use epochs or steps'
+            )
         steps = value / 100 * total
     else:
         steps = value
         if value != int(value):
             raise UserError(f'{name}="{text}" is not a whole number of steps: write {FORMS}')
-    # The small term keeps products such as 0.07 * 50 = 3.5000000000000004 on their own side.
+    # The small term makes 0.35 % of 1000, in floating point 3.4999999999999996, round as 3.5 does.
     return max(1, math.floor(steps + 0.5 + 1e-9)) if steps > 0 else 0
 
 
@@ -75,9 +77,9 @@ def learning_rate_schedule(
         t >= w, step:       p decay_rate ** (how many of decay_at are <= t)
         t >= w, constant:   p
 
-    so the first update (t = 0) already moves the parameters, p is reached at t = w, and the
+    so the first update (t = 0) already changes the parameters, p is reached at t = w, and the
     cosine would be 0 at t = T, one step after the last. SimCLR's code warms up with p t / w, and
-    its first update moves nothing; MoCo's takes the cosine of the epoch, not of the step.
+    its first update changes nothing; MoCo's takes the cosine of the epoch, not of the step.
 
     Args:
         c: the optimizer section, see `common/fields.py`.
@@ -156,12 +158,12 @@ def make_optimizer(
     for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
         if not 0 <= c[name] < math.inf:
             raise UserError(
-                f"optimizer.{name}={c[name]} makes no sense: expected a finite number, 0 or more"
+                f"optimizer.{name}={c[name]} is out of range: expected a finite number, 0 or more"
             )
     for name in ("momentum", "b1", "b2"):
         if not 0 <= c[name] < 1:
             raise UserError(
-                f"optimizer.{name}={c[name]} is no decay of a running mean: expected 0 or more, "
+                f"optimizer.{name}={c[name]} is not a decay rate: expected 0 or more, "
                 "and less than 1"
             )
     schedule = learning_rate_schedule(c, batch_size, total_steps, steps_per_epoch)

@@ -239,18 +239,18 @@ def test_bad_values_are_user_errors():
         optim.make_optimizer(*make_config(schedule="exp"), STEPS, EPOCH)
     with pytest.raises(UserError, match="40 steps, the whole run only 12"):
         optim.make_optimizer(*make_config(warmup="10 epochs"), STEPS, EPOCH)
-    with pytest.raises(UserError, match='"5 %" has nothing to be a part of: use'):
+    with pytest.raises(UserError, match='"5 %" is a percentage, not possible here: use'):
         optim.steps_of("5 %", 156)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("learning_rate", -0.1, "-0.1 makes no sense: expected a finite number, 0 or more"),
-        ("weight_decay", math.nan, "nan makes no sense: expected a finite number, 0 or more"),
-        ("clip_norm", -1.0, "-1.0 makes no sense: expected a finite number, 0 or more"),
-        ("momentum", 1.0, "1.0 is no decay of a running mean: expected 0 or more, and less than 1"),
-        ("b2", -0.5, "-0.5 is no decay of a running mean"),
+        ("learning_rate", -0.1, "-0.1 is out of range: expected a finite number, 0 or more"),
+        ("weight_decay", math.nan, "nan is out of range: expected a finite number, 0 or more"),
+        ("clip_norm", -1.0, "-1.0 is out of range: expected a finite number, 0 or more"),
+        ("momentum", 1.0, "1.0 is not a decay rate: expected 0 or more, and less than 1"),
+        ("b2", -0.5, "-0.5 is not a decay rate"),
     ],
 )
 def test_a_number_out_of_its_range(name, value, words):

@@ -1,11 +1,11 @@
-"""The first layers of an ImageNet ResNet in the form that a GPU is fast in; the same functions.
+"""The first layers of an ImageNet ResNet in a form that is fast on a GPU; the same functions.
 
 cuDNN pads three channels to eight, so most of what a 7x7 convolution of an image reads and
 multiplies is zeros. With the pixels in blocks of 2x2, as 12 channels, it is a 4x4 convolution. The
 gradient of XLA's max pooling searches for each maximum again and adds to memory atomically. Here
-the place of a maximum is stored, in one byte, and each pixel looks up whether it was one. On an
+the position of each maximum is stored in one byte, and each pixel checks whether it was one. On an
 H200 these layers took 15 % of the time of a ResNet-50's step (docs/benchmarks.md). CPUs and TPUs
-get XLA's own.
+use XLA's own.
 """
 
 import functools
@@ -71,7 +71,7 @@ def conv_of_blocks(x: jax.Array, kernel: jax.Array, precision: Any = None) -> ja
     b, h, w, c = x.shape
     half = kernel.shape[0] // 2
     before = half + half % 2  # the window begins with a block, at most one pixel earlier
-    taps = (before + half) // 2 + 1  # blocks of it
+    taps = (before + half) // 2 + 1  # its blocks
     # zeros before the kernel where it begins inside a block, and behind it where it ends inside one
     lead = before - half
     behind = 2 * taps - lead - kernel.shape[0]
@@ -104,7 +104,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     def forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def other(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = plain_pool(x)
-            return y, jnp.zeros(y.shape, jnp.uint8)  # which nothing reads
+            return y, jnp.zeros(y.shape, jnp.uint8)  # never read
 
         y, places = on_gpu(pool_with_places, other, x)
         return y, (x, places)
@@ -142,8 +142,8 @@ def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
     """Gradient `[b, h, w, c]` of the input of `pool_with_places`.
 
     Args:
-        places: `[b, h / 2, w / 2, c]`, as that function gives them.
-        g: of the maxima, of the same shape. Sums are formed in float32 at least.
+        places: `[b, h / 2, w / 2, c]`, as that function returns them.
+        g: gradient of the maxima, of the same shape. Sums are formed in float32 at least.
     """
     b, h, w, c = g.shape
     kind = jnp.promote_types(g.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""Online linear probe: a classifier trained beside the encoder, which never feels it.
+"""Online linear probe: a classifier trained alongside the encoder, without affecting it.
 
 It has its own state and its own optax transformation, so that neither the encoder's gradient norm
 nor its clipping sees it, and `stop_gradient` keeps the labels out of the representation.

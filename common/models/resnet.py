@@ -29,8 +29,8 @@ DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {
     200: (True, (3, 24, 36, 3)),
 }
 STEMS = ("imagenet", "cifar", "patch2", "patch4")
-# What the backward pass finds stored and what it computes again, from least to most memory saved:
-# docs/tpu.md has the figures.
+# What the backward pass recomputes instead of storing, from least to most memory saved: docs/tpu.md
+# has the figures.
 REMAT = ("none", "convs", "blocks")
 
 
@@ -127,7 +127,7 @@ class BatchNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel `[1, 1, c, d]` of a 1x1 convolution that somebody else applies, as `[c, d]`."""
+    """The kernel `[1, 1, c, d]` of a 1x1 convolution that the caller applies, as `[c, d]`."""
 
     features: int
     dtype: Any
@@ -219,13 +219,13 @@ class ResNet(nn.Module):
         dtype: of the convolutions.
         remat: "none" (store everything for the backward pass), "convs" (of a residual block, store
             its input and its convolutions' outputs) or "blocks" (store its input only).
-        fold_norm: in bottlenecks, work the batch norm of a widening 1x1 convolution into its
+        fold_norm: in bottlenecks, fold the batch norm of a widening 1x1 convolution into its
             kernel (`common/models/fold.py`): the same function with less memory traffic.
         conv_init: how convolutions are drawn, one of `initial.KERNELS`.
         stem_init: how that of the stem is; "" = as the others.
         zero_init_residual: start the last BN scale of each residual block at 0, so that the block
             starts as the identity (Goyal et al. 2017, section 5.1), as SimCLR's code does; False:
-            at 1, as torchvision does unless told otherwise.
+            at 1, as torchvision does by default.
     """
 
     depth: int = 50

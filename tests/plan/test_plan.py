@@ -191,7 +191,7 @@ def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, ca
 
     def found(task, topology):
         if topology == "v6e:4x8":
-            raise UserError("the TPU compiler died on v6e:4x8")
+            raise UserError("the TPU compiler crashed on v6e:4x8")
         return good(task, topology)
 
     monkeypatch.setattr(measure, "for_topology", found)
@@ -308,8 +308,8 @@ def test_a_compiler_that_dies_is_an_error(topology, quick, advice, monkeypatch):
     with pytest.raises(UserError) as caught:
         measure.for_topology(task, topology)
     assert str(caught.value) == (
-        f"the TPU compiler died on {topology} (exit status -6, Check failed: bound == 1 || bound "
-        f">= 2 bound = 0): a fault in {advice}, or another version of libtpu"
+        f"the TPU compiler crashed on {topology} (exit status -6, Check failed: bound == 1 || "
+        f"bound >= 2 bound = 0): a fault in {advice}, or another version of libtpu"
     )
 
 
