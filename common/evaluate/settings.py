@@ -1,4 +1,4 @@
-"""What `--eval.NAME=VALUE` sets: everything that the modes of evaluation can be told."""
+"""What `--eval.NAME=VALUE` sets: the settings of all modes of evaluation."""
 
 from ml_collections import ConfigDict
 
