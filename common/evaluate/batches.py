@@ -1,6 +1,6 @@
-"""Training batches with labels: the run's crops and flips, and nothing else of its augmentation.
+"""Labelled training batches: of the run's augmentation, only crops and flips.
 
-That is how linear classifiers and fine-tuning are trained in the papers (Chen et al. 2020, B.5).
+This is how the papers train linear classifiers and fine-tune (Chen et al. 2020, B.5).
 """
 
 import itertools
@@ -23,10 +23,10 @@ _OFF = ("jitter", "grey", "blur", "solarise", "rotate")
 
 
 def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
-    """The batch size wanted, or the largest that `n` examples and the devices allow.
+    """Returns the batch size wanted, or the largest that `n` examples and the devices allow.
 
     Raises:
-        UserError: if there are fewer examples than devices, or less than one is wanted.
+        UserError: if there are fewer examples than devices, or the size wanted is below 1.
     """
     if wanted < 1:
         raise UserError(f"the mode's own batch_size is {wanted}: expected at least 1 image")
@@ -40,13 +40,13 @@ def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
 
 
 def only_crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> ConfigDict:
-    """A copy of a run's config for batches of `images`, whole images being `data.image_size`."""
+    """Returns a copy of a run's config without colour augmentation, at the size of evaluation."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
         c.seed, c.batch_size, c.steps_per_dispatch = seed, batch_size, 1
         for name in _OFF:
             c.augment[name] = 0.0
-        c.augment.size = None  # as large as in the test
+        c.augment.size = None  # that of evaluation, data.image_size
         c.augment_view2 = section("augment_view2")  # as view 1
     return c
 
@@ -59,18 +59,18 @@ def batches(
     seed: int,
     keep: np.ndarray | None = None,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Batches without end, over epochs of `num_examples // batch_size` steps.
+    """Endless batches, over epochs of `num_examples // batch_size` steps.
 
-    The views of a run with `data.augment_on="device"` are made there and without TensorFlow,
-    unless the source cannot be kept there, such as the files that `--eval.source` names.
+    A run with `data.augment_on="device"` gets its views from the device, without TensorFlow, unless
+    the source does not fit there, such as image files that `--eval.source` names.
 
     Args:
-        source: of the training examples.
+        source: the training examples.
         config: of the run.
-        mesh: the devices.
-        batch_size: of the global batch, a multiple of the devices.
+        mesh: the device mesh.
+        batch_size: global, a multiple of the number of devices.
         seed: of orders, crops and flips.
-        keep: bool `[num_examples]`; the labels of all others are hidden. None: all are kept.
+        keep: bool `[num_examples]`; labels are hidden where it is False. None keeps all.
 
     Yields:
         Global arrays: images uint8 `[b, h, w, 3]` and labels int32 `[b]`, -1 where there is none.
@@ -81,11 +81,13 @@ def batches(
             yield from _from_device(source, c, mesh, keep)
             return
         c.data.augment_on = "host"
-    for batch in _planned(source, c, mesh):
+    planned = _planned(source, c, mesh)
+    while True:
+        ids, batch = planned.take(1)
         labels = batch["labels"]
         if keep is not None:
-            labels = np.where(keep[batch["ids"]], labels, -1)
-        # The pipeline makes pairs; one view is what the protocol asks for.
+            labels = np.where(keep[ids[0]], labels, -1)
+        # The pipeline makes pairs, and the protocol asks for one view.
         images = np.ascontiguousarray(batch["images"][:, 0])
         yield to_global(mesh, (images, labels.astype(np.int32)))
 
@@ -93,7 +95,7 @@ def batches(
 def _from_device(
     source: Source, c: ConfigDict, mesh: Mesh, keep: np.ndarray | None
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """`batches` of a data set in device memory; `c` is what `only_crop_and_flip` made."""
+    """`batches` of a dataset in device memory; `c` comes from `only_crop_and_flip`."""
     augmentations = presets.resolve_views(c)
 
     def made(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +123,7 @@ def _planned(
 def cached(
     features: np.ndarray, labels: np.ndarray, mesh: Mesh, batch_size: int, seed: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The same batches in the same order, of features `[n, d]` instead of images."""
+    """Yields the same batches in the same order, of features `[n, d]` instead of images."""
     n, rows = len(labels), local_rows(mesh, batch_size)
     for epoch in itertools.count():
         order = pipeline.order(seed, epoch, n)

@@ -1,4 +1,4 @@
-"""`--mode=embed`: the features of any images, as files to work with and as a page to look at."""
+"""`--mode=embed`: the features of any images, as files and as a page to look at."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ _PAIRS = 8  # augmented pairs on the page
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     """Writes the features of one split, and `report.html`; see `settings.embed`.
 
-    An image that cannot be decoded has no features: with `on_corrupt="replace"`, where others train
-    and score with another image in its place, it gets no row.
+    An image that cannot be decoded gets no row: with `on_corrupt="replace"`, which substitutes
+    another image everywhere else, it is left out here.
     """
     c, s = opened.settings.embed, opened.settings
     formats = feature_files.formats_of(c.format)
@@ -72,10 +72,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 
 
 def _open(opened: Pretrained) -> Source:
-    """The split that is named, else test, else (a folder of photos has no other) train."""
+    """Opens the split named, else test, else train (a folder of photos has no other)."""
     split = opened.settings.embed.split
     try:
-        if split:  # by its name; its classes are numbered as those of any test set
+        if split:  # opened as a test split, so that its classes are numbered as those of train
             with opened.config.unlocked():
                 opened.config.data.test_split = split
         return opened.open("test")
@@ -86,7 +86,7 @@ def _open(opened: Pretrained) -> Source:
 
 
 def _damaged(source: Source, ids: np.ndarray) -> np.ndarray:
-    """Which of `ids` had another image put in their place; each process knows of those it read."""
+    """Which of `ids` were replaced by another image, as found by any process."""
     return any_process_of(np.isin(ids, list(source.replaced)))
 
 
@@ -122,9 +122,9 @@ def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
 
 
 def _stem(about: dict[str, Any]) -> str:
-    """Name of the files: another split, layer or encoder does not overwrite them.
+    """Name of the files: one for each split, layer and encoder, so that none overwrites another.
 
-    Names come from the user's disk and flags: nothing of them may leave the workdir.
+    Names come from the user's disk and flags, and must not lead out of the workdir.
     """
     parts = ["features", about["data"], about["split"]]
     if about["features"] != "trained":

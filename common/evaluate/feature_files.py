@@ -1,4 +1,4 @@
-"""Features on disk: `.npz` for NumPy, Parquet for pandas and everything that reads tables."""
+"""Features on disk: `.npz` for NumPy, Parquet for pandas and other table readers."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ class Embedded:
     Attributes:
         features: `[n, d]`, float32 (of raw pixels uint8).
         labels: int32 `[n]`, -1 where unlabelled.
-        ids: int64 `[n]`, places in the split.
-        names: str `[n]`, `Source.names`: of files below the folder that the user named.
+        ids: int64 `[n]`, indices into the split.
+        names: str `[n]`, `Source.names`: paths of files below the folder that the user named.
         class_names: of the labels 0, 1, ...; empty where nothing is labelled.
-        about: which encoder, which data; JSON.
+        about: which encoder and which data, as JSON values.
         left_out: str `[m]`, names of the damaged images that have no row.
     """
 
@@ -53,7 +53,7 @@ def formats_of(text: str) -> list[str]:
 
 
 def printable(name: str) -> str:
-    r"""A name that is valid UTF-8: a file's need not be, and other bytes become `\udcXX`."""
+    r"""A name as valid UTF-8: invalid bytes of a file name become `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -68,7 +68,7 @@ def write_npz(path: epath.Path, embedded: Embedded) -> None:
 def write_parquet(path: epath.Path, embedded: Embedded) -> None:
     """Writes the columns id, name, label, class_name (null: none) and features, a list of d.
 
-    The metadata of the schema have `about` and `left_out`, a list, as JSON.
+    The schema's metadata holds `about` and the list `left_out` as JSON.
     """
     pa, parquet = _pyarrow()
     n, d = embedded.features.shape
@@ -110,7 +110,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def shortened(text: str) -> str:
-    """A path without its directories, also behind `folder:`: a page to show names no disk."""
+    """A path without its directories, also after `folder:`, for a page that may be shared."""
     kind, colon, rest = text.partition(":")
     if not colon or not kind.isalnum() or rest.startswith("//"):
         kind, colon, rest = "", "", text

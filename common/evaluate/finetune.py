@@ -1,8 +1,8 @@
-"""Training a pretrained network on, with labels: every layer of it (Chen et al. 2020, B.5).
+"""Fine-tuning: every layer of a pretrained network, on labels (Chen et al. 2020, B.5).
 
 The network is the encoder and, as in SimCLR v2 (Chen et al. 2020b, section 2), the first layers of
 its projection head; a new linear classifier goes on top. Batch norms run in training mode over the
-global batch and their running statistics follow.
+global batch and update their running statistics.
 """
 
 import collections
@@ -31,7 +31,7 @@ _IN_FLIGHT = 2  # steps the host may run ahead of the device
 
 @flax.struct.dataclass
 class Finetuned:
-    """A network with a classifier, and where its optimiser stands."""
+    """A network with a classifier, and the state of its optimiser."""
 
     params: Any  # {"network": {"backbone": ..., "head": ...}, "classifier": {"kernel", "bias"}}
     batch_stats: Any
@@ -55,8 +55,8 @@ class Finetuner:
 
     Args:
         config: of the run.
-        mesh: the devices.
-        layer: where the classifier sits: "backbone", "head1" ..., "projection".
+        mesh: the device mesh.
+        layer: what the classifier reads: "backbone", "head1" ..., "projection".
         num_classes: c.
         tx: the optimiser, see `optimizer`.
 
@@ -73,7 +73,7 @@ class Finetuner:
         tx: optax.GradientTransformation,
     ) -> None:
         config = config.copy_and_resolve_references()
-        config.model.bn_groups = 1  # labels leak nothing through it, and it fits any batch
+        config.model.bn_groups = 1  # divides any batch; no label leaks through it
         self.setup: Setup = make_encoder_setup(config, mesh)
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, mesh
         self.depth = self.setup.network.depth_of(layer)
@@ -99,14 +99,14 @@ class Finetuner:
                 "bias": np.zeros(self.num_classes, np.float32),
             },
         }
-        # by way of the host: a step donates its state, and these arrays are somebody else's
+        # copied on the host: a step donates its state, and the caller keeps these arrays
         host = jax.tree.map(np.array, jax.device_get((params, self._used(batch_stats))))
         params, batch_stats = jax.device_put(host, replicated(self.mesh))
         opt_state = jax.jit(self.tx.init, out_shardings=replicated(self.mesh))(params)
         return Finetuned(params, batch_stats, opt_state)
 
     def _used(self, tree: Any) -> dict[str, Any]:
-        """Without the layers of the head that lie behind the classifier."""
+        """Without the layers of the head above the classifier."""
         names = [f"{kind}{i + 1}" for i in range(self.depth) for kind in ("dense", "bn")]
         head = {name: v for name, v in tree.get("head", {}).items() if name in names}
         return {"backbone": tree["backbone"]} | ({"head": head} if head else {})
@@ -148,13 +148,14 @@ class Finetuner:
         steps: int,
         batch_size: int,
     ) -> Finetuned:
-        """Takes `steps` steps on `(images, labels)`, with a progress line; `state` is used up.
+        """Takes `steps` steps on `(images, labels)`, with a progress line; `state` is donated.
 
         Raises:
-            NonFiniteLossError: when the loss is no number.
+            NonFiniteLossError: when the loss is NaN or infinite.
         """
         progress = Progress(steps, False if jax.process_index() else None)
-        in_flight, begin = collections.deque(), None
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        begin = None
         for step, (images, labels) in zip(range(steps), batches, strict=False):
             state, loss = self.step(state, images, labels)
             in_flight.append(loss)

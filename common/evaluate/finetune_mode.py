@@ -2,7 +2,7 @@
 
 Chen et al. 2020, B.5: class-balanced labels, crops and flips only, SGD with Nesterov momentum,
 60 epochs on 1 % and 30 on more. `--eval.features=untrained` is supervised training from scratch on
-the same labels. Nothing is tuned: the test split only scores.
+the same labels. No setting is tuned; the test split is only scored.
 """
 
 import functools
@@ -21,7 +21,7 @@ from common.run import console, files
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Trains on the labels of a share of train, and scores the test split in eval mode."""
+    """Trains on a fraction of the training labels, and scores the test split in eval mode."""
     c, s = opened.settings.finetune, opened.settings
     if s.features == "pixels":
         raise UserError("--mode=finetune needs a network: --eval.features=trained or untrained")
@@ -35,13 +35,13 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     images, keep = train, None
     if train.kind != "stream" or len(ids) < train.num_examples / 2:
         images = subset.select(train, ids)
-    else:  # too large for memory: read all of it, with the other labels hidden
+    else:  # too large for memory: all of it is read, with the other labels hidden
         keep = np.isin(np.arange(train.num_examples), ids)
     per_epoch = images.num_examples // size
     epochs = c.epochs or (60 if c.fraction <= 0.01 else 30)
     steps = round(epochs * per_epoch)
     if steps < 1:
-        raise UserError(f"eval.finetune.epochs={epochs} is no step at all: expected more")
+        raise UserError(f"eval.finetune.epochs={epochs} is less than one step: expected more")
 
     tx = finetune.optimizer(c.learning_rate, c.weight_decay, size, steps)
     tuner = finetune.Finetuner(opened.config, opened.mesh, s.layer, train.num_classes, tx)
@@ -71,10 +71,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 
 
 def save_ids(opened: Pretrained, train: Source, ids: np.ndarray) -> str:
-    """Writes the list of the examples that are used; returns the file's name.
+    """Writes the list of the examples used; returns the file's name.
 
     Raises:
-        UserError: if the file is there and lists others.
+        UserError: if the file exists and lists others.
     """
     fraction, seed = opened.settings.finetune.fraction, opened.settings.seed
     name = f"finetune_ids_{fraction:g}_seed{seed}.json"
@@ -89,7 +89,7 @@ def save_ids(opened: Pretrained, train: Source, ids: np.ndarray) -> str:
     }
     if path.exists() and json.loads(path.read_text()) != record:
         raise UserError(
-            f"{path} lists the examples of an earlier fine-tuning on other data: move it away, or "
+            f"{path} lists the examples of an earlier fine-tuning on other data: rename it, or "
             "give another --eval.seed"
         )
     if jax.process_index() == 0 and not path.exists():

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification: how good features are, with nothing to train.
+"""Weighted k-nearest-neighbour classification: how good features are, without training.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018,
 section 3.4. One protocol serves trained features, untrained ones and raw pixels.
@@ -19,7 +19,7 @@ from common.evaluate.accuracy import labelled, top_k
 from common.sharding import AXIS, local_rows, make_mesh, replicated, to_global
 
 METRICS = ("cosine", "euclidean")
-# Similarities held at once on a device, in numbers: 512 MB of float32.
+# Similarities held at once on a device: 512 MB of float32.
 _TILE = 2**27
 
 
@@ -45,21 +45,21 @@ def neighbours(
 
     Both sets stay on the host and pass through the devices in blocks; a block is centred and
     normalised there, so memory is O(chunk) whatever n is, and uint8 pixels stay uint8 here. Each
-    device looks through its own contiguous part of the training rows, and the best of all are
-    merged at the end, so the result (the order of equal ones included) is that of one device.
+    device searches its own contiguous part of the training rows, and the best of all are merged at
+    the end, so the result (the order of ties included) is that of one device.
 
     Args:
         train_features: `[n, d]`, any real type.
         query_features: `[m, d]`.
         k: neighbours, in [1, n].
-        center: subtract the mean of the training rows from both sets first. (No Euclidean
-            distance changes by it.)
+        center: subtract the mean of the training rows from both sets first. (Euclidean
+            distances do not change.)
         chunk: queries scored at once.
         metric: "cosine", or "euclidean": similarity -r^2 / (2 s^2) at distance r, where s^2 is the
-            mean squared distance of a training row from their mean. So scale and temperature mean
-            what they do for unit vectors, whose cosine is 1 - r^2 / 2.
-        mesh: devices that share the work; None is the first one of this process, and no process
-            waits for another.
+            mean squared distance of a training row from their mean. Scale and temperature then
+            mean what they do for unit vectors, whose cosine is 1 - r^2 / 2.
+        mesh: devices that share the work; None is the first one of this process, without any
+            communication between processes.
 
     Returns:
         indices int32 `[m, k]` into the training rows and similarities float32 `[m, k]`, nearest
@@ -84,10 +84,10 @@ def neighbours(
     if euclidean:
         scale = _spread(train, mean)
     chunk = max(1, min(chunk, len(queries)))
-    share = -(-n // mesh.size)  # training rows of a device
+    per_device = -(-n // mesh.size)  # training rows
     # A block of training rows must hold k of them, and k more have to fit beside it.
-    block = min(share, max(k, min(_TILE // chunk, _TILE // d)))
-    block = -(-share // -(-share // block))  # all of about one size, so that little is padding
+    block = min(per_device, max(k, min(_TILE // chunk, _TILE // d)))
+    block = -(-per_device // -(-per_device // block))  # of about one size, for little padding
     block = max(k, block)
     mine = local_rows(mesh, mesh.size)  # devices of this process
     prepare, merge, finish = _programs(mesh, euclidean)
@@ -96,9 +96,9 @@ def neighbours(
     starts = range(0, len(queries), chunk)
     nothing = np.full((len(mine), chunk, k), -np.inf, np.float32)
     best = [to_global(mesh, (np.zeros(nothing.shape, np.int32), nothing)) for _ in starts]
-    for begin in range(0, share, block):
-        ends = np.minimum((mine + 1) * share, n)
-        firsts = np.minimum(mine * share + begin, ends)
+    for begin in range(0, per_device, block):
+        ends = np.minimum((mine + 1) * per_device, n)
+        firsts = np.minimum(mine * per_device + begin, ends)
         pieces = [
             _padded(train[first : min(first + block, end)], block)
             for first, end in zip(firsts, ends, strict=True)
@@ -166,7 +166,7 @@ def knn_scores(
     indices, similarities = neighbours(
         train_features, test_features, k, center, chunk, metric, mesh
     )
-    # The shift by the nearest changes no argmax and keeps a small temperature from overflowing.
+    # Subtracting the nearest changes no argmax and prevents overflow at a small temperature.
     weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
     votes = np.zeros((len(test_labels), num_classes))
     np.add.at(votes, (np.arange(len(votes))[:, None], train_labels[indices]), weights)
@@ -194,7 +194,7 @@ def _padded(rows: np.ndarray, length: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _programs(mesh: Mesh, euclidean: bool) -> tuple[Callable, Callable, Callable]:
-    """What runs on the devices: prepare rows, merge a block into the best so far, finish."""
+    """The device programs: prepare rows, merge a block into the best so far, finish."""
 
     @jax.jit
     def prepare(rows: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ def _programs(mesh: Mesh, euclidean: bool) -> tuple[Callable, Callable, Callable
             new = new - 0.5 * jnp.add.outer(*squares)
         places = limits[0, 0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
         new, chosen = lax.top_k(jnp.where((places < limits[0, 1])[None], new, -jnp.inf), k)
-        # of equal ones `top_k` takes the first: those with the lower index, which came before
+        # `top_k` breaks ties by position: rows with a lower index come first
         similarities, order = lax.top_k(jnp.concatenate([similarities, new], 1), k)
         indices = jnp.concatenate([indices, places[chosen]], 1)
         return jnp.take_along_axis(indices, order, 1)[None], similarities[None]

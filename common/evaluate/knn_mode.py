@@ -1,4 +1,4 @@
-"""`--mode=knn`: weighted kNN with the k, temperature and metric of one's choice."""
+"""`--mode=knn`: weighted kNN with a given k, temperature and metric."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from common.evaluate.pretrained import Pretrained
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Scores the test split by the votes of the train split; see `knn.knn_scores`."""
+    """Scores the test split by votes of the train split; see `knn.knn_scores`."""
     c = opened.settings.knn
     one_of("eval.knn.metric", c.metric, knn.METRICS)
     train, test = opened.open_labelled("train"), opened.open_labelled("test")

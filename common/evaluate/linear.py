@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from common.run.console import Progress
 from common.sharding import batch_sharding, replicated
 
-_PART = 2**24  # numbers of a set of features that are looked at at once
+_PART = 2**24  # elements of a feature array processed at a time
 _IN_FLIGHT = 2  # steps the host may run ahead of the device
-_FLAT = 1e-3  # of the root mean square: a smaller standard deviation is taken for this one
+_FLAT = 1e-3  # of the root mean square: smaller standard deviations are raised to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Classifier:
     def of_standardised(
         cls, kernel: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.ndarray
     ) -> "Classifier":
-        """From a classifier of `(features - mean) * scale`: both are worked into the weights."""
+        """From a classifier of `(features - mean) * scale`: both are folded into the weights."""
         kernel = kernel.astype(np.float64) * scale[:, None]
         bias = bias.astype(np.float64) - mean @ kernel
         return cls(kernel.astype(np.float32), bias.astype(np.float32))
@@ -64,8 +64,8 @@ class Classifier:
 def standardiser(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float64 `mean [d]` and `scale [d]` = 1 / standard deviation of features `[n, d]`.
 
-    A feature that is all but constant keeps a small scale: what it does in the test set would
-    otherwise count for more than all others.
+    A nearly constant feature keeps a small scale: its variation in the test split would otherwise
+    outweigh all other features.
     """
     n, d = features.shape
     mean, square = np.zeros(d), np.zeros(d)
@@ -101,8 +101,8 @@ def fit(
         batch_size: b.
         num_classes: c.
         mean, scale: `[d]`; the classifiers are trained on `(features - mean) * scale`.
-        mesh: the devices.
-        momentum: of Nesterov's kind.
+        mesh: the device mesh.
+        momentum: Nesterov's.
         quiet: no progress line.
 
     Returns:
@@ -155,7 +155,7 @@ def _step(
     """One update of all candidates; returns the state and the smallest loss."""
     params, trace = state
     mean, scale, decays = fixed
-    # an encoder hands its features to every device: each takes its share of the rows
+    # an encoder returns its features replicated: each device takes its own rows
     features = lax.with_sharding_constraint(features, batch_sharding(mesh))
     inputs = (features.astype(jnp.float32) - mean[None]) * scale[None]
     known = labels >= 0
@@ -169,7 +169,7 @@ def _step(
             logits, jnp.broadcast_to(targets, logits.shape[:2])
         )
         losses = jnp.where(known[:, None], losses, 0).sum(0) / jnp.maximum(known.sum(), 1)
-        return losses.sum(), losses.min()  # candidates do not feel each other
+        return losses.sum(), losses.min()  # a sum: candidates are independent
 
     (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     grads["kernel"] += decays[None, :, None] * params["kernel"]
@@ -189,7 +189,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def best(classifiers: Sequence[Classifier], features: np.ndarray, labels: np.ndarray) -> int:
-    """Index of the classifier with the best top-1, and of equal ones the lowest cross-entropy."""
+    """Index of the classifier with the best top-1; ties go to the lowest cross-entropy."""
     scores = []
     for i, classifier in enumerate(classifiers):
         logits = classifier.logits(features)
@@ -198,5 +198,5 @@ def best(classifiers: Sequence[Classifier], features: np.ndarray, labels: np.nda
 
 
 def parts(features: np.ndarray) -> list[np.ndarray]:
-    """Rows of features `[n, d]` in pieces, so that no copy of all of them is made."""
+    """Splits features `[n, d]` by rows, so that no copy of all of them is made."""
     return np.array_split(features, -(-features.size // _PART))

@@ -2,8 +2,8 @@
 
 Two variants. "augmented" is the papers': every epoch encodes new crops and flips of the images.
 "cached" encodes each image once, un-augmented, and trains on the features: minutes instead of
-hours, and usually a little lower. Settings are chosen on a held-out part of train, then the
-classifier is trained again on all of train; the test split is read after that.
+hours, and usually slightly less accurate. Settings are chosen on a held-out part of train, then
+the classifier is trained again on all of train; the test split is read after that.
 """
 
 import io
@@ -25,7 +25,7 @@ VARIANTS = ("auto", "cached", "augmented")
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Trains, chooses, scores, and saves the classifier of a trained encoder."""
+    """Trains, selects and scores a classifier, and saves that of a trained encoder."""
     c = opened.settings.linear
     variant = _variant(opened)
     train, test = opened.open_labelled("train"), opened.open_labelled("test")
@@ -55,7 +55,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 
 
 class Bank:
-    """The labelled training rows: their features, and batches of them of either variant.
+    """The labelled training rows: their features, and batches of them for either variant.
 
     Attributes:
         features: `[n, d]`, of un-augmented images.
@@ -79,7 +79,7 @@ class Bank:
         c, mesh = self._opened.settings.linear, self._opened.mesh
         mean, scale = np.zeros(self.features.shape[1]), np.ones(self.features.shape[1])
         if c.standardise:
-            # each row about 1 long, so that one range of learning rates serves all encoders
+            # rows of norm about 1, so that one range of learning rates serves all encoders
             mean, scale = linear.standardiser(self.features[rows])
             scale = scale * len(scale) ** -0.5
         size = batches.batch_size_for(c.batch_size, len(rows), mesh)
@@ -90,13 +90,13 @@ class Bank:
         )  # fmt: skip
 
     def _batches(self, rows: np.ndarray, size: int) -> tuple[int, Iterator]:
-        """Steps in an epoch, and `(features, labels)` without end."""
+        """Steps in an epoch, and endless `(features, labels)`."""
         opened, train, seed = self._opened, self._train, self._opened.settings.seed
         if self._variant == "cached":
             features, labels = self.features[rows], self.labels[rows]
             return len(rows) // size, batches.cached(features, labels, opened.mesh, size, seed)
         keep = None
-        if train.kind == "stream":  # it has no random access: labels are hidden instead
+        if train.kind == "stream":  # no random access: labels are hidden instead
             keep = np.isin(np.arange(train.num_examples), self._ids[rows])
         else:
             train = subset.select(train, self._ids[rows])
@@ -119,7 +119,7 @@ def _variant(opened: Pretrained) -> str:
     one_of("eval.linear.optimizer", c.optimizer, ("sgd", "lbfgs"))
     if c.variant == "augmented" and (pixels or c.optimizer == "lbfgs"):
         what = "raw pixels" if pixels else "lbfgs"
-        raise UserError(f"eval.linear.variant=augmented cannot be had with {what}: use cached")
+        raise UserError(f"eval.linear.variant=augmented does not work with {what}: use cached")
     if c.variant != "auto":
         return c.variant
     small = pixels or c.optimizer == "lbfgs" or jax.default_backend() == "cpu"

@@ -20,16 +20,16 @@ from common.evaluate import linear
 from common.run import console
 from common.run.console import Progress
 
-# Below so many numbers one thread does it. BLAS threads wait for each other after each of these
-# small products, which costs more than it brings; on a busy machine, twenty times (measured).
+# Below this many elements one thread is used: BLAS threads synchronise after each of these small
+# products, which costs more than it gains; on a busy machine, twenty times as much (measured).
 _ONE_THREAD = 2**25
-# Of a class that has no training image: it is never predicted, and the logits stay finite.
+# Bias of a class without a training image: it is never predicted, and logits stay finite.
 _NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """The classifier of the best l2: what to note of it, and how to say it."""
+    """The classifier with the best l2, what to record about it, and its description."""
 
     classifier: linear.Classifier
     record: dict[str, Any]
@@ -38,7 +38,7 @@ class Chosen:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A classifier, and whether the solver got to its minimum in the iterations allowed."""
+    """A classifier, and whether the solver reached its minimum in the iterations allowed."""
 
     classifier: linear.Classifier
     converged: bool
@@ -47,7 +47,7 @@ class Fit:
 def choose(
     features: np.ndarray, labels: np.ndarray, num_classes: int, settings: ConfigDict, seed: int
 ) -> Chosen:
-    """Chooses l2 by a held-out part of the rows, and fits it to all of them.
+    """Chooses l2 on held-out rows, and fits a classifier with it to all rows.
 
     Args:
         features: `[n, d]`, of training images.
@@ -93,21 +93,21 @@ def fit(
     features: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     max_iterations: int,
     quiet: bool = False,
 ) -> list[Fit]:
-    """Fits one classifier for each l2, each from where the one before ended.
+    """Fits one classifier for each l2, each starting from the one before.
 
-    A fit that runs out of iterations is kept: weaker and weaker regularisation on separable data
-    has its minimum ever farther out, and what was reached is a classifier like any other, to be
-    judged on held-out rows. Whether it converged is returned, for the caller to say.
+    A fit that runs out of iterations is kept: on separable data the minimum moves out without limit
+    as regularisation weakens, and the classifier reached is judged on held-out rows like any other.
+    Whether it converged is returned, for the caller to report.
 
     Args:
         features: `[n, d]`, any real type.
         labels: int `[n]`, all labelled.
         num_classes: c.
-        values: of l2; from strong to weak is the fastest.
+        values: of l2; strong to weak is the fastest order.
         max_iterations: of each.
         quiet: no progress line.
 

@@ -31,14 +31,14 @@ class Pretrained:
     """The encoder of a run, and the data to evaluate it on.
 
     Attributes:
-        config: of the run; its `data` section is what `settings` made of it.
+        config: of the run, its `data` section updated from `settings`.
         settings: of the evaluation, see `common/eval_fields.py`.
         workdir: of the run.
         mesh: the devices.
         method: built from `config`, without a probe.
         state: of the checkpoint; only `step`, `params` and `batch_stats` are filled.
         step: of the checkpoint; 0 for an untrained encoder and for raw pixels.
-        value_range: that the run had for its own data.
+        value_range: of the run's own data.
     """
 
     config: ConfigDict
@@ -60,12 +60,12 @@ class Pretrained:
         }[self.settings.features]
 
     def open(self, role: str) -> Source:
-        """The source of a role ("train" or "test"), with what there is to say of it.
+        """Opens the source of a role ("train" or "test"), and prints a summary of it.
 
-        Of data that are not the run's own, the first split to be opened decides the value range.
+        For data other than the run's own, the first split opened decides the value range.
 
         Raises:
-            UserError: no such split, and what `sources.open_source` raises.
+            UserError: no such split, or an error of `open_source`.
         """
         data = self.config.data
         if not data[f"{role}_split"]:
@@ -87,7 +87,7 @@ class Pretrained:
         return source
 
     def open_labelled(self, role: str) -> Source:
-        """`open`, for a mode that cannot do without labels."""
+        """As `open`, for a mode that needs labels."""
         source = self.open(role)
         if role == "test":
             data = self.config.data
@@ -127,7 +127,7 @@ class Pretrained:
 
 
 def in_eval(text: str) -> str:
-    """A message about `config.data`, with the flags of an evaluation in the place of its fields."""
+    """A message about `config.data`, with the flags of an evaluation in place of its fields."""
     text = re.sub(
         r"(?<![\w.-])data\.(source|labels|train_split|test_split|value_range)", r"--eval.\1", text
     )
@@ -157,13 +157,13 @@ def load(
     value_range = config.data.value_range
     with config.unlocked():
         d = config.data
-        others = read_anew(settings, d, settings.source or d.source)
+        other = set_source(settings, d, settings.source or d.source)
         d.on_corrupt = settings.on_corrupt or d.on_corrupt
         d.dir = settings.data_dir or d.dir
         d.train_split = settings.train_split or d.bank_split or d.train_split
         d.bank_split = ""  # "train" is the split that votes here
-        # a run without a test set says nothing of other data
-        d.test_split = settings.test_split or d.test_split or ("test" if others else "")
+        # that a run had no test split means nothing for other data
+        d.test_split = settings.test_split or d.test_split or ("test" if other else "")
     mesh = mesh or make_mesh()
     method = methods[config.method](make_encoder_setup(config, mesh))
     state, step = None, 0
@@ -174,16 +174,16 @@ def load(
     return Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
 
 
-def read_anew(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
+def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
     """Sets `source` in the section `data` of a run, and how it is read.
 
-    The run's own data are read as they were, whatever path leads to them; of others labels and
-    value range are their own. Both can be given.
+    The run's own data are read as in training, whatever path leads to them; other data get their
+    own labels and value range. `settings` can give both.
 
     Returns:
-        Whether they are others.
+        Whether these are other data than the run's own.
     """
-    own = _place(source) == _place(data.source)
+    own = _canonical(source) == _canonical(data.source)
     if not own and data.value_range != UPPER_8:
         data.value_range = AUTO
     data.value_range = settings.value_range or data.value_range
@@ -192,8 +192,8 @@ def read_anew(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
     return not own
 
 
-def _place(source: str) -> str:
-    """A source by one name: of a folder there are many."""
+def _canonical(source: str) -> str:
+    """One name for a source: a folder has many paths."""
     kind, colon, path = source.partition(":")
     if kind not in ("folder", "shards") or files.is_remote(path):
         return source.rstrip("/")
@@ -201,14 +201,14 @@ def _place(source: str) -> str:
 
 
 def untrained(method: Method, seed: int, mesh: Mesh) -> Any:
-    """The state that a run with this seed starts from."""
+    """The state from which a run with this seed starts."""
     init_key, _ = root_keys(seed)
     shardings = state_shardings(mesh, jax.eval_shape(method.init, init_key))
     return jax.jit(method.init, out_shardings=shardings)(init_key)
 
 
 def _restore(workdir: epath.Path, method: Method, mesh: Mesh, step: int) -> tuple[Any, int]:
-    """The state at `step` (0: the newest), its encoder only."""
+    """The encoder's part of the state at `step` (0: the newest), and that step."""
     abstract = jax.eval_shape(method.init, jax.random.key(0))
     names = ("step", "params", "batch_stats")
     target = {name: getattr(abstract, name) for name in names}

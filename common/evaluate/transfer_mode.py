@@ -1,37 +1,38 @@
-"""`--mode=transfer`: how far the features carry to other data sets (Chen et al. 2020, B.8)."""
+"""`--mode=transfer`: how well the features transfer to other datasets (Chen et al. 2020, B.8)."""
 
 import dataclasses
 import re
 from typing import Any
 
+from common.data.sources.base import Source
 from common.data.sources.opening import KINDS
 from common.errors import UserError
 from common.evaluate import accuracy, logistic
-from common.evaluate.pretrained import Pretrained, read_anew
+from common.evaluate.pretrained import Pretrained, set_source
 from common.run import console, files
 
 # A split may be a TFDS slice, with a colon of its own: train[:80%]
 _SPLIT = r"[^@/:\[\],]+(?:\[[^\]]*\])?"
-# A comma in a path is none between data sets: behind that one stands the kind of the next.
+# A path may contain commas: datasets are separated by one that a kind of source follows.
 _BETWEEN = re.compile(rf",(?=\s*(?:{'|'.join(KINDS)})\b)")
 _SPLITS = re.compile(rf"(?P<source>.+)@(?P<train>{_SPLIT}):(?P<test>{_SPLIT})")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSet:
-    """Where images come from, as `config.data` says it."""
+class Dataset:
+    """Where images come from, in the terms of `config.data`."""
 
     source: str
     train_split: str
     test_split: str
 
 
-def parse(text: str, default: DataSet) -> list[DataSet]:
+def parse(text: str, default: Dataset) -> list[Dataset]:
     """Reads `eval.transfer.sources`, e.g. "embedded,tfds:cifar10,folder:PATH@train:val".
 
     Args:
-        text: data sets by commas, each with its splits behind an @ where they are not train and
-            test.
+        text: datasets separated by commas, each followed by @ and its splits where they are not
+            train and test.
         default: what "" means.
 
     Raises:
@@ -49,24 +50,24 @@ def parse(text: str, default: DataSet) -> list[DataSet]:
                 f"eval.transfer.sources has {part!r}: expected SOURCE@TRAIN:TEST, such as "
                 "folder:PATH@train:val"
             )
-        found.append(DataSet(*match.groups()) if match else DataSet(part, "train", "test"))
+        found.append(Dataset(*match.groups()) if match else Dataset(part, "train", "test"))
     return found
 
 
 def _is_folder(source: str) -> bool:
-    """Whether it is there as it stands: an @ is then part of a name."""
+    """Whether a folder of exactly this name exists: an @ is then part of its name."""
     kind, _, path = source.partition(":")
     return kind in ("folder", "shards") and files.path(path).is_dir()
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
-    """Logistic regression on the features of each data set, and their mean accuracy."""
+    """Logistic regression on the features of each dataset, and the mean accuracy."""
     d = opened.config.data
-    own = DataSet(d.source, d.train_split, d.test_split)
+    own = Dataset(d.source, d.train_split, d.test_split)
     wanted = parse(opened.settings.transfer.sources, own)
-    opened_sets = [_open(opened, data_set) for data_set in wanted]  # mistakes show at once
+    sources = [_open(opened, dataset) for dataset in wanted]  # mistakes show at once
     results, sentences = [], []
-    for data_set, (train, test) in zip(wanted, opened_sets, strict=True):
+    for dataset, (train, test) in zip(wanted, sources, strict=True):
         console.say(f"{train.name}: extracting features.")
         features, labels, _ = opened.extract(train)
         features, labels = accuracy.labelled("training", features, labels)
@@ -76,7 +77,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         queries, wanted_labels, _ = opened.extract(test)
         queries, wanted_labels = accuracy.labelled("test", queries, wanted_labels)
         scores = accuracy.top_k(found.classifier.logits(queries), wanted_labels)
-        result = dataclasses.asdict(data_set) | scores | {"num_test": len(wanted_labels)}
+        result = dataclasses.asdict(dataset) | scores | {"num_test": len(wanted_labels)}
         results.append(result | found.record)
         sentences.append(f"{accuracy.in_words(result, test)} ({found.words})")
     metrics = {
@@ -92,10 +93,11 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     return metrics, f"Logistic regression on {opened.subject}: " + "; ".join(sentences) + "."
 
 
-def _open(opened: Pretrained, data_set: DataSet) -> tuple:
+def _open(opened: Pretrained, dataset: Dataset) -> tuple[Source, Source]:
+    """Its train and its test split."""
     config = opened.config.copy_and_resolve_references()
     with config.unlocked():
-        read_anew(opened.settings, config.data, data_set.source)
-        config.data.update(dataclasses.asdict(data_set))
+        set_source(opened.settings, config.data, dataset.source)
+        config.data.update(dataclasses.asdict(dataset))
     there = dataclasses.replace(opened, config=config)
     return there.open_labelled("train"), there.open_labelled("test")

@@ -19,7 +19,7 @@ from common.run import files, formats, saved_config
 FORMATS = ("safetensors", "npz", "stablehlo")
 LAYOUT = "torchvision ResNet, version 1"
 LINEAR = "linear_eval.npz"  # written by --mode=linear_eval
-_CLASSES = 1000  # of torchvision's constructors, unless they are told otherwise
+_CLASSES = 1000  # the default of torchvision's constructors
 _INPUT = (
     "RGB [n, 3, h, w], divided by 255 to [0, 1], then (image - mean) / std per colour; this is not "
     "part of conv1, whose zero padding would make that inexact"
@@ -33,7 +33,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     unknown = [name for name in wanted if name not in FORMATS]
     if unknown or not wanted:
         raise UserError(
-            f"eval.export.format={c.format!r}: expected some of {', '.join(FORMATS)}, with commas"
+            f"eval.export.format={c.format!r}: expected one or more of "
+            f"{', '.join(FORMATS)}, separated by commas"
         )
     if opened.state is None:
         raise UserError(
@@ -68,14 +69,14 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
 
 
 def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A complete state_dict of float32 arrays, and what one has to know to use it.
+    """A complete state_dict of float32 arrays, and the metadata needed to use it.
 
     Args:
         opened: a run with weights.
 
     Returns:
-        Arrays by torchvision's names, `fc` and the batch norms' counters among them, and metadata
-        that JSON can hold.
+        Arrays by torchvision's names, including `fc` and the batch norms' counters, and metadata as
+        JSON values.
     """
     config, state = opened.config, opened.state
     params, batch_stats = jax.device_get((state.params["backbone"], state.batch_stats["backbone"]))
@@ -117,7 +118,7 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
 def _classifier(opened: Pretrained, d: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
     """`(kernel [d, c], bias [c], where they come from, class names)`, float32.
 
-    Those of `--mode=linear_eval` if it read the backbone of this very checkpoint, else zeros.
+    Those of `--mode=linear_eval` if it used the backbone of this checkpoint, else zeros.
     """
     path, reason = opened.workdir / LINEAR, "no linear evaluation"
     if path.exists() and opened.settings.features == "trained":

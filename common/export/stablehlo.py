@@ -1,4 +1,4 @@
-"""The encoder as StableHLO: a function of uint8 images that needs this code no more."""
+"""The encoder as StableHLO: a function of uint8 images that does not need this code."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ def serialize(opened: Pretrained) -> bytes:
     """The encoder of a run, serialised by `jax.export`.
 
     The function takes uint8 images `[b, h, w, 3]` of the run's size, for any b, and returns
-    features `[b, d]` of `settings.layer`. Scaling, mean and std, and the weights
-    are inside. It is lowered for CPU, CUDA GPUs and TPU, and runs on one device (a jit around it
-    may shard the batch). JAX promises to read it for six months at least.
+    features `[b, d]` of `settings.layer`. It includes scaling, mean and std, and the weights. It is
+    lowered for CPU, CUDA GPUs and TPU, and runs on one device (a jit around it may shard the
+    batch). JAX guarantees to read it for at least six months.
 
     Args:
         opened: a run with weights.
@@ -24,7 +24,7 @@ def serialize(opened: Pretrained) -> bytes:
         What `jax.export.deserialize(bytearray(data)).call(images)` takes.
     """
     size = opened.config.data.image_size
-    state = jax.device_get(opened.state)  # constants of one device, whatever held them
+    state = jax.device_get(opened.state)  # constants of one device, however they were sharded
 
     def encode(images: jax.Array) -> jax.Array:
         return opened.method.encode(state, images, layer=opened.settings.layer)

@@ -23,7 +23,7 @@ from common.cli import modes
 from common.data.sources.base import ArraySource
 from common.errors import UserError
 from common.evaluate import embed_mode, feature_files, pretrained
-from common.evaluate.page import build, feature_map, inline
+from common.evaluate.page import build, feature_map, history, inline
 from common.evaluate.pretrained import Pretrained
 
 HOSTILE = "<script>alert(1)<_script> & \"'"
@@ -168,7 +168,7 @@ def test_page_says_the_numbers(labelled):
     text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
     assert "loss went from 3.00 to 1.00" in text
-    assert "from 25.0 % to 30.0 % right; on raw pixels it has 50.0 %" in text
+    assert "from 25.0 % to 30.0 % right; on raw pixels it reaches 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
     (curves,) = (a["src"] for t, a in page.elements if a.get("alt", "").startswith("Training loss"))
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curves.partition(",")[2]))))
@@ -178,7 +178,7 @@ def test_page_says_the_numbers(labelled):
         {"source": "folder:/home/me/photos", "top1": 0.5},
         {"source": "embedded", "top1": 1.0},
     ]
-    shown = build._score("data_sets", nested)
+    shown = history._score("data_sets", nested)
     assert shown == "source folder:photos, top1 50.00 %; source embedded, top1 100.00 %"
 
 
@@ -318,23 +318,23 @@ def test_map_keeps_groups_together():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
     rows = np.eye(3, 16)[labels] + 0.05 * rng.normal(size=(60, 16))
-    places = feature_map.place(rows, seed=0)
+    places = feature_map.project(rows, seed=0)
     distance = np.linalg.norm(places[:, None] - places[None], axis=-1) + 9 * np.eye(60)
     np.testing.assert_array_equal(labels[distance.argmin(1)], labels)
     assert places.min() >= 0 and places.max() <= 1
-    np.testing.assert_array_equal(feature_map.place(rows, seed=0), places)
+    np.testing.assert_array_equal(feature_map.project(rows, seed=0), places)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
 def test_map_of_few_or_equal_rows(n):
-    assert np.isfinite(feature_map.place(np.eye(n, 4) + 1, 0)).all()
-    np.testing.assert_array_equal(feature_map.place(np.ones((n, 4)), 0), 0.5)
+    assert np.isfinite(feature_map.project(np.eye(n, 4) + 1, 0)).all()
+    np.testing.assert_array_equal(feature_map.project(np.ones((n, 4)), 0), 0.5)
 
 
 def test_colours_and_legend():
     names = tuple(f"n{i}" for i in range(30))
     colours, legend = feature_map.colour(np.array([2, 0, -1, 2]), names)
-    assert [(e["name"], e["count"]) for e in legend] == [("n0", 1), ("n2", 2), ("no label", 1)]
+    assert [(e.name, e.count) for e in legend] == [("n0", 1), ("n2", 2), ("no label", 1)]
     assert colours[0] == colours[3] and len(set(colours)) == 3
     colours, legend = feature_map.colour(np.arange(30), names)
     assert len(legend) == 30 and len(set(colours)) == 30
@@ -351,10 +351,10 @@ def test_same_class_by_hand():
 def test_atlas_holds_each_image_in_its_cell():
     rng = np.random.default_rng(0)
     images = np.broadcast_to(rng.integers(0, 256, (5, 1, 1, 3), dtype=np.uint8), (5, 20, 20, 3))
-    found = inline.atlas(images)
-    data = base64.b64decode(found["uri"].partition(",")[2])
+    uri, cells = inline.atlas(images)
+    data = base64.b64decode(uri.partition(",")[2])
     sheet = np.asarray(Image.open(io.BytesIO(data))).astype(int)
-    cell, columns = found["cell"], found["columns"]
+    cell, columns = cells["cell"], cells["columns"]
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         corner = sheet[row * cell : row * cell + 20, column * cell : column * cell + 20]

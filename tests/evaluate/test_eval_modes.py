@@ -318,7 +318,7 @@ def test_mistakes(opened, workdir, tmp_path):
 
 
 def test_data_sets_of_transfer(tmp_path):
-    own = transfer_mode.DataSet("fake", "a", "b")
+    own = transfer_mode.Dataset("fake", "a", "b")
 
     def parse(text):
         return [tuple(vars(d).values()) for d in transfer_mode.parse(text, own)]

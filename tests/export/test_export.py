@@ -297,8 +297,11 @@ def test_only_what_is_asked_for_and_where(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"export__format": "onnx"}, "format='onnx': expected some of safetensors, npz, stablehlo"),
-        ({"export__format": ","}, "format=',': expected some of"),
+        (
+            {"export__format": "onnx"},
+            "format='onnx': expected one or more of safetensors, npz,",
+        ),
+        ({"export__format": ","}, "format=',': expected one or more of"),
         ({"features": "pixels"}, "features='pixels' has no weights to export"),
     ],
 )

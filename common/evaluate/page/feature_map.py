@@ -1,28 +1,110 @@
-"""Features in two dimensions, to be looked at: t-SNE, and a colour for each class."""
+"""A map of features in two dimensions: t-SNE, and a colour for each class."""
+
+import dataclasses
+import math
 
 import numpy as np
 
-# Twenty colours that can be told apart, on white and on near-black alike.
+# Twenty distinguishable colours, on white and on near-black.
 PALETTE = (
     "#4c78d8", "#f28e2b", "#3ba55a", "#e0474c", "#9461c7", "#a0673f", "#e377c2", "#8a8f98",
     "#b8a818", "#1fb0c9", "#8fb4f5", "#c4560a", "#8fd08a", "#f59a9a", "#c9aee8", "#6b7a0f",
     "#f2b6d8", "#0f7d6c", "#d9b380", "#5a4fcf",
 )  # fmt: skip
 UNLABELLED = "#8a8f98"
-_PCA = 50  # t-SNE is run on so many principal components at most, as its authors do
+_PCA = 50  # t-SNE gets at most this many principal components, as its authors do
 _PERPLEXITY = 30.0
 _FEW = 10  # images; t-SNE needs neighbourhoods
 
 
-def place(features: np.ndarray, seed: int) -> np.ndarray:
-    """Lays rows out in the plane so that neighbours stay neighbours.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A class in the legend, and how many points it has; `label` is -1 for those without one."""
 
-    t-SNE (van der Maaten & Hinton 2008) of unit-length features, started from their principal
+    name: str
+    label: int
+    colour: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """What the page draws of n images.
+
+    Attributes:
+        points: `(x, y, colour, label)` of each; x in [10, 990], y in [10, height - 10].
+        height: of the drawing.
+        names: of each.
+        class_names: of the labels 0, 1, ...
+        legend: the classes that occur.
+        collapsed: whether all features are equal.
+        spread: of the features: about 1 where they fill the sphere, 0 where they are equal; see
+            `method.embedding_metrics`.
+        agreement: see `same_class`.
+    """
+
+    points: list[tuple[float, float, str, int]]
+    height: int
+    names: list[str]
+    class_names: tuple[str, ...]
+    legend: list[Entry]
+    collapsed: bool
+    spread: float
+    agreement: tuple[float, float] | None
+
+    @property
+    def distinct(self) -> bool:
+        """Whether each class has a colour of its own."""
+        return sum(entry.label >= 0 for entry in self.legend) <= len(PALETTE)
+
+
+def make(
+    features: np.ndarray,
+    labels: np.ndarray,
+    nearest: np.ndarray | None,
+    names: list[str],
+    class_names: tuple[str, ...],
+    seed: int,
+) -> Map:
+    """Makes a map.
+
+    Args:
+        features: `[n, d]`, any real type.
+        labels: int `[n]`, -1 where unlabelled.
+        nearest: int `[n]`, the row of the features nearest to each; None for a single row.
+        names: of the images.
+        class_names: of the labels 0, 1, ...
+        seed: of t-SNE.
+    """
+    xy = project(features, seed)
+    xy = 10 + 980 * (xy - xy.min(0) if len(xy) > 1 else xy)
+    colours, legend = colour(labels, class_names)
+    unit = features.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    return Map(
+        points=[
+            (round(float(x), 1), round(float(y), 1), c, int(label))
+            for (x, y), c, label in zip(xy, colours, labels, strict=True)
+        ],
+        height=max(300, math.ceil(xy[:, 1].max()) + 10),
+        names=names,
+        class_names=class_names,
+        legend=legend,
+        collapsed=bool(len(xy) > 1 and np.ptp(xy) == 0),
+        spread=float(unit.std(0).mean() * math.sqrt(unit.shape[1])),
+        agreement=None if nearest is None else same_class(nearest, labels),
+    )
+
+
+def project(features: np.ndarray, seed: int) -> np.ndarray:
+    """Projects rows to the plane so that neighbours stay neighbours.
+
+    t-SNE (van der Maaten & Hinton 2008) of unit-length features, initialised with their principal
     components. Distances between groups and the sizes of groups mean little in such a map.
 
     Args:
         features: `[n, d]`, any real type.
-        seed: of t-SNE; the same map each time.
+        seed: of t-SNE; the same one gives the same map.
 
     Returns:
         float `[n, 2]` in [0, 1], centred; all 0.5 where the rows are the same.
@@ -40,62 +122,56 @@ def place(features: np.ndarray, seed: int) -> np.ndarray:
     k = min(_PCA, n, d)
     rows = PCA(k, svd_solver="full", random_state=seed).fit_transform(rows)
     if n < _FEW or k < 2:
-        places = np.pad(rows, ((0, 0), (0, 2)))[:, :2]
+        xy = np.pad(rows, ((0, 0), (0, 2)))[:, :2]
     else:
         perplexity = min(_PERPLEXITY, (n - 1) / 3)
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-        with threadpool_limits(1):  # sums in one order: the same map on any number of cores
-            places = tsne.fit_transform(rows)
-    middle = (places.max(0) + places.min(0)) / 2
-    return 0.5 + (places - middle) / max(np.ptp(places, axis=0).max(), 1e-12)
+        with threadpool_limits(1):  # a fixed order of sums: the same map on any number of cores
+            xy = tsne.fit_transform(rows)
+    middle = (xy.max(0) + xy.min(0)) / 2
+    return 0.5 + (xy - middle) / max(np.ptp(xy, axis=0).max(), 1e-12)
 
 
-def colour(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[list[str], list[dict]]:
-    """Gives each point a colour, and each colour a line in the legend.
+def colour(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[list[str], list[Entry]]:
+    """Assigns a colour to each point, and an entry in the legend to each class.
 
     Args:
         labels: int `[n]`, -1 where unlabelled.
         class_names: of the labels 0, 1, ...
 
     Returns:
-        The colour of each point, and the legend: a `{"name", "label", "colour", "count"}` for
-        each class that occurs. Up to 20 classes have the colours of `PALETTE`; of more, colours
-        run around the colour circle in the order of the classes.
+        The colour of each point, and the legend of the classes that occur. Up to 20 classes get
+        the colours of `PALETTE`; more of them run around the colour wheel in their order.
     """
     present, counts = np.unique(labels, return_counts=True)
     classes = [int(c) for c in present if c >= 0]
     colours = dict(zip(classes, PALETTE, strict=False))
     if len(classes) > len(PALETTE):
-        # not the whole circle: the first and the last class must not look the same
+        # not all of the wheel: the first and the last class must not look alike
         colours = {c: f"hsl({i * 320 // len(classes)} 70% 55%)" for i, c in enumerate(classes)}
     colours[-1] = UNLABELLED
     legend = [
-        {
-            "name": class_names[c] if c >= 0 else "no label",
-            "label": int(c),
-            "colour": colours[int(c)],
-            "count": int(count),
-        }
+        Entry(class_names[c] if c >= 0 else "no label", int(c), colours[int(c)], int(count))
         for c, count in zip(present, counts, strict=True)
     ]
-    legend.sort(key=lambda entry: (entry["label"] < 0, entry["label"]))
+    legend.sort(key=lambda entry: (entry.label < 0, entry.label))
     return [colours[int(c)] for c in labels], legend
 
 
 def same_class(nearest: np.ndarray, labels: np.ndarray) -> tuple[float, float] | None:
-    """How often the nearest other point has the class of a point, and how often any other has.
+    """How often the nearest other point has the class of a point, and how often a random one has.
 
     Args:
-        nearest: int `[n]`, the place of each point's nearest neighbour.
+        nearest: int `[n]`, the row of each point's nearest neighbour.
         labels: int `[n]`, -1 where unlabelled, which does not count.
 
     Returns:
-        Both shares in [0, 1], or None with fewer than two labelled points.
+        Both fractions in [0, 1], or None with fewer than two labelled points.
     """
     known = labels >= 0
     n = int(known.sum())
     if n < 2:
         return None
     counts = np.unique(labels[known], return_counts=True)[1].astype(np.float64)
-    share = float((labels == labels[nearest])[known].mean())
-    return share, float((counts * (counts - 1)).sum() / (n * (n - 1)))
+    near = float((labels == labels[nearest])[known].mean())
+    return near, float((counts * (counts - 1)).sum() / (n * (n - 1)))

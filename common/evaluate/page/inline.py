@@ -8,16 +8,16 @@ import numpy as np
 _EXACT = 48  # pixels; images up to here keep every pixel (PNG)
 _SHOWN = 112  # side of an image in a grid, at most
 _THUMBNAIL = 48  # in the atlas
-_BLOCK = 16  # JPEG's: cells of whole blocks do not bleed into each other
+_BLOCK = 16  # JPEG's; cells of whole blocks do not bleed into each other
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """An image file, as what an `<img src>` takes."""
+    """The bytes of an image file as the `src` of an `<img>`."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def image_uri(image: np.ndarray) -> str:
-    """One uint8 image `[h, w, 3]`, as what an `<img src>` takes."""
+    """A uint8 image `[h, w, 3]` as the `src` of an `<img>`."""
     from PIL import Image
 
     picture, buffer = Image.fromarray(image), io.BytesIO()
@@ -42,14 +42,15 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(x).resize(size)) for x in images])
 
 
-def atlas(images: np.ndarray) -> dict:
+def atlas(images: np.ndarray) -> tuple[str, dict[str, int]]:
     """Many small images as one JPEG.
 
     Args:
         images: uint8 `[n, h, w, 3]`.
 
     Returns:
-        {"uri", "columns", "rows", "cell" (pixels from one to the next), "side" (of an image)}.
+        The data URI, and `{"columns", "rows", "cell", "side"}`: the grid, the pixels from one image
+        to the next, and the larger side of an image.
     """
     from PIL import Image
 
@@ -63,10 +64,5 @@ def atlas(images: np.ndarray) -> dict:
     tiles = tiles.reshape(rows, columns, cell, cell, 3).swapaxes(1, 2)
     sheet, buffer = Image.fromarray(tiles.reshape(rows * cell, columns * cell, 3)), io.BytesIO()
     sheet.save(buffer, "JPEG", quality=80, subsampling=0)
-    return {
-        "uri": data_uri(buffer.getvalue(), "jpeg"),
-        "columns": columns,
-        "rows": rows,
-        "cell": cell,
-        "side": max(h, w),
-    }
+    cells = {"columns": columns, "rows": rows, "cell": cell, "side": max(h, w)}
+    return data_uri(buffer.getvalue(), "jpeg"), cells
