@@ -28,6 +28,17 @@ def test_the_tests_that_a_page_names_are_there():
         assert f"def {name}(" in code if name else code, (file, name)
 
 
+def test_the_files_that_a_page_names_are_there():
+    pattern = re.compile(
+        r"\b(?:common|configs|simclr_jax|moco_jax|benchmarks|tests)/[\w/]+\.(?:py|toml)"
+    )
+    pages = [page for page in DOCS.glob("**/*.md") if page.name != "adding_a_method.md"]
+    named = {name for page in [*pages, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+             for name in pattern.findall(page.read_text())}  # fmt: skip
+    assert len(named) > 30
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
