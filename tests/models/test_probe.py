@@ -1,4 +1,4 @@
-"""The online probe against NumPy, and that nothing of it reaches the encoder."""
+"""The online probe against NumPy, and without effect on the encoder."""
 
 import jax
 import jax.numpy as jnp
