@@ -34,6 +34,6 @@ class Keep:
                 if self._scores.get(step) is None:
                     self._scores[step] = self._score(step)
             scored = [s for s in steps[:-1] if self._scores[s] is not None]
-            # of equals the older: it stays what it was
+            # of equal scores the older one: the choice then stays the same
             stay |= set(sorted(scored, key=lambda s: (-self._scores[s], s))[: self._best])
         return [c.step in stay for c in checkpoints]

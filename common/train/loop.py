@@ -99,7 +99,7 @@ def train(
         Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints,
     ):
         moved, ended = moved_from(config, workdir), checkpoints.latest_step == total
-        noted = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
+        noted = (checkpoints.position(step) for step in reversed(checkpoints.all_steps()) if step)
         # before minutes of compiling, and before arrays of other shapes seem to be damaged
         if (moved or not ended) and (known := next(filter(None, noted), None)):
             same_data(known, train_source, moved)
