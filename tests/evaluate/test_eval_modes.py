@@ -302,7 +302,7 @@ def test_mistakes(opened, workdir, tmp_path):
     fails("layer 'head9' is unknown: choose one of backbone, head1", layer="head9")
     fails("less than one image a class", finetune__fraction=0.01)
     fails("needs a network", features="pixels")
-    fails("eval.finetune.epochs=-1 is no step", finetune__epochs=-1)
+    fails("eval.finetune.epochs=-1 is less than one step", finetune__epochs=-1)
     fails("raw pixels: use cached", mode="linear_eval", features="pixels",
           linear__variant="augmented")  # fmt: skip
     fails('"cashed" is unknown.*"cached"', mode="linear_eval", linear__variant="cashed")

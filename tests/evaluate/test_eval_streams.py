@@ -40,15 +40,15 @@ def opened(folder, monkeypatch, tmp_path):
 
 @pytest.fixture
 def ids(monkeypatch):
-    """Places in their source of all examples of training batches, batch by batch."""
-    seen, inner = [], pipeline.train_batches
+    """Indices into their source of all examples of training batches, batch by batch."""
+    seen, inner = [], pipeline.Batches.take
 
-    def spied(*args, **options):
-        for batch in inner(*args, **options):
-            seen.append(batch["ids"])
-            yield batch
+    def spied(self, steps):
+        ids, batch = inner(self, steps)
+        seen.extend(ids)
+        return ids, batch
 
-    monkeypatch.setattr(pipeline, "train_batches", spied)
+    monkeypatch.setattr(pipeline.Batches, "take", spied)
     return seen
 
 
