@@ -1,4 +1,4 @@
-"""`--mode=embed`: what is in the files, and what may be in the page."""
+"""`--mode=embed`: the contents of the files, and what may appear in the page."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ def eval_settings(**changes) -> ConfigDict:
 
 
 def make_run(workdir, **changes) -> None:
-    """A workdir as a run leaves it, but for the checkpoint."""
+    """A workdir as a run leaves it, except for the checkpoint."""
     workdir.mkdir()
     c = tiny.config("simclr", **changes)
     (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
@@ -99,7 +99,7 @@ def test_npz_holds_the_features_in_order(labelled):
     assert features.dtype == np.float32 and ids.dtype == np.int64
     assert about["features"] == "untrained" and about["split"] == "test"
     assert (record["examples"], record["labelled"]) == (6, 6)
-    assert len(np.unique(features.round(4), axis=0)) == 6  # six images, none taken for another
+    assert len(np.unique(features.round(4), axis=0)) == 6  # six images, none mistaken for another
 
 
 def test_parquet_holds_the_same(labelled):
@@ -158,11 +158,11 @@ def test_page_escapes_and_is_self_contained(labelled):
             assert attributes.get(name, "data:").startswith("data:")
     assert all(url.startswith("data:") for url in re.findall(r"url\(['\"]?([^)]{5})", text))
     assert "http://" not in text and "https://" not in text
-    assert str(workdir.parent) not in text  # whose disk it was is nobody's business
+    assert str(workdir.parent) not in text  # a page that is shared reveals no disk layout
     assert sum(tag == "circle" and "data-label" in a for tag, a in page.elements) == 6
 
 
-def test_page_says_the_numbers(labelled):
+def test_page_reports_the_numbers(labelled):
     page = Page((labelled[0] / "report.html").read_text())
     text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
@@ -230,7 +230,7 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
 
 
 def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
-    """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
+    """The others keep their rows, labels and names; the damaged ones are listed everywhere."""
     names = [f"{i}.png" for i in range(7)]
     for k in (0, 1):
         write_images(tmp_path / "photos" / "test" / f"kind{k}", names, seed=k)

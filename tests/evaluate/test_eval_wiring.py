@@ -1,6 +1,6 @@
 """Which rows each mode of evaluation fits, chooses by and scores, and which label goes with which.
 
-Solvers are replaced by ones that note what they were given.
+Solvers are replaced by ones that record what they were given.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Probed(State):
 
 @dataclasses.dataclass
 class Solver:
-    """Stands in for both solvers, and notes what they are given.
+    """Replaces both solvers, and records what they are given.
 
     Attributes:
         fits: `(ids, labels, mean, scale)` of each fit; the last two are None for L-BFGS.
@@ -98,7 +98,7 @@ def solver(monkeypatch):
 
 
 def check_chosen_on_held_out_rows(solver, width=1.0):
-    """Fitted on some rows, chosen by the others, fitted to all; SGD standardised by the fitted."""
+    """Fitted on some rows, chosen on the others, fitted to all; SGD standardises by those fitted."""
     features, labels = table("train")
     (first, _, *_), (second, *_) = solver.fits
     ((held, _),) = solver.choices

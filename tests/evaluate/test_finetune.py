@@ -34,7 +34,7 @@ def opened(monkeypatch, tmp_path):
 
 
 class Tuner:
-    """Stands in for `Finetuner`, and notes what it is given."""
+    """Replaces `Finetuner`, and records what it is given."""
 
     def __init__(self, config, mesh, layer, num_classes, tx):
         self.given = {"layer": layer, "tx": tx}

@@ -1,4 +1,4 @@
-"""The evaluator of a run: which examples it takes, and that its scores are those of an oracle."""
+"""The evaluator of a run: which examples it uses, and its scores against an oracle."""
 
 import logging
 
@@ -38,7 +38,7 @@ jax.tree_util.register_pytree_node(State, lambda s: ((s.probe,), None), lambda _
 
 
 def source(n, seed, labels=None, split="train"):
-    """Noisy pictures of three kinds, sorted by label, as a folder is."""
+    """Noisy pictures of three classes, sorted by label, as a folder is."""
     rng = np.random.default_rng(seed)
     known = np.sort(rng.integers(0, CLASSES, n)).astype(np.int32)
     kinds = np.random.default_rng(9).integers(0, 256, (CLASSES, 8, 8, 3))
@@ -110,7 +110,7 @@ def test_a_bank_of_some_examples_has_all_classes_on_any_hardware(devices, batch)
 
 
 def test_a_split_without_labels_of_a_set_with_classes(caplog):
-    """STL10's unlabelled images, or ImageNet's test set: no score, and one word about it."""
+    """STL10's unlabelled images, or ImageNet's test set: no score, and a warning."""
     none = np.full(N, -1, np.int32)
     for bank, test in ((source(N, 1, none), source(21, 2)), (source(N, 1), source(N, 2, none))):
         score = evaluator(bank, test)
