@@ -98,7 +98,7 @@ def solver(monkeypatch):
 
 
 def check_chosen_on_held_out_rows(solver, width=1.0):
-    """Fitted on some rows, chosen on the others, fitted to all; SGD standardises by those fitted."""
+    """Fitted on some rows, chosen on the others, then to all; SGD standardises by those fitted."""
     features, labels = table("train")
     (first, _, *_), (second, *_) = solver.fits
     ((held, _),) = solver.choices
