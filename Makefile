@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: demo demo-moco pod-sim test test-long test-tpu test-notebook test-torch mutants lint docs clean
 
 # The marker is written last, so that an interrupted installation is repeated.
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements/run.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements.txt
 	touch $@
@@ -82,6 +82,7 @@ mutants: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The documentation site, into site/; needs no network once the packages are there.
 $(VENV)/docs: docs/requirements.txt
@@ -93,4 +94,4 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache site
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache site

@@ -18,10 +18,11 @@ from common import distributed
 from common.cli import command_line, modes
 from common.data.sources import shards
 from common.errors import UserError, one_of
+from common.evaluate.online import make_evaluator
 from common.plan.plan import plan
 from common.run import files
 from common.run.writer import NonFiniteLossError
-from common.train.first_state import import_weights
+from common.train.import_weights import import_weights
 from common.train.loop import train
 from common.train.preemption import PreemptedError
 from common.train.replay import replay
@@ -56,7 +57,7 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
     elif f.mode == "import":
         import_weights(method, f.config, f.workdir)
     else:
-        train(method, f.config, f.workdir)
+        train(method, f.config, f.workdir, make_evaluator)
 
 
 def run() -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz_images --files=10000 [--seed=0]
 
-Each file is a good one of some kind with a few bytes flipped, cut, copied, zeroed or exchanged.
+Each file is a valid one with a few bytes flipped, cut, copied, zeroed or exchanged.
 One epoch of training views and one of evaluation images are read with
 `data.on_corrupt="replace"`; a JSON line says how many files loaded and how many were replaced.
 """
@@ -22,8 +22,8 @@ from PIL import Image
 
 from common.data.sources.opening import open_source
 
-PER_FOLDER = 500  # so that a bad file costs the reading of few others
-SECONDS = 600  # without a batch are a hang
+PER_FOLDER = 500  # so that few files are read again because of a bad one
+SECONDS = 600  # without a batch: a hang
 
 
 def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
@@ -61,7 +61,7 @@ def originals(rng: np.random.Generator) -> list[tuple[str, bytes]]:
 
 
 def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
-    """A copy with one to four faults."""
+    """A damaged copy, with one to four faults."""
     out = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         if not out:
@@ -102,7 +102,7 @@ def read(folder: pathlib.Path, count: int) -> int:
     assert source.num_examples == count
     batches = pipeline.train_batches(source, c, rows=np.arange(20))
     for _ in range(count // 20):
-        faulthandler.dump_traceback_later(SECONDS, exit=True)  # begins anew with each batch
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # restarted for each batch
         batch = next(batches)
         assert batch["images"].shape == (20, 2, 16, 16, 3)
     plan = [np.arange(i, i + 20) for i in range(0, count, 20)]
@@ -115,7 +115,7 @@ def read(folder: pathlib.Path, count: int) -> int:
 
 
 def fuzz(files: int, seed: int) -> dict:
-    """Makes and reads `files` files; returns what was seen."""
+    """Writes and reads `files` files; returns the counts."""
     rng, begin, replaced, done = np.random.default_rng(seed), time.monotonic(), 0, 0
     good = originals(rng)
     while done < files:
@@ -124,7 +124,7 @@ def fuzz(files: int, seed: int) -> dict:
             folder = pathlib.Path(scratch)
             for i in range(count):
                 suffix, data = good[int(rng.integers(len(good)))]
-                # one in twenty stays good, so that there is always one to put in place of a bad one
+                # one in twenty stays valid, so that a replacement can always be found
                 data = data if i % 20 == 0 else mutate(data, [d for _, d in good], rng)
                 (folder / f"{i:04}.{suffix}").write_bytes(data)
             replaced += read(folder, count)

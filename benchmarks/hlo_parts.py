@@ -1,8 +1,8 @@
-"""Of which part of a training step each instruction of a compiled program is.
+"""Assigns each instruction of a compiled training step to a part of the step.
 
 XLA keeps the path of names under which JAX traced an operation (`op_name`): the scopes of
-`common/train/dispatch.py`, `common/method.py` and the losses, Flax's modules, and in the end the
-primitive. The backward pass has the same path, in `transpose(jvp(...))`.
+`common/train/dispatch.py`, `common/method.py` and the losses, Flax's modules, then the primitive.
+The backward pass has the same path, in `transpose(jvp(...))`.
 """
 
 import re
@@ -13,7 +13,7 @@ CONVOLUTIONS, NORMS, PRODUCTS, COPIES = "convolutions", "norms", "other products
 OTHER = "other"
 SCOPES = ("augmentation", "loss", "probe", "update")  # of `jax.named_scope`
 ROWS = (CONVOLUTIONS, NORMS, "augmentation", "loss", PRODUCTS, "probe", "update", COPIES, OTHER)
-AROUND = "around"  # an instruction that only runs others, which are instructions of their own
+AROUND = "around"  # an instruction that only runs others, which are counted themselves
 
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$|^(?:ENTRY )?%?([\w.-]+)\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
@@ -22,7 +22,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CALLS = re.compile(r"\bcalls=%?([\w.-]+)")
 _NORM = re.compile(r"(?:\w+_)?bn\d*")  # as the networks name their batch norms
 _COPY = {"copy", "copy-start", "copy-done", "slice-start", "slice-done", "transpose"}
-# with nothing but these beside a copy, a fusion is a copy
+# a fusion of a copy with only these is a copy
 _MOVES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "convert"}
 
 
@@ -37,11 +37,12 @@ class _Instruction(NamedTuple):
 def categories(text: str) -> dict[str, str]:
     """The category, one of `ROWS` or `AROUND`, of every instruction by its name.
 
-    A fusion is what its heaviest instruction is: a convolution, else a product, else what its own
-    path says, else what most of its instructions are that are anything: a ReLU fused with a batch
-    norm counts as norm. What scopes hold is of their part, products and convolutions too. Products
-    inside the backbone are 1 x 1 convolutions (`common/models/fold.py`) and count as such.
-    "other" is the rest: ReLU, sums of residual blocks, pooling, standardising the images.
+    A fusion has the category of its heaviest instruction: a convolution, else a product, else that
+    of its own path, else the most frequent one of its instructions other than "other": a ReLU fused
+    with a batch norm counts as norm. Everything in a scope belongs to its part, products and
+    convolutions too. Products inside the backbone are 1 x 1 convolutions (`common/models/fold.py`)
+    and count as such. "other" is the rest: ReLU, sums of residual blocks, pooling, standardising
+    the images.
 
     Args:
         text: `compiled.as_text()`, of a CPU, GPU or TPU.
@@ -105,15 +106,15 @@ def _of(i: _Instruction, computations: dict[str, list[_Instruction]], found: dic
 
 
 def _alone(i: _Instruction) -> str:
-    """By the instruction itself, whatever it calls."""
+    """The category of the instruction itself, without what it calls."""
     scope = next((part for part in i.path if part in SCOPES), None)
     if scope and (i.opcode not in _COPY or i.opcode == "transpose"):
         return scope
-    if i.opcode in _COPY:  # a plain copy is XLA's, and bears the path of what it copies
+    if i.opcode in _COPY:  # inserted by XLA, with the path of what it copies
         return COPIES
     convolves = i.opcode == "convolution" or "conv" in i.target
     if convolves or i.opcode == "dot" or re.search("gemm|matmul", i.target):
-        # the opcode does not tell: a TPU's products are convolutions, some convolutions products
+        # the opcode is no guide: a TPU's products are convolutions, and some convolutions products
         inside = "backbone" in i.path or "conv_general_dilated" in i.path
         return CONVOLUTIONS if inside or (convolves and not i.path) else PRODUCTS
     if any(_NORM.fullmatch(part) for part in i.path):

@@ -1,20 +1,20 @@
-"""Pairs (one photograph, two views) a second: this input pipeline beside PIL and torchvision.
+"""Pairs (one photograph, two views) a second: this input pipeline, PIL and torchvision.
 
     python -m benchmarks.input_pipeline [--images=64] [--rounds=5] [--size=224] [--preset=simclr]
 
-JPEGs of 500 x 375 are made from gradients and noise. Every contestant makes two views of each of
-them, in turn and several times; what counts are medians of one run and their ratios.
+JPEGs of 500 x 375 are made from gradients and noise. Every contestant makes two views of each, in
+turns and repeatedly; the results are medians of one run and their ratios.
 
     host      all operations in TensorFlow on the host (`data.augment_on="host"`)
-    both      what is left for the host when colour and blur run on the device ("both")
-    device    those, in JAX on this machine's first device
-    resident  "device": all operations in JAX, on images of 32 pixels that are in its memory
-    PIL       SimCLR's transform in PIL with two processes, written here; they return a number only
+    both      the host's part when colour and blur run on the device ("both")
+    device    the device's part of it, in JAX on this machine's first device
+    resident  "device": all operations in JAX, on images of 32 pixels in device memory
+    PIL       SimCLR's transform in PIL with two processes, written here; they return only a number
     torch     torchvision's transforms in a DataLoader with two processes, where it is installed
-    peers     those with Pillow's blur in place of torchvision's, as lightly and solo-learn have it
+    peers     the same with Pillow's blur instead of torchvision's, as in lightly and solo-learn
 
-With --train, the demo (embedded images, its small network) is trained for some steps with each
-`data.augment_on` as well.
+With --train, the demo (embedded images, its small network) is also trained for that many steps
+with each `data.augment_on`.
 """
 
 import argparse
@@ -33,14 +33,15 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import peer_views
-from common.data.sources.opening import default_config, open_source
+from common.config import section
+from common.data.sources.opening import open_source
 
 WIDTH, HEIGHT = 500, 375
-AHEAD = 8  # batches that are not counted: tf.data and a DataLoader make some before they are asked
+AHEAD = 8  # batches not counted: tf.data and a DataLoader prefetch
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEGs that compress about as photographs do: smooth colours, edges and some noise."""
+    """JPEGs that compress about as photographs do: smooth colours, edges and noise."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
     files = []
@@ -57,7 +58,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Callable[[], float]:
-    """Pairs a second that the input pipeline makes, once what it had made ahead is used up."""
+    """Pairs a second of the input pipeline, after its prefetched batches."""
     from common.data.feed import pipeline
 
     config = settings(size, preset, where, f"folder:{directory}", n)
@@ -82,7 +83,7 @@ def rate(batches: Iterator, n: int, b: int) -> float:
 
 
 def batch_size(n: int) -> int:
-    """Images of a batch, of all contestants that make batches."""
+    """Batch size of all contestants that make batches."""
     return min(8, n)
 
 
@@ -90,13 +91,11 @@ def settings(size: int, preset: str, where: str, source: str, n: int):
     """The part of a config that the pipeline reads."""
     from ml_collections import ConfigDict
 
-    from common.data.augment import presets
-
     config = ConfigDict({"seed": 0, "batch_size": batch_size(n), "steps_per_dispatch": 1})
-    config.data = default_config(source, size)
+    config.data = section("data", source=source, image_size=size)
     config.data.augment_on = where
-    config.augment = presets.default_config(preset)
-    config.augment_view2 = presets.default_config(None)
+    config.augment = section("augment", preset=preset)
+    config.augment_view2 = section("augment_view2")
     return config
 
 
@@ -129,6 +128,7 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
 
 def trained(where: str, steps: int) -> float:
     """Pairs a second of the demo's training, end to end."""
+    from common.evaluate.online import make_evaluator
     from common.train.loop import train
     from configs import simclr_demo
     from simclr_jax.method import SimCLR
@@ -138,17 +138,17 @@ def trained(where: str, steps: int) -> float:
     config.data.test_split, config.data.augment_on = "", where
     config.checkpoint.every, config.evaluate.pictures = "0 steps", False
     with tempfile.TemporaryDirectory() as workdir:
-        return train(SimCLR, config, workdir)["images_per_second"]
+        return train(SimCLR, config, workdir, make_evaluator)["images_per_second"]
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--preset", default="simclr")
-    parser.add_argument("--train", type=int, default=0, help="steps, for each place")
+    parser.add_argument("--train", type=int, default=0, help="steps, for each `data.augment_on`")
     options = parser.parse_args()
     n, size, preset = options.images, options.size, options.preset
     files = photographs(n)

@@ -1,11 +1,11 @@
-"""What `data.jpeg="exact"` costs and what "fast" is off by, beside Pillow.
+"""The cost of `data.jpeg="exact"` and the error of "fast", compared with Pillow.
 
     python -m benchmarks.jpeg [--folder=PATH] [--images=64] [--rounds=9] [--size=224]
 
-JPEGs are those of `benchmarks.input_pipeline`, or some of a folder. The decoder alone is measured
-in CPU time, both ways in turn for each file; the input pipeline (host's part, "both") in pairs a
-second. Ratios are medians of the quotient within a round. The levels are those of all pixels,
-against Pillow's.
+JPEGs are those of `benchmarks.input_pipeline`, or from a folder. The decoder alone is measured in
+CPU time, both settings in turns for each file; the input pipeline (host's part, "both") in pairs a
+second. Ratios are medians of the quotient within a round. Errors are in levels of 255, over all
+pixels.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from common.data.sources.opening import open_source
 
 
 def in_turn(decoders: dict[str, Callable], files: list[bytes]) -> dict[str, float]:
-    """CPU seconds that each decoder takes for all files."""
+    """CPU seconds of each decoder for all files."""
     total = dict.fromkeys(decoders, 0.0)
     for data in files:
         for kind, decode in decoders.items():
@@ -36,7 +36,7 @@ def in_turn(decoders: dict[str, Callable], files: list[bytes]) -> dict[str, floa
 
 
 def difference(files: list[bytes], decode: Callable) -> tuple[int, np.ndarray]:
-    """The largest difference to Pillow's pixels, and the mean one of each channel."""
+    """The largest difference from Pillow's pixels, and the mean of each channel."""
     worst, total, pixels = 0, np.zeros(3), 0
     for data in files:
         want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)

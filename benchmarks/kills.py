@@ -1,10 +1,10 @@
-"""SIGKILL at random moments of a short run, half of them inside a save, until it has ended.
+"""SIGKILL at random moments of a short run, half of them during a save, until it has ended.
 
     python -m benchmarks.kills --method=moco --kills=50 [--seed=0] [--out=DIR]
 
-The run that was killed again and again has to end with the parameters, the optimiser's state, the
-queue and the log lines of one that was left alone, to the last bit. One JSON line says what was
-seen; the exit status is 1 if anything differs.
+The run that was killed repeatedly must end with the parameters, the optimiser's state, the queue
+and the log lines of an undisturbed run, to the last bit. One JSON line has the result; the exit
+status is 1 if anything differs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 def make_config(method: str):
-    """A small network on random images, with a checkpoint after each second step."""
+    """A small network on random images, with a checkpoint every second step."""
     from common.config import base_config
     from main import METHODS
 
@@ -56,10 +56,11 @@ def start(method: str, workdir: pathlib.Path) -> int:
     try:
         log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
+        from common.evaluate.online import make_evaluator
         from common.train.loop import train
         from main import METHODS
 
-        train(METHODS[method], make_config(method), workdir)
+        train(METHODS[method], make_config(method), workdir, make_evaluator)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -88,7 +89,7 @@ def kill_one(method: str, workdir: pathlib.Path, inside: bool, rng: random.Rando
     """Starts the run and kills it; returns "inside", "between" or "ended"."""
     child = start(method, workdir)
     first = newest(workdir)
-    # inside: while the 1st, 2nd ... save goes on; else some time after the 0th, 1st ... one
+    # inside: during the 1st, 2nd ... save; else at a random time after the 0th, 1st ... one
     saves = rng.randint(1, 4) if inside else rng.randint(0, 4)
     moment = None
     while True:
@@ -111,14 +112,14 @@ def kill_one(method: str, workdir: pathlib.Path, inside: bool, rng: random.Rando
 
 
 def finish(method: str, workdir: pathlib.Path) -> None:
-    """Lets the run come to its end."""
+    """Continues the run to its end."""
     _, status = os.waitpid(start(method, workdir), 0)
     if status:
         raise RuntimeError(f"it failed by itself: see {workdir}.log")
 
 
 def content(workdir: pathlib.Path) -> tuple[dict, list]:
-    """All arrays of the last checkpoint, and the log without its clock."""
+    """All arrays of the last checkpoint, and the log without times."""
     from common.run import jsonl
     from common.run.checkpoint import Checkpoints
     from common.run.writer import TIMING_KEYS
@@ -134,7 +135,7 @@ def campaign(method: str, kills: int, seed: int, directory: pathlib.Path) -> dic
     """Kills runs of a method until `kills` are reached, lets each end, and compares.
 
     Returns:
-        Counts, and `differing`: the names of arrays (or "log") that differ from the run left alone.
+        Counts, and `differing`: the names of arrays (or "log") that differ from an undisturbed run.
     """
     rng, counts = random.Random(seed), {"inside": 0, "between": 0, "ended": 0}
     runs, whole = [], directory / f"{method}_whole"
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--method", default="simclr", choices=("simclr", "moco"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="where the runs and their logs stay; default: nowhere")
+    parser.add_argument("--out", help="keep the runs and their logs there; default: delete them")
     options = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.loss [--rows=1024,8192,16384] [--blocks=256,512,1024,2048]
 
-Times are of value and gradient, in turns, on one device; full logits are what one writes first (one
-matrix, a mask, logsumexp), and `optax.losses.ntxent`. Memory is what the compiler reserves beside
-arguments and results, of programs that are compiled only, up to 2N = 131,072 where full logits
-would take 69 GB. Simulated devices share one CPU: their times would mean nothing.
+Times are for value and gradient, in turns, on one device; full logits are the obvious code (one
+matrix, a mask, logsumexp), and `optax.losses.ntxent`. Memory is what the compiler reserves besides
+arguments and results, for programs that are only compiled, up to 2N = 131,072, where full logits
+would take 69 GB. Simulated devices share one CPU, so they are not timed.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from common.sharding import batch_sharding, make_mesh
 from simclr_jax.loss import nt_xent_with_metrics
 
 DIM, TEMPERATURE = 128, 0.1
-OPTAX_ROWS = 1024  # it makes the products [2n, 2n, d] before it sums them
-LIMIT = 4e9  # bytes: what takes more is compiled, but not run
+OPTAX_ROWS = 1024  # it materialises the products [2n, 2n, d] before summing them
+LIMIT = 4e9  # bytes: programs that take more are compiled but not run
 MEMORY_ROWS, DEVICES = (8192, 32_768, 131_072), (1, 2, 4, 8)
 
 

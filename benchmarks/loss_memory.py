@@ -1,4 +1,4 @@
-"""Memory that the losses and their gradients need beside their arguments.
+"""Memory that the losses and their gradients need besides their arguments.
 
     python -m benchmarks.loss_memory
 
@@ -16,7 +16,7 @@ DIM = 128
 
 
 def mib(loss, *shapes) -> tuple[float, float]:
-    """MiB of the arguments, and of everything that is held at once beside them."""
+    """MiB of the arguments, and the peak besides them."""
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     found = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().memory_analysis()
     return found.argument_size_in_bytes / 2**20, found.temp_size_in_bytes / 2**20

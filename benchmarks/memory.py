@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --steps=3000 --since=500
 
-trains on the embedded images through the whole host pipeline, with evaluations and checkpoints on
-the way, and looks at the process after step `since` and at the end. One JSON line; the exit status
-is 1 if resident memory grew by more than 2 % or a handle or thread was left open.
+trains on the embedded images through the whole host pipeline, with evaluations and checkpoints, and
+measures the process after step `since` and at the end. Prints a JSON line; the exit status is 1 if
+resident memory grew by more than 2 % or a handle or thread was left open.
 """
 
 import argparse
@@ -31,8 +31,9 @@ def look() -> dict[str, int]:
 
 
 def run(steps: int, since: int, workdir: str) -> dict:
-    """Trains `steps` steps; returns what was seen after `since` and at the end."""
+    """Trains `steps` steps; returns the measurements after `since` and at the end."""
     from common.config import base_config
+    from common.evaluate.online import make_evaluator
     from common.train import loop as loop
     from main import METHODS
 
@@ -45,18 +46,18 @@ def run(steps: int, since: int, workdir: str) -> dict:
     c.moco.queue_length = 256
     c.evaluate.every, c.evaluate.knn_examples, c.evaluate.pictures = "10 %", 64, False
     c.checkpoint.every = "5 %"
-    seen, took = {}, loop.Watch.took
+    seen, took = {}, loop.Watch.add
 
     def watched(self, first, metrics, ids):
         took(self, first, metrics, ids)
         if first == steps or (first >= since and not seen):
             seen[first] = look()
 
-    loop.Watch.took = watched
+    loop.Watch.add = watched
     try:
-        loop.train(METHODS["moco"], c, workdir)
+        loop.train(METHODS["moco"], c, workdir, make_evaluator)
     finally:
-        loop.Watch.took = took
+        loop.Watch.add = took
     first, last = seen[min(seen)], seen[steps]
     return {
         "steps": steps,
@@ -69,7 +70,7 @@ def run(steps: int, since: int, workdir: str) -> dict:
 
 
 def flat(found: dict) -> bool:
-    """Whether nothing grew. A checkpoint that is being written has a few handles and threads."""
+    """Whether nothing grew. Writing a checkpoint takes a few handles and threads."""
     return (
         found["growth"] <= BOUND
         and found["handles"][1] <= found["handles"][0] + 8

@@ -1,11 +1,11 @@
-"""SimCLR beside MoCo on one network: negatives, memory and speed against the batch, and accuracy.
+"""SimCLR and MoCo on one network: negatives, memory and speed by batch size, and accuracy.
 
     python -m benchmarks.methods --figure=docs/figures/simclr_or_moco.png
 
 The whole train step of configs/{simclr,moco}_cifar10.py:cpu, compiled for one device as a run
-compiles it. Memory is what XLA's analysis of that program says. All programs are timed in turns in
-one process, on random images that are in memory already: no augmentation, no files. The accuracies
-are those of the recorded runs in docs/results.md, and are only drawn beside.
+compiles it. Memory is from XLA's analysis of that program. All programs are timed in turns in one
+process, on random images in memory: no augmentation, no files. The accuracies are those of the
+recorded runs in docs/results.md; here they are only drawn.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 def config(name: str, batch: int) -> ConfigDict:
-    """The config of a method at some batch, with images as large as its views."""
+    """The config of a method at a batch size, with images as large as its views."""
     c = CONFIGS[name].get_config("cpu")
     c.batch_size = batch
     c.data.image_size = resolve_views(c)[0].size
@@ -38,12 +38,12 @@ def config(name: str, batch: int) -> ConfigDict:
 
 
 def negatives(c: ConfigDict) -> int:
-    """How many embeddings a view is told apart from."""
+    """The number of negatives of a view."""
     return c.moco.queue_length if c.method == "moco" else 2 * (c.batch_size - 1)
 
 
 def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:
-    """A record for each batch and method, batch by batch."""
+    """A record for each batch and method, by batch."""
     rows, programs = [], {}
     for batch in batches:
         for name in CONFIGS:
@@ -65,13 +65,13 @@ def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:
         row["memory"] = row["arguments"] + row["temporaries"]
         row["speed"] = batch / statistics.median(mine)
         row["slowest"], row["fastest"] = batch / max(mine), batch / min(mine)
-        # speeds, so the seconds the other way round
+        # of speeds, so seconds are swapped
         row["of_simclr"] = side_by_side.ratio(taken["SimCLR", batch], mine)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The rows as they are printed; accuracies stand where the batch is that of the run."""
+    """The rows as printed; with accuracies where the batch is that of the recorded run."""
     lines = []
     for row in rows:
         name, line = row["method"], RECORDED[row["method"]]
@@ -98,7 +98,7 @@ def run_batch(name: str) -> int:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Memory and speed against the batch, and the recorded accuracies."""
+    """Draws memory and speed by batch, and the recorded accuracies."""
     figure = pictures._figure(9.6, 3.1, top=0.1)
     memory, speed, accuracy = figure.subplots(1, 3)
     batches = sorted({row["batch"] for row in rows})

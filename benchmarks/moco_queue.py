@@ -3,8 +3,8 @@
     python -m benchmarks.moco_queue [--lengths=4096,16384,65536,262144]
 
 One step of the part that depends on the queue: value and gradient of InfoNCE, and the push. Times
-are on one device, in turns with the usual way, a `[length, d]` array and one matrix of logits.
-Memory and traffic are of one of several devices, of programs that are compiled only.
+are on one device, in turns with the usual code, a `[length, d]` array and one matrix of logits.
+Memory and traffic are for one of many devices, from programs that are only compiled.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def times(length: int, repeats: int) -> list[list]:
 
 
 def memory(length: int, devices: int) -> list:
-    """A row: what a device holds of the queue, and what it receives."""
+    """A row: the part of the queue on a device, and the bytes it receives."""
     mesh = make_mesh(jax.devices()[:devices])
     rows = jax.ShapeDtypeStruct((BATCH, DIM), jnp.float32, sharding=batch_sharding(mesh))
     queue = jax.eval_shape(lambda key: queues.init(key, length, BATCH, DIM), jax.random.key(0))

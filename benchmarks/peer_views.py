@@ -1,8 +1,8 @@
-"""SimCLR's two views as others make them: Pillow alone, and torchvision in a DataLoader.
+"""SimCLR's two views as in other code bases: Pillow alone, and torchvision in a DataLoader.
 
-Of the strength that `config.augment.preset = "simclr"` has. Peers differ in the blur: the
-`GaussianBlur` of torchvision is a convolution with 23 x 23 taps, while lightly, solo-learn and MoCo
-put Pillow's, which is made of box filters, between torchvision's transforms.
+The strength is that of `config.augment.preset = "simclr"`. Peers differ in the blur: torchvision's
+`GaussianBlur` is a convolution with 23 x 23 taps, while lightly, solo-learn and MoCo use Pillow's,
+which consists of box filters, between torchvision's transforms.
 """
 
 import functools
@@ -19,7 +19,7 @@ WORKERS = 2
 
 
 def pil_view(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """One view as Chen et al. 2020, appendix A has it, at strength 1."""
+    """One view as in Chen et al. 2020, appendix A, at strength 1."""
     width, height = image.size
     for _ in range(10):
         target = width * height * rng.uniform(0.08, 1)
@@ -57,7 +57,7 @@ def pil_jitter(view: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def pil_pair(data: bytes, size: int) -> int:
-    """Two views; only a number goes back."""
+    """Makes two views; returns only a number."""
     image, rng = Image.open(io.BytesIO(data)).convert("RGB"), np.random.default_rng()
     return sum(int(np.asarray(pil_view(image, size, rng))[0, 0, 0]) for _ in range(2))
 
@@ -80,7 +80,7 @@ def torch_transform(size: int, pillow: bool) -> Callable:
 
 
 class Pairs:
-    """A data set of torch: two views of each of some files, over and over."""
+    """A dataset for torch: two views of each file, repeated without end."""
 
     def __init__(self, files: list[pathlib.Path], size: int, pillow: bool, length: int) -> None:
         self.files, self.size, self.pillow, self.length = files, size, pillow, length
@@ -98,9 +98,9 @@ class Pairs:
 def torch_batches(
     files: list[pathlib.Path], size: int, batch_size: int, pillow: bool
 ) -> Iterator[Any]:
-    """Batches of pairs without end from a DataLoader with two processes of one thread each."""
+    """Endless batches of pairs from a DataLoader with two processes of one thread each."""
     from torch.utils.data import DataLoader
 
     pairs = Pairs(files, size, pillow, length=10**9 // batch_size * batch_size)
-    # "spawn": the process that asks has the threads of TensorFlow and of JAX
+    # "spawn": this process has threads of TensorFlow and JAX, which a fork would break
     return iter(DataLoader(pairs, batch_size, num_workers=WORKERS, multiprocessing_context="spawn"))

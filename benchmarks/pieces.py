@@ -1,12 +1,12 @@
-"""A folder in pieces of a size that can be carried, and the folder again from them.
+"""Splits a folder into pieces that are small enough to transfer, and restores it from them.
 
     python -m benchmarks.pieces cut DIR PIECES [--mb=45]
     python -m benchmarks.pieces join PIECES DIR [--keep=STORE]
 
 `cut` writes `NAME.000`, `NAME.001` ... and `NAME.json`, which has the digest of each, into PIECES;
-NAME is that of the folder. `join` checks them and makes the folder of them. Where not all can
-be carried at once, call `join` after each arrival with `--keep`, a folder that stays: it takes in
-what has come, says what is lacking, and makes the folder when all of it is there. For data sets
+NAME is that of the folder. `join` verifies them and restores the folder. Where not all can be
+transferred at once, call `join` after each transfer with `--keep`, a folder that collects the
+pieces: it prints which are missing, and restores the folder when all have arrived. For datasets
 (`main.py --mode=prepare`) on their way to a machine, and for workdirs on their way back.
 """
 
@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.run import files
 
 MB = 1_000_000
-_PRESET = 3  # of xz: CIFAR-10's pixels become 0.77 of their size
+_PRESET = 3  # of xz: it compresses CIFAR-10's pixels to 0.77 of their size
 _BLOCK = 1 << 20
 
 
@@ -72,7 +72,7 @@ def cut(directory: pathlib.Path, pieces: pathlib.Path, mb: float = 45) -> dict:
 def join(
     pieces: pathlib.Path, directory: pathlib.Path, keep: pathlib.Path | None = None
 ) -> list[str]:
-    """Makes the folder again, if all of it is there.
+    """Restores the folder, if all pieces have arrived.
 
     Args:
         pieces: a folder with the index and some or all pieces, of one folder that was cut.
@@ -88,7 +88,7 @@ def join(
     text, index = _index(pieces, keep)
     marker = directory / ".pieces.json"
     if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()  # made beforehand, as one does
+        directory.rmdir()  # an empty one may have been created beforehand
     if directory.exists() and not (marker.exists() and marker.read_text() == text):
         raise UserError(f"{directory} exists, and is not made of these pieces: give a new folder")
     if directory.exists():
@@ -108,7 +108,7 @@ def join(
         if keep and piece["file"] in found and found[piece["file"]].parent != keep:
             files.write_bytes(keep / piece["file"], found[piece["file"]].read_bytes())
     if faults := [fault for file, fault in damaged if file not in found]:
-        raise UserError(faults[0])  # after what is good was taken in
+        raise UserError(faults[0])  # after keeping the valid pieces
     lacking = [p["file"] for p in index["pieces"] if p["file"] not in found]
     if not lacking:
         _unpack([found[p["file"]] for p in index["pieces"]], directory, text)
@@ -116,7 +116,7 @@ def join(
 
 
 class _Splitter(io.RawIOBase):
-    """A file that goes on in the next one when it is full."""
+    """A file that continues in the next one when it is full."""
 
     def __init__(self, pieces: pathlib.Path, name: str, size: int, written: list[dict]) -> None:
         self._pieces, self._name, self._size, self._written = pieces, name, size, written
@@ -146,7 +146,7 @@ class _Splitter(io.RawIOBase):
 
 
 class _Joined(io.RawIOBase):
-    """Files as one."""
+    """Reads files as one."""
 
     def __init__(self, paths: list[pathlib.Path]) -> None:
         self._blocks = self._read(paths)
@@ -170,7 +170,7 @@ class _Joined(io.RawIOBase):
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without owners, so that all make the same archive, and without the marker of `join`."""
+    """Drops owners, so that the archive is the same everywhere, and the marker of `join`."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return None if member.name == "./.pieces.json" else member
@@ -219,7 +219,7 @@ def _fault(path: pathlib.Path, piece: dict) -> str:
 
 
 def _unpack(paths: list[pathlib.Path], directory: pathlib.Path, index: str) -> None:
-    """Beside the folder first, so that one that is there is whole."""
+    """Unpacks next to the folder and renames, so that a folder that exists is complete."""
     beside = directory.with_name(directory.name + ".unpacking")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -233,18 +233,18 @@ def _unpack(paths: list[pathlib.Path], directory: pathlib.Path, index: str) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 3 while pieces are lacking."""
+    """Returns 0, or 3 while pieces are missing."""
     parser = argparse.ArgumentParser("python -m benchmarks.pieces", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     for name, first, second in (("cut", "DIR", "PIECES"), ("join", "PIECES", "DIR")):
         sub = commands.add_parser(name)
-        sub.add_argument("source", type=pathlib.Path, metavar=first, help="that is there")
-        sub.add_argument("target", type=pathlib.Path, metavar=second, help="that is made")
+        sub.add_argument("source", type=pathlib.Path, metavar=first, help="to read")
+        sub.add_argument("target", type=pathlib.Path, metavar=second, help="to write")
     add = commands.choices["cut"].add_argument
-    add("--mb", type=float, default=45, help="of a piece at most, 1e6 bytes (default 45)")
+    add("--mb", type=float, default=45, help="largest size of a piece, in 1e6 bytes (default 45)")
     add = commands.choices["join"].add_argument
-    add("--keep", type=pathlib.Path, help="folder that stays, for pieces of several arrivals")
+    add("--keep", type=pathlib.Path, help="folder that collects pieces over more than one transfer")
     flags = parser.parse_args(argv)
     if flags.command == "cut":
         index = cut(flags.source, flags.target, flags.mb)

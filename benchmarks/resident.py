@@ -1,11 +1,11 @@
-"""Images a second of training from device memory: ours beside a PyTorch loop, in turns.
+"""Images a second of training from device memory: ours and a PyTorch loop, in turns.
 
     python -m benchmarks.resident [--method=simclr] [--width=64] [--batch=512] [--dtype=bfloat16]
 
-ResNet-18 on images of CIFAR-10's shape and number, all on the first device; what a step costs end
-to end: drawing the batch, augmenting it there, forward, backward and update. Ours takes `--steps`
+ResNet-18 on images of CIFAR-10's shape and number, all on the first device. A step is timed end
+to end: drawing the batch, augmenting it there, forward, backward and update. Ours makes `--steps`
 steps a dispatch. PyTorch (`benchmarks/torch_steps.py`: channels_last, autocast, on a GPU compiled,
-augmentation on the device too) takes part where it is installed. A turn is two dispatches, or as
+augmentation on the device too) is included where it is installed. A turn is two dispatches, or as
 many steps. On two CPU cores: `--width=16 --batch=64 --dtype=float32 --steps=2`.
 """
 
@@ -41,7 +41,7 @@ def config(flags: argparse.Namespace) -> Any:
 
 
 def ready(c: Any) -> tuple[Callable[[], Any], jax.stages.Compiled]:
-    """A program that draws and takes one more dispatch, and what was compiled."""
+    """A function that makes one more dispatch, and the compiled program."""
     run = Running(c)
     return run.dispatch, run.compiled
 
@@ -66,7 +66,7 @@ def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
 
     gpu = jax.devices()[0].platform == "gpu"
     device = torch.device("cuda" if gpu else "cpu")
-    torch.backends.cudnn.benchmark = True  # of several convolutions, the fastest
+    torch.backends.cudnn.benchmark = True  # chooses the fastest convolution
     torch.set_float32_matmul_precision("high")
     rng = np.random.default_rng(0)
     shape = (c.data.fake_examples, 32, 32, 3)
@@ -91,7 +91,7 @@ def pytorchs(c: Any, amp: bool) -> Callable[[], float]:
 
 
 def measured(c: Any, repeats: int, torch: bool = True) -> dict[str, dict[str, float | None]]:
-    """Ours and, unless told not to, PyTorch where it is installed, in turns.
+    """Times ours and, if wanted, PyTorch where it is installed, in turns.
 
     Returns:
         For each: `images_per_second`, `ms` a step, `time_of_ours`, and `of_peak`, the share of the

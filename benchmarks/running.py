@@ -1,4 +1,4 @@
-"""A config's train step, compiled for one device and ready to be taken again and again."""
+"""A config's train step, compiled for one device and ready to be called repeatedly."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 from benchmarks.scaling import METHODS
 from common.data.feed import pipeline, resident
 from common.data.sources.opening import open_source
-from common.method import Method, make_setup, root_keys
-from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
+from common.sharding import local_rows, make_mesh, to_global
+from common.train.first_state import draw_state
+from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, trace_step
 
-# Of the whole run, of an epoch, and classes: they shape a schedule and a probe.
-STEPS, PER_EPOCH, CLASSES = 100, 10, 10
+# Of the run and of an epoch, and classes: for the schedule and the probe.
+EXTENT = Extent(total_steps=100, steps_per_epoch=10, num_classes=10)
 
 
 class Running:
@@ -36,14 +37,13 @@ class Running:
         self.data = resident.load(source, self.mesh) if on_device else {}
         rows = local_rows(self.mesh, c.batch_size)
         self.batches = pipeline.train_batches(source, c, rows=rows)
-        self.method, abstract, shardings = described(c, self.mesh)
-        self.compiled = compile_step(self.method, c, self.mesh, abstract, shardings, self.data)
-        init_key, key = root_keys(c.seed)
-        self.state = jax.jit(self.method.init, out_shardings=shardings)(init_key)
-        self.key = jax.device_put(key, replicated(self.mesh))
+        run = prepare(METHODS[c.method], c, self.mesh, extent=EXTENT)
+        self.method, self.key = run.method, run.root_key
+        self.compiled = compile_step(run.method.train_step, run, self.data)
+        self.state = draw_state(run)
 
     def dispatch(self) -> dict[str, Any]:
-        """Takes `steps_per_dispatch` steps; the metrics of the last, which are still being made."""
+        """Makes `steps_per_dispatch` steps; returns the metrics of the last without waiting."""
         _, batch = self.batches.take(self.config.steps_per_dispatch)
         batch = to_global(self.mesh, batch) | self.data
         with jax.transfer_guard("disallow"):
@@ -57,25 +57,18 @@ def traced(c: ConfigDict, device: jax.Device | None = None) -> jax.stages.Traced
     if c.data.augment_on == "device":
         size = c.data.image_size
         data = resident.shapes_of(c.data.fake_examples, (size, size))
-    method, abstract, shardings = described(c, mesh)
-    return trace_step(method, c, mesh, abstract, shardings, data)
+    run = prepare(METHODS[c.method], c, mesh, extent=EXTENT)
+    return trace_step(run.method.train_step, run, data)
 
 
 def flops(c: ConfigDict) -> float | None:
     """Floating-point operations of a step, as XLA counts them for a CPU before it compiles.
 
-    Afterwards some are in calls of libraries, whose counting depends on the platform, and on a GPU
-    JAX does not count at all. None where JAX was told to leave CPUs alone (`JAX_PLATFORMS`).
+    After compiling, calls of libraries are counted differently on each platform, and on a GPU not
+    at all. None where `JAX_PLATFORMS` excludes CPUs.
     """
     try:
         device = jax.devices("cpu")[0]
     except RuntimeError:
         return None
     return (traced(c, device).lower().cost_analysis() or {}).get("flops")
-
-
-def described(c: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Method, Any, Any]:
-    """The method, and the shapes and shardings of its state."""
-    method = METHODS[c.method](make_setup(c, mesh, STEPS, PER_EPOCH, CLASSES))
-    abstract = jax.eval_shape(method.init, root_keys(0)[0])
-    return method, abstract, state_shardings(mesh, abstract)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--devices=1,2,4,8] [--time]
 
-Compiled for simulated devices, so that anybody can look whether a change made a step send more;
-times would mean nothing there. `--time` adds what micro-batches cost in time, on one real device
-and in turns. benchmarks/tpu_plans.py has the same figures from the TPU compiler.
+Compiled for simulated devices, so that anybody can check whether a change makes a step send more;
+they are not timed. `--time` adds the time that micro-batches cost, on one real device and in turns.
+benchmarks/tpu_plans.py has the same figures from the TPU compiler.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from benchmarks import side_by_side
 from common.config import base_config
-from common.method import make_setup, root_keys
 from common.plan import collectives, measure
-from common.sharding import make_mesh, replicated, state_shardings, to_global
+from common.sharding import make_mesh, to_global
+from common.train.first_state import draw_state
+from common.train.prepare import Extent, prepare
 from common.train.step import compile_step
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
@@ -38,7 +39,7 @@ def config(method: str, microbatch: int = 0, groups: int = GROUPS, **model) -> C
     return c
 
 
-# what is compiled: a name, and the config
+# a name and the config to compile
 STEPS = {
     "SimCLR, global BN": functools.partial(config, "simclr", groups=1),
     "SimCLR, 32 BN groups": functools.partial(config, "simclr"),
@@ -49,7 +50,7 @@ STEPS = {
 
 
 def compiled(name: str, devices: int) -> list:
-    """A row: one step on some devices."""
+    """A row: one step on a number of devices."""
     c = STEPS[name]()
     task = measure.Task(METHODS[c.method], c, (100, 10), 10)
     found = measure.for_mesh(task, make_mesh(jax.devices()[:devices]))
@@ -64,15 +65,11 @@ def compiled(name: str, devices: int) -> list:
 
 
 def ready(c: ConfigDict):
-    """A program that takes one more step on one device, and what was compiled."""
+    """A function that makes one more step on one device, and the compiled step."""
     mesh = make_mesh(jax.devices()[:1])
-    method = METHODS[c.method](make_setup(c, mesh, 100, 10, 10))
-    init_key, key = root_keys(0)
-    abstract = jax.eval_shape(method.init, init_key)
-    shardings = state_shardings(mesh, abstract)
-    step = compile_step(method, c, mesh, abstract, shardings)
-    held = [jax.jit(method.init, out_shardings=shardings)(init_key)]
-    key = jax.device_put(key, replicated(mesh))
+    run = prepare(METHODS[c.method], c, mesh, extent=Extent(100, 10, 10))
+    step = compile_step(run.method.train_step, run)
+    held, key = [draw_state(run)], run.root_key
     size, rng = c.data.image_size, np.random.default_rng(0)
     images = rng.integers(0, 256, (c.batch_size, 2, size, size, 3), dtype=np.uint8)
     batch = to_global(mesh, {"images": images, "labels": np.zeros(c.batch_size, np.int32)})
@@ -85,7 +82,7 @@ def ready(c: ConfigDict):
 
 
 def times(repeats: int, width: int) -> list[list]:
-    """Rows: the whole batch, micro-batches, and the other way to save memory."""
+    """Rows: the whole batch, micro-batches, and `model.remat`."""
     steps = {
         "whole batch": config("simclr", width=width),
         **{f"{m} micro-batches": config("simclr", BATCH // m, width=width) for m in (2, 4, 8)},

@@ -1,4 +1,4 @@
-"""What the benchmarks share: programs timed in turns, and tables that say where they ran."""
+"""Helpers of the benchmarks: programs timed in turns, and tables that name the hardware."""
 
 import datetime
 import os
@@ -12,13 +12,13 @@ import jax
 
 
 def devices(count: int = 8) -> None:
-    """Simulates `count` devices where there are only CPUs. Call it before JAX looks for devices."""
+    """Simulates `count` devices on machines without accelerators. Call before JAX starts."""
     if jax.config.jax_platforms in (None, "cpu"):
         jax.config.update("jax_num_cpu_devices", count)
 
 
 def seconds(programs: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Times programs in turns, so that whatever else the machine does hits all of them.
+    """Times programs in turns, so that other load on the machine affects all of them.
 
     Args:
         programs: each is called once before, and its result is waited for.
@@ -43,12 +43,12 @@ def milliseconds(times: Sequence[float]) -> str:
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the turns of the quotient within a turn."""
+    """Median over turns of the ratio within a turn."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a Markdown table under a line that names the hardware and the day."""
+    """Prints a Markdown table under a line with hardware and date."""
     print(f"\n{title} ({hardware()}; {datetime.date.today()})\n")
     print("| " + " | ".join(columns) + " |")
     print("| --- |" + " --: |" * (len(columns) - 1))

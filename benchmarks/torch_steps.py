@@ -1,8 +1,8 @@
-"""Training with SimCLR and MoCo v2 in PyTorch, as their papers have it and PyTorch users write it.
+"""SimCLR and MoCo v2 in PyTorch, as in their papers and as PyTorch users write it.
 
 For `benchmarks.train_step` and `benchmarks.resident`. The network is the one that the tests compare
 ours with; memory is channels_last, which is PyTorch's fast layout, and with `amp` the network runs
-under autocast. `augmented` works on whole batches where the data are, on a GPU if there is one.
+under autocast. `augmented` works on whole batches, on a GPU if the data is there.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
 
 
 def _crops(b: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """Where each pixel of a random resized crop, flipped or not, lies in its image."""
+    """Position in the image of each pixel of a random resized crop, flipped or not."""
     area = torch.rand(b, device=device) * 0.8 + 0.2
     ratio = torch.exp((torch.rand(b, device=device) * 2 - 1) * math.log(4 / 3))
     wide, tall = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -82,7 +82,7 @@ def _crops(b: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
 
 
 def _hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turns the colours of each image by parts of a circle."""
+    """Rotates the hue of each image by fractions of a circle."""
     yiq = images.new_tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(turns * 2 * math.pi), torch.sin(turns * 2 * math.pi)
     one, zero = torch.ones_like(cos), torch.zeros_like(cos)
@@ -92,7 +92,7 @@ def _hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """ResNet-18 of `width` for 32 pixels, behind it a head of two layers."""
+    """ResNet-18 of `width` for 32 pixels, followed by a head of two layers."""
 
     def __init__(self, width: int, dim: int, norm: bool) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def casts(device: torch.device, amp: bool) -> contextlib.AbstractContextManager:
-    """Where the network runs: bfloat16 where autocast takes it, or as it is."""
+    """The context of the network: autocast to bfloat16, or none."""
     return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
 
 
 def ready(model: nn.Module, device: torch.device) -> nn.Module:
-    """On the device in its layout; compiled on a GPU, as a user there would do."""
+    """Moves it to the device in its layout; compiled on a GPU, as users do there."""
     model = model.to(device, memory_format=torch.channels_last)
     return torch.compile(model) if device.type == "cuda" else model
 

@@ -1,11 +1,11 @@
-"""The step that the ratios in docs/tpu.md are against: SimCLR as one writes it first.
+"""The baseline of the ratios in docs/tpu.md: SimCLR in the obvious way.
 
     python -m benchmarks.tpu_baseline --topology=v5e:4x8 --batch=4096
 
-A linen ResNet-50 as it comes (bfloat16 compute, float32 parameters, `nn.BatchNorm` over the global
+A plain linen ResNet-50 (bfloat16 compute, float32 parameters, `nn.BatchNorm` over the global
 batch), the projection head of SimCLR, the loss with all logits at once, SGD with momentum; both
 views in one forward pass, 224 px, bfloat16 images, state donated, XLA's default options. Nothing of
-`common/models` or `simclr_jax` is in it. Prints what the TPU compiler says of one chip as JSON.
+`common/models` or `simclr_jax` is used. Prints what the TPU compiler reports for one chip as JSON.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _loss(z: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def compile_for(batch: int, mesh: Mesh) -> dict[str, Any]:
-    """What `common.plan.measure.describe` says of the step, and `compile_seconds`."""
+    """`common.plan.measure.describe` of the step, and `compile_seconds`."""
     network, tx = _Network(), optax.sgd(0.1, momentum=0.9)
 
     def init(key: jax.Array) -> tuple:

@@ -1,4 +1,4 @@
-"""What `benchmarks.tpu_plans` renders: two tables and a plot."""
+"""The two tables and the plot of `benchmarks.tpu_plans`."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def theory(
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
     folded = _folded(state) if config.model.fold_norm else {}
-    # the gradient of a kernel has the type of its convolution, but for those with a norm inside
+    # the gradient of a kernel has the type of its convolution, except those with a folded norm
     half = 2 if config.model.dtype == "bfloat16" else 4
     parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
@@ -52,11 +52,11 @@ def theory(
     else:
         size, groups = config.data.image_size, config.model.bn_groups
         parts["batch statistics"] = 4.0 * 2 * channels * 2  # the running ones, of two encoders
-        if groups < devices:  # a group's own are summed over its devices: twice forward, once back
+        if groups < devices:  # summed over the devices of a group: twice forward, once backward
             parts["batch statistics"] += 4.0 * 2 * channels * 3
             for kernel in folded.values():
                 c, d = kernel.shape[2:]
-                # moments of the input, and back the gradient of the group's own kernel
+                # moments of the input; backward, the gradient of the group's kernel
                 parts["batch statistics"] += 4.0 * (2 * (c * (c + 1) - 2 * d) + c * d)
         sends = shuffle.sends(devices, groups, batch // groups)
         parts["shuffled images (uint8)"] = sends * batch / devices * size * size * 3
@@ -82,7 +82,7 @@ def _folded(state: Any) -> dict[tuple[str, ...], Any]:
 
 
 def changes(found: Sequence[tuple[str, Rows]]) -> str:
-    """What each change bought, against the baseline, in Markdown."""
+    """The gain of each change over the baseline, in Markdown."""
     base = next((rows[0] for name, rows in found if name == "baseline" and rows), None)
     lines = [
         "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | HBM GB | "
@@ -98,7 +98,7 @@ def changes(found: Sequence[tuple[str, Rows]]) -> str:
         ratios = ["", ""]
         if base:
             ratios = [f"{row[n] / base[n]:.2f}" for n in ("gb_accessed", "temporaries_gib")]
-        seconds = row["compile_seconds"]  # None: compiled on a machine that was too busy to tell
+        seconds = row["compile_seconds"]  # None: the machine was too busy to measure it
         lines.append(
             f"| {name} | {row['gb_accessed']:.1f} | {ratios[0]} | {row['hbm_gb']:.1f} | "
             f"{row['temporaries_gib']:.2f} | {ratios[1]} | {row['peak_gib']:.2f} | "
@@ -143,7 +143,7 @@ def write(page: pathlib.Path, *parts: str) -> None:
 
 
 def draw(rows: Rows, theories: dict[str, Callable], path: pathlib.Path) -> None:
-    """Measured collective bytes beside the theoretical ones, against the number of chips.
+    """Measured and theoretical collective bytes by the number of chips.
 
     Args:
         rows: of plans that grow; those of a method by their chips.
@@ -165,7 +165,7 @@ def draw(rows: Rows, theories: dict[str, Callable], path: pathlib.Path) -> None:
         axes.set(title=method, xlabel="chips, global batch", ylabel="MB a chip and step")
         for r, t, b in zip(found, total, bottom, strict=True):
             print(f"{method} {r['chips']} chips: {t:.2f} MB compiled, {b:.2f} MB theory")
-    shown["compiled step"] = shown.pop("compiled step")  # last, behind the parts of the theory
+    shown["compiled step"] = shown.pop("compiled step")  # last, drawn after the parts of the theory
     names = ["theory: " + name if name in COLOURS else name for name in shown]
     figure.legend(shown.values(), names, fontsize=8, frameon=False, loc="lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.13, 1, 1))

@@ -1,11 +1,11 @@
-"""The figures of docs/tpu.md: plans of the TPU configs, and what their steps send.
+"""The figures of docs/tpu.md: plans of the TPU configs, and the traffic of their steps.
 
     python -m benchmarks.tpu_plans
 
-compiles what is not in docs/tpu_plans.jsonl yet, the most wanted first (hours on two cores from
-nothing; it can be interrupted, and each row is written when it is there), then renders the
-tables of docs/tpu.md and docs/figures/tpu_collectives.png. `--render` only renders what there is,
-`--parts=changes,table` compiles some parts only. Needs the TPU compiler: `make test-tpu` installs
+compiles what docs/tpu_plans.jsonl does not have yet, the most important first (hours on two cores
+for all of it; it can be interrupted, and each row is written as soon as it is compiled), then
+renders the tables of docs/tpu.md and docs/figures/tpu_collectives.png. `--render` only renders,
+`--parts=changes,table` compiles only those parts. Needs the TPU compiler: `make test-tpu` installs
 it, or pip install -U "jax[tpu]".
 """
 
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from benchmarks import tpu_baseline, tpu_figures
 from common.errors import UserError
 from common.plan import measure, plan
+from common.train.prepare import Extent
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 
@@ -34,7 +35,7 @@ QUICK = ("table", "growth")  # parts compiled with little effort: full effort ta
 
 SLICES = ("v5e:4x8", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
-# What the changes bought: one slice, one batch.
+# The gain of each change: one slice, one batch.
 CHANGES: dict[str, dict[str, Any]] = {
     "all (the default on TPU)": {},
     "neither": {"tpu_compiler_options": False, "model.fold_norm": False},
@@ -61,7 +62,7 @@ def config(method: str, batch: int, changes: dict[str, Any]) -> ConfigDict:
 
 
 def jobs(part: str) -> Iterator[tuple[str, Job]]:
-    """(name, what to compile) of every row of a part, the most wanted first."""
+    """(name, what to compile) of every row of a part, the most important first."""
     if part == "changes":
         yield "baseline", ("baseline", "v5e:4x8", 4096, {})
         for name, changes in CHANGES.items():
@@ -78,24 +79,24 @@ def jobs(part: str) -> Iterator[tuple[str, Job]]:
 
 
 def read() -> list[dict[str, Any]]:
-    """What is measured; every row has its job beside what `--mode=plan` prints."""
+    """The rows so far: what `--mode=plan` prints, and the job of each."""
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def rows_of(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a job: several where the plain step did not fit."""
+    """The rows of a job: more than one where the plain step did not fit."""
     return [row for row in rows if row["job"] == list(job)]
 
 
 def measured(job: Job, quick: bool) -> list[dict[str, Any]]:
-    """Compiles; a compiler that dies is a row too."""
+    """Compiles; a crash of the compiler is a row too."""
     method, topology, batch, changes = job
     try:
         if method == "baseline":
             found = measure.on_topology(
                 functools.partial(tpu_baseline.compile_for, batch), topology
             )
-            task = measure.Task(SimCLR, config("simclr", batch, {}), (100, 10), 0)
+            task = measure.Task(SimCLR, config("simclr", batch, {}), Extent(100, 10))
             return [plan.row_of(task, topology, found)]
         return plan.plan(METHODS[method], config(method, batch, changes), [topology], quick)
     except UserError as error:

@@ -2,13 +2,13 @@
 
     python -m benchmarks.trace [--method=simclr] [--width=64] [--batch=512] [--dtype=bfloat16]
 
-The step of `benchmarks/resident.py`, one step a dispatch; with another `--size` than 32 the one of
-`benchmarks/train_step.py`, whose images are on the device before (`--size=224 --depth=50`).
+The step of `benchmarks/resident.py`, one step a dispatch; with another `--size` than 32 that of
+`benchmarks/train_step.py`, whose images are already on the device (`--size=224 --depth=50`).
 
-XLA puts many GPU kernels into CUDA graphs, and a profile then does not say of which operation a
-kernel is: products of libraries are "other products" then, those of the loss too. So XLA makes no
-graphs here without `--graphs`; the kernels are the same, launching them takes longer (idle).
-Steps in a loop on the device (`steps_per_dispatch`) would be such a graph.
+XLA puts many GPU kernels into CUDA graphs, and a profile then does not name the operation of a
+kernel: library calls are then "other products", those of the loss too. So graphs are off here
+without `--graphs`; the kernels are the same, but launching them takes longer (idle). Steps in a
+loop on the device (`steps_per_dispatch`) would be such a graph.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from common.errors import UserError
 
 IDLE = "idle"
 WARM_UP = 2  # steps
-# Kernels of libraries, where a profile does not name the operation; the first that fits.
+# Library kernels, for profiles that do not name the operation; the first match counts.
 KERNELS = (
     (r"fprop|dgrad|wgrad|implicit_gemm|convolve|winograd|cudnn", CONVOLUTIONS),
     (r"gemm|cublas|cutlass|nvjet", PRODUCTS),
@@ -39,21 +39,21 @@ KERNELS = (
 
 
 def _plain(name: str) -> str:
-    """As XLA names the kernel of an instruction: loop_add_fusion_12 of loop_add_fusion.12."""
+    """XLA's name for the kernel of an instruction: loop_add_fusion_12 for loop_add_fusion.12."""
     return re.sub(r"\W", "_", name)
 
 
 def _category(event: Event, of: dict[str, str]) -> str:
-    """Of an event: by its instruction, else by its kernel.
+    """The category of an event, by its instruction, else by its kernel.
 
     Args:
         event: the event.
         of: as `categories` gives it, names made `_plain`.
     """
-    # a second kernel of an instruction has "__1" behind its name
+    # a second kernel of an instruction has the suffix "__1"
     names = (event.name, event.kernel, re.sub(r"__\d+$", "", event.kernel))
     found = [of[name] for name in map(_plain, names) if name in of]
-    # a CUDA graph's kernels may bear the name of the call that is the graph
+    # the kernels of a CUDA graph may have the name of the call that runs it
     inner = next((category for category in found if category != AROUND), None)
     if inner:
         return inner
@@ -103,7 +103,7 @@ def summary(
 
 @contextlib.contextmanager
 def _own_names() -> Iterator[None]:
-    """A program from JAX's cache on disk bears the names of the code that it was compiled of."""
+    """Cached programs with names of other code are not used: names become part of the key."""
     setting = "jax_compilation_cache_include_metadata_in_key"
     before = getattr(jax.config, setting)
     jax.config.update(setting, True)
@@ -116,7 +116,7 @@ def _own_names() -> Iterator[None]:
 def profile(
     c: ConfigDict, directory: str | None = None, steps: int = 5
 ) -> list[tuple[str, float, float]]:
-    """Compiles the step of a config, warms up, traces some dispatches.
+    """Compiles the step of a config, warms up, and traces a few dispatches.
 
     Args:
         c: of `resident.config` (`data.augment_on="device"`), or of `scaling.config`.
@@ -147,14 +147,14 @@ def profile(
 
 
 def no_graphs() -> None:
-    """Tells XLA to make no CUDA graphs; before JAX looks for devices."""
+    """Turns XLA's CUDA graphs off; call before JAX starts."""
     if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_enable_command_buffer="
 
 
 def config(flags: argparse.Namespace) -> ConfigDict:
-    """Images of 32 pixels from device memory, others as the host gave them."""
+    """The config: images of 32 pixels in device memory, larger ones from the host."""
     if flags.size != 32:
         return train_step.config(flags, flags.width)
     flags.steps = 1  # a dispatch

@@ -1,13 +1,13 @@
-"""Pairs (one image, two views) a second of the train step: ours beside PyTorch's, in turns.
+"""Pairs (one image, two views) a second of the train step: ours and PyTorch's, in turns.
 
     python -m benchmarks.train_step [--method=simclr] [--widths=16,64] [--batch=128] [--repeats=5]
 
 A ResNet-18 at 32 px on the first device of this machine, images in memory already. PyTorch
-(channels_last; `benchmarks/torch_steps.py`) takes part where it is installed, on a CPU. On a CPU a
-third contestant is our step as XLA compiles it by itself: without the pieces of
+(channels_last; `benchmarks/torch_steps.py`) is included where it is installed, on a CPU. On a CPU a
+third contestant is our step with XLA's defaults: without the pieces of
 `common/models/cpu_conv.py` and without `common/train/xla_options.py`. On a GPU or TPU `--depth=50
---size=224 --dtype=bfloat16` are for the networks of the papers, and the share of the peak
-arithmetic is printed.
+--size=224 --dtype=bfloat16` are for the networks of the papers, and the fraction of the
+peak arithmetic is printed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ QUEUE = 4096
 
 @contextlib.contextmanager
 def xla_alone():
-    """Kernel gradients whole, and XLA's own options."""
+    """Our step without the pieces of kernel gradients and with XLA's default options."""
     pieces, cpu_conv.PIECES = cpu_conv.PIECES, 1
     options, xla_options.CPU_OPTIONS = xla_options.CPU_OPTIONS, {}
     try:
@@ -86,7 +86,7 @@ def measured(flags: argparse.Namespace, c: Any) -> dict[str, dict[str, Any]]:
             "pairs_per_second": flags.batch / statistics.median(taken),
             "times": taken,
             "time_of_ours": side_by_side.ratio(taken, times["ours"]),
-            # the whole peak is that of bfloat16
+            # the peak is that of bfloat16
             "of_peak": chips.share_of_peak(work, statistics.median(taken), kind),
         }
         for name, taken in times.items()
@@ -94,7 +94,7 @@ def measured(flags: argparse.Namespace, c: Any) -> dict[str, dict[str, Any]]:
 
 
 def rows(flags: argparse.Namespace, width: int) -> list[list[Any]]:
-    """One for each contestant; the last two columns are against the first and of the peak."""
+    """A row for each contestant; the last two columns are relative to the first and the peak."""
     return [
         [f"{flags.method}, width {width}: {name}", f"{x['pairs_per_second']:,.0f}",
          side_by_side.milliseconds(x["times"]), f"{x['time_of_ours']:.2f}",

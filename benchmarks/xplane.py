@@ -1,4 +1,4 @@
-"""What a device did, read from a profile (`*.xplane.pb`) that `jax.profiler` has written."""
+"""The events of a device, read from a profile (`*.xplane.pb`) of `jax.profiler`."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from common.errors import UserError
 
 
 class Event(NamedTuple):
-    """Something that a device did.
+    """An event on a device.
 
     Attributes:
         name: of the HLO instruction; "" where the profile has none.
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 def read(directory: str | os.PathLike) -> list[Event]:
-    """What the first device did, from the newest profile below a directory.
+    """Events of the first device, from the newest profile below a directory.
 
     On a CPU an operation may go on in other threads when its event is over: it lasts until the
     event that marks its end.

@@ -1,0 +1,1 @@
+"""What the pretraining methods share: data, models, training loop, evaluation and export."""

@@ -1,68 +1,29 @@
 """The config every run starts from, its checks, and what of it may change on resume."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from common import optim
-from common.data.augment import presets
-from common.data.sources.opening import default_config
+from common import eval_fields, fields
 from common.errors import UserError, one_of
-from common.models import probe
+from common.fields import AUTO, Field
 
-# What may differ between a run and its continuation: none of these changes a training step that
-# was taken, or what a score means.
-FREE_ON_RESUME = (
-    "log_every",
-    "profile",
-    "on_nonfinite",
-    "max_skipped",
-    "checkpoint",
-    "evaluate.every",
-    "evaluate.batch_size",
-    "evaluate.pictures",
-    "data.dir",
-    "data.cache_gib",
-    "data.on_corrupt",
-    "model.remat",
-    "microbatch",
-    "tpu_compiler_options",
-    "steps_per_dispatch",
-)
 
-# What the code did before a field was there, where that is not the default: a run without the field
-# goes on, and is evaluated, as it began.
-BEFORE: dict[str, Any] = {
-    "data.labels": "legacy",
-    "data.value_range": "upper8",
-    "data.jpeg": "fast",
-    "simclr.loss_scale": 1.0,
-    "model.conv_init": "he",
-    "model.stem_init": "",
-    "model.zero_init_residual": True,
-    "head.init": "lecun",
-}
-# A field that is "auto" is decided when a run begins, and once: its config.json keeps it.
-AUTO = "auto"
-DECIDED = ("data.value_range",)
+def _by_name(sections: Mapping[str, Mapping[str, Field]]) -> dict[str, Field]:
+    return {
+        f"{section}.{name}".lstrip("."): field
+        for section, its_fields in sections.items()
+        for name, field in its_fields.items()
+    }
 
-_AT_LEAST = {
-    "seed": 0,
-    "batch_size": 2,  # one image has no others to be told from
-    "microbatch": 0,
-    "log_every": 1,
-    "steps_per_dispatch": 1,
-    "data.image_size": 1,
-    "data.shuffle_buffer": 1,
-    "model.bn_groups": 1,
-    "evaluate.knn_k": 0,
-    "evaluate.knn_examples": 0,
-    "evaluate.batch_size": 0,
-    "max_skipped": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_best": 0,
-}
+
+# Every field by its full name, e.g. "data.source"; without the section of the method.
+FIELDS = _by_name(fields.CONFIG)
+EVAL_FIELDS = _by_name(eval_fields.EVAL)
+_BOTH = FIELDS | {f"eval.{name}": field for name, field in EVAL_FIELDS.items()}
+BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not ...} | fields.METHODS_BEFORE
 
 
 def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
@@ -76,65 +37,57 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
         A locked `ConfigDict`; `common/fields.py` says what each field means. Durations are strings:
         "100 epochs", "500 steps", "5 %".
     """
-    c = ConfigDict()
+    c = _section(fields.CONFIG[""])
     c.method = method
-    c.seed = 0
-    c.batch_size = 256
-    c.microbatch = 0
-    c.duration = "100 epochs"
-    c.log_every = 50
-    c.init_from = ""
-    c.resume_from = ""
-    c.resume_optimizer = False
-    c.on_nonfinite = "stop"
-    c.max_skipped = 10
-    c.steps_per_dispatch = 1
-    c.profile = ""
-    c.tpu_compiler_options = True
     c[method] = method_config
-    c.data = default_config()
-    c.augment = presets.default_config("simclr")
-    c.augment_view2 = presets.default_config(None)  # None everywhere: as view 1
-    c.model = ConfigDict(
-        {
-            "depth": 50,
-            "stages": (),
-            "width": 64,
-            "width_multiplier": 1,
-            "stem": "imagenet",
-            "bn_groups": 1,
-            "dtype": "float32",
-            "remat": "none",
-            "fold_norm": True,
-            "conv_init": "he",
-            "stem_init": "",
-            "zero_init_residual": True,
-        }
-    )
-    c.head = ConfigDict({"kind": "simclr", "layers": 2, "hidden": 0, "dim": 128})
-    c.head.init = "lecun"  # lecun (Flax) | torch (PyTorch's linear layers) | normal (SimCLR) | he
-    c.optimizer = optim.default_config()
-    c.probe = probe.default_config()
-    c.evaluate = ConfigDict(
-        {
-            "every": "10 %",
-            "knn_k": 0,
-            "knn_temperature": 0.1,
-            "knn_center": False,
-            "knn_examples": 0,
-            "batch_size": 0,
-            "pictures": True,
-        }
-    )
-    c.checkpoint = ConfigDict(
-        {
-            "every": "5 %",
-            "keep": 2,
-            "keep_every": "0 steps",
-            "keep_best": 0,
-        }
-    )
-    return c.lock()
+    return _add_sections(c, fields.CONFIG).lock()
+
+
+def section(name: str, **changes: Any) -> ConfigDict:
+    """One section of the config, not locked: its defaults, except for `changes`.
+
+    Args:
+        name: "data", "model", "augment" ...
+        **changes: fields of the section.
+
+    Raises:
+        KeyError: no such section or field.
+    """
+    c = _section(fields.CONFIG[name]).lock()
+    c.update(changes)
+    return c.unlock()
+
+
+def eval_config() -> ConfigDict:
+    """The locked defaults of `--eval`; `common/eval_fields.py` says what each field means."""
+    return _add_sections(_section(eval_fields.EVAL[""]), eval_fields.EVAL).lock()
+
+
+def _add_sections(c: ConfigDict, sections: Mapping[str, Mapping[str, Field]]) -> ConfigDict:
+    for name, its_fields in sections.items():
+        if name:
+            c[name] = _section(its_fields)
+    return c
+
+
+def _section(its_fields: Mapping[str, Field]) -> ConfigDict:
+    c = ConfigDict()
+    for name, field in its_fields.items():
+        if field.kind:
+            c[name] = config_dict.placeholder(field.kind)
+        if field.default is not None:
+            c[name] = field.default
+    return c
+
+
+def one_of_field(name: str, found: str) -> str:
+    """Returns `found`, or raises a `UserError` if the field `name` does not allow that value.
+
+    Args:
+        name: e.g. "optimizer.name", or "eval.features" for a field of `--eval`.
+        found: its value.
+    """
+    return one_of(name, found, _BOTH[name].one_of)
 
 
 def check(config: ConfigDict) -> None:
@@ -143,13 +96,12 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: naming the field, what was found and what would do.
     """
-    for field, least in _AT_LEAST.items():
-        value = config
-        for name in field.split("."):
-            value = value[name]
-        if value < least:
-            raise UserError(f"{field}={value} is too small: expected at least {least}")
-    one_of("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    for name, value in flat(config).items():
+        field = FIELDS.get(name)
+        if field and field.least is not None and value < field.least:
+            raise UserError(f"{name}={value} is too small: expected at least {field.least}")
+        if field and field.one_of:
+            one_of_field(name, value)
     if config.init_from and config.resume_from:
         raise UserError(
             f"init_from={config.init_from} and resume_from={config.resume_from}: a run starts from "
@@ -186,6 +138,11 @@ def as_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Every field of a config by its full name, with its value as JSON has it."""
+    return flatten(as_dict(config))
+
+
 def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
     """Sets the fields of a config to what `as_dict` gave, lists becoming tuples again.
 
@@ -207,7 +164,7 @@ def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dic
     Returns:
         A copy, and those newer fields for which `config` asks something else.
     """
-    saved, current = flatten(saved), flatten(as_dict(config))
+    saved, current = flatten(saved), flat(config)
     decided = {n: saved[n] for n, value in current.items() if value == AUTO and n in saved}
     newer = {n: v for n, v in _before(config, saved).items() if current[n] != v}
     begun = config.copy_and_resolve_references()
@@ -225,8 +182,8 @@ def with_decided(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, An
 
 
 def _before(config: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
-    """What `BEFORE` says of the fields that a config has and a saved one (flat) has not."""
-    return {n: BEFORE[n] for n in BEFORE.keys() & flatten(as_dict(config)).keys() - saved.keys()}
+    """What the code did without the fields that a config has and a saved one (flat) lacks."""
+    return {n: BEFORE[n] for n in BEFORE.keys() & flat(config).keys() - saved.keys()}
 
 
 def _set(config: ConfigDict, values: dict[str, Any], where: str) -> None:
@@ -265,16 +222,16 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
     """
     a, b = flatten(saved), flatten(current)
 
-    def free(name: str) -> bool:
-        return any(name == field or name.startswith(field + ".") for field in FREE_ON_RESUME)
-
     def same(name: str) -> bool:
+        field = FIELDS.get(name, Field(None, ""))  # one of the method's own, or of another version
+        if field.free:
+            return True
         if name in a:  # what `--mode=import` left is not decided yet
-            return a[name] == b.get(name, ...) or (a[name] == AUTO and name in DECIDED)
-        # a field that the code of the run did not have yet; without an entry it is one that is off
+            return a[name] == b.get(name, ...) or (a[name] == AUTO and field.decided)
+        # a field that the code of the run did not have yet
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 
-    differing = {n for n in a.keys() | b.keys() if not free(n) and not same(n)}
+    differing = {n for n in a.keys() | b.keys() if not same(n)}
     if {_kind(c.get("data.source")) for c in (a, b)} in ({"folder"}, {"shards"}):
         differing.discard("data.source")  # the loop sees whether it is the same listing
     differing = sorted(differing)

@@ -1,8 +1,8 @@
-"""What the contrastive losses share: unit vectors, gathered rows, a streaming log-sum-exp.
+"""What the contrastive losses have in common: unit vectors, gathered rows, a streaming log-sum-exp.
 
 A loss against n keys needs, for every query, only one number out of n logits: their log-sum-exp.
-Here the logits are made tile by tile, over rows *and* columns, folded into a running maximum and
-sum, and thrown away; the backward pass makes them again. Memory is the embeddings plus a tile.
+Here the logits are computed tile by tile, over rows *and* columns, folded into a running maximum
+and sum, and discarded; the backward pass recomputes them. Memory is the embeddings plus a tile.
 
 Temperatures are applied to the embeddings (`queries / temperature`, or `z / sqrt(temperature)` for
 a set contrasted with itself), so nothing below needs to know them.
@@ -18,7 +18,7 @@ from common.errors import UserError
 
 # Rows and columns of a tile. Larger tiles mean fewer loop steps, smaller ones stay in cache.
 BLOCK_SIZE = 1024
-# A negative this close to the positive (in units of eps) is a tie: their sums ran in another order.
+# A negative this close to the positive (in units of eps) is a tie: their sums differ in order only.
 _TIE_EPS = 32
 
 
@@ -47,7 +47,7 @@ def check_temperature(temperature: float | jax.Array) -> None:
 def gather_rows(x: jax.Array, axis: str | None) -> jax.Array:
     """All rows of an array split over the mesh axis `axis`, inside `shard_map`.
 
-    Its gradient is a reduce-scatter: every device's share of the cotangent is summed.
+    Its gradient is a reduce-scatter, which sums the cotangents of all devices.
 
     Args:
         x: `[n_local, ...]`.
@@ -71,7 +71,7 @@ def rows_lse(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-sum-exp of `queries @ keys.T` along each row, without ever holding that matrix.
 
-    Differentiable in `queries` and `keys`; a gradient nobody asks for is not computed under `jit`.
+    Differentiable in `queries` and `keys`; under `jit` an unused gradient is not computed.
 
     Args:
         queries: `[n, d]`, already divided by the temperature.
@@ -127,7 +127,7 @@ def self_lse(
 
 
 def scattered_lse(lse: jax.Array, axis: str | None) -> jax.Array:
-    """Combines log-sum-exps over each device's share of the keys; returns this device's rows.
+    """Combines log-sum-exps over the keys of each device; returns this device's rows.
 
     Args:
         lse: `[n]`, of all rows over the local keys; -inf where there are none.
@@ -166,9 +166,9 @@ def tie_threshold(positive: jax.Array, temperature: float | jax.Array) -> jax.Ar
 def _align(*arrays: jax.Array) -> list[jax.Array]:
     """Makes all arrays vary over every mesh axis that any of them varies over.
 
-    `shard_map` tracks that, and loops and `custom_vjp` want it consistent. Adding a zero made from
-    each array does it, and does nothing else (`lax.pcast` needs to know which axes are missing,
-    and how to ask an array for its axes changes between versions of jax).
+    `shard_map` tracks that, and loops and `custom_vjp` require it to be consistent. Adding a zero
+    computed from each array is enough (`lax.pcast` would need the missing axes, and how to query an
+    array for its axes changes between versions of jax).
     """
     marks = (jnp.ravel(jax.lax.stop_gradient(x))[0] > 0 for x in arrays)
     mark = functools.reduce(jnp.logical_or, marks)
@@ -176,7 +176,7 @@ def _align(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _blocks(x: jax.Array, block: int, fill: float = 0) -> jax.Array:
-    """`[n, ...]` as `[count, size, ...]` with size <= block, balanced so that padding is least."""
+    """`[n, ...]` as `[count, size, ...]`, size <= block, balanced for the least padding."""
     count = -(-x.shape[0] // block)
     size = -(-x.shape[0] // count)
     pad = [(0, count * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
@@ -198,7 +198,8 @@ def _forward(queries, keys, query_ids, key_ids, threshold, block, precision):
 
         def fold(carry, column):
             top, total, above = carry
-            logits, live = _tile(q, q_ids, *column, precision)
+            k, k_ids = column
+            logits, live = _tile(q, q_ids, k, k_ids, precision)
             logits = jnp.where(live, logits, -jnp.inf)
             new_top = jnp.maximum(top, logits.max(axis=1))
             shift = jnp.where(new_top == -jnp.inf, 0, new_top)  # nothing seen yet: not inf - inf
@@ -207,8 +208,8 @@ def _forward(queries, keys, query_ids, key_ids, threshold, block, precision):
             return (new_top, total, above), None
 
         empty = jnp.full_like(limit, -jnp.inf), jnp.zeros_like(limit), jnp.zeros_like(q_ids)
-        empty = _align(*empty, limit)[:3]
-        (top, total, above), _ = jax.lax.scan(fold, tuple(empty), columns)
+        start = tuple(_align(*empty, limit)[:3])
+        (top, total, above), _ = jax.lax.scan(fold, start, columns)
         return jnp.where(top == -jnp.inf, 0, top) + jnp.log(total), above
 
     rows = _blocks(queries, block), _blocks(query_ids, block, -1), _blocks(threshold, block)
@@ -227,7 +228,9 @@ def _weighted_keys(rows, cols, row_ids, col_ids, row_side, col_side, block, prec
         if side is None:
             return ()
         lse, cotangent = side
-        lse = jnp.where(lse == -jnp.inf, 0, lse)  # such a row has no live pair: any number serves
+        lse = jnp.where(
+            lse == -jnp.inf, 0, lse
+        )  # such a row has no live pair: any finite number will do
         return _blocks(lse, block), _blocks(cotangent, block)
 
     columns = _blocks(cols, block), _blocks(col_ids, block, -1), sides(col_side)
@@ -238,7 +241,7 @@ def _weighted_keys(rows, cols, row_ids, col_ids, row_side, col_side, block, prec
         def fold(total, column):
             c, c_ids, c_side = column
             logits, live = _tile(r, r_ids, c, c_ids, precision)
-            weights = 0
+            weights: jax.Array | int = 0
             if r_side:
                 weights += jnp.exp(logits - r_side[0][:, None]) * r_side[1][:, None]
             if c_side:
@@ -289,9 +292,9 @@ def _self_lse_fwd(z, ids, threshold, axis, block, precision):
 
 def _self_lse_bwd(axis, block, precision, saved, cotangents):
     z, everyone, ids, all_ids, lse = saved
-    own = jnp.stack([lse, cotangents[0]], axis=1)
-    other = gather_rows(own, axis)
-    own, other = (own[:, 0], own[:, 1]), (other[:, 0], other[:, 1])
+    pair = jnp.stack([lse, cotangents[0]], axis=1)
+    pairs = gather_rows(pair, axis)
+    own, other = (pair[:, 0], pair[:, 1]), (pairs[:, 0], pairs[:, 1])
     return _weighted_keys(z, everyone, ids, all_ids, own, other, block, precision), None, None
 
 

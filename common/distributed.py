@@ -1,8 +1,8 @@
-"""Several processes as one run, and several processes of this machine playing a pod.
+"""Several processes as one run, and a pod simulated by several processes on this machine.
 
     python -m common.distributed --processes=2 --devices=2 -- --config=... --workdir=...
 
-starts `main.py` that many times, each with so many simulated CPU devices, and passes signals on.
+starts `main.py` twice, each with two simulated CPU devices, and forwards signals to both.
 """
 
 import argparse
@@ -16,25 +16,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from types import FrameType
-from typing import IO
 
 import jax
 
 from common.errors import UserError
-from common.train.preemption import TOLD
 
-# Running, finished, told to stop, interrupted while Python was ending, which handles no signal.
-_FINE = (None, 0, *TOLD, -signal.SIGINT)
-_PATIENCE = 10.0  # seconds for process 0 to say itself what another one has said
+# Exit statuses of a run that a signal stopped and that has saved its state, as a shell reports
+# them: SIGTERM, Ctrl-C.
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+# Running, finished, stopped, interrupted during Python's shutdown, when no handler is left.
+_FINE = (None, 0, *STOPPED, -signal.SIGINT)
+_PATIENCE = 10.0  # seconds for process 0 to report a mistake that another process has found
 
 
 def start(coordinator: str = "") -> None:
     """Joins the other processes of the run; call it before anything touches a device.
 
     Args:
-        coordinator: "HOST:PORT,COUNT,INDEX": where process 0 listens, the number of processes, and
-            which of them this is. "" where JAX finds out by itself: Cloud TPU, Slurm, GKE, MPI.
+        coordinator: "HOST:PORT,COUNT,INDEX": the address of process 0, the number of processes,
+            and the index of this one. "" where JAX detects them: Cloud TPU, Slurm, GKE, MPI.
 
     Raises:
         UserError: if `coordinator` has another form, or is missing where it is needed.
@@ -57,15 +59,10 @@ def start(coordinator: str = "") -> None:
     jax.distributed.initialize(match[1], int(match[2]), int(match[3]))
 
 
-def _last_line(log: IO[str]) -> str:
-    log.seek(0)
-    return (log.read().rstrip().splitlines() or [""])[-1]
-
-
 def simulate(processes: int, devices: int, arguments: list[str]) -> int:
-    """Runs `main.py` in several processes on this machine's CPU until all of them end.
+    """Runs `main.py` in several processes on this machine's CPU until all of them have ended.
 
-    Process 0 alone speaks.
+    Only process 0 writes to the terminal.
 
     Args:
         processes: how many.
@@ -73,52 +70,63 @@ def simulate(processes: int, devices: int, arguments: list[str]) -> int:
         arguments: of `main.py`.
 
     Returns:
-        Exit status of process 0, or of the first that failed: the others are then stopped, and what
-        it said is shown.
+        Exit status of process 0, or of the first that failed: the others are then killed, and the
+        output of the failed one is shown.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        address = f"127.0.0.1:{s.getsockname()[1]}"
     main = pathlib.Path(__file__).resolve().parents[1] / "main.py"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    children, logs = [], []
-    for i in range(processes):
-        command = [sys.executable, str(main), *arguments]
-        command.append(f"--coordinator=127.0.0.1:{port},{processes},{i}")
-        logs.append(tempfile.TemporaryFile("w+") if i else None)  # noqa: SIM115
-        children.append(subprocess.Popen(command, env=environment, stdout=logs[i], stderr=logs[i]))
+    children: list[subprocess.Popen] = []
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        stack.callback(_kill, children)
+        for i in range(processes):
+            command = [sys.executable, str(main), *arguments]
+            command.append(f"--coordinator={address},{processes},{i}")
+            out = logs[i] if i else None
+            children.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
+        def forward(number: int, frame: FrameType | None) -> None:
+            for child in children:
+                child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
-    failed, statuses = None, [None]
-    try:
-        while None in statuses:
-            statuses = [child.poll() for child in children]  # those of the last to end as well
-            failed = next((i for i, s in enumerate(statuses) if s not in _FINE), None)
-            if failed is not None:
-                if failed and _last_line(logs[failed]).startswith("error: "):
-                    # a mistake of the user, which process 0 is about to find as well
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        if children[0].wait(timeout=_PATIENCE) == statuses[failed]:
-                            failed = 0
-                break
-            time.sleep(0.1)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-    if failed:  # process 0 has spoken for itself
-        logs[failed].seek(0)
-        print(f"process {failed}:\n{logs[failed].read()[-4000:]}", file=sys.stderr)
-    for log in logs[1:]:
-        log.close()
-    first = failed if failed is not None else 0
-    return children[first].returncode
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, forward)
+        failed = _first_failure(children)
+        if failed:  # process 0 has reported its own failure
+            logs[failed].seek(0)
+            output = logs[failed].read()
+            if not _reported_by_first(children, failed, output):
+                print(f"process {failed}:\n{output[-4000:]}", file=sys.stderr)
+        return children[failed].returncode
+
+
+def _first_failure(children: Sequence[subprocess.Popen]) -> int:
+    """Index of the first process that fails; 0 when all have ended and none failed."""
+    while True:
+        statuses = [child.poll() for child in children]
+        failed = [i for i, status in enumerate(statuses) if status not in _FINE]
+        if failed or None not in statuses:
+            return failed[0] if failed else 0
+        time.sleep(0.1)
+
+
+def _reported_by_first(children: Sequence[subprocess.Popen], failed: int, output: str) -> bool:
+    """Whether process 0 ends in the same way as one that found a mistake of the user."""
+    lines = output.rstrip().splitlines()
+    if not lines or not lines[-1].startswith("error: "):
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return children[0].wait(_PATIENCE) == children[failed].returncode
+    return False
+
+
+def _kill(children: Sequence[subprocess.Popen]) -> None:
+    for child in children:
+        child.kill()  # nothing happens to one that has ended
+        child.wait()
 
 
 def _main() -> None:

@@ -1,12 +1,14 @@
 """The seam between the training loop and a method, and the pieces every method needs.
 
-A method is a package with a class that has the three functions of `Method`, a state dataclass, and
-a config. `common` never asks which one runs.
+A method is a package with a subclass of `Method`: a state, a train step, and a section of the
+config. `common` never asks which one runs.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,19 +16,59 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import optim
+from common.config import section
 from common.data.augment import presets
 from common.models import heads, microbatch, probe
 
 
-class Method(Protocol):
-    """What the loop calls.
+@flax.struct.dataclass
+class TrainState:
+    """What changes during a run; a method that has more than this adds fields in a subclass.
 
-    States are `flax.struct.dataclass`es of arrays with the fields `step`, `params` (a dictionary
-    with the encoder under "backbone"), `batch_stats`, and `probe` (None without labels).
+    Attributes:
+        step: int32 scalar, updates done.
+        params: a dictionary; the encoder is under "backbone".
+        batch_stats: running statistics of the same network.
+        opt_state: of `Setup.tx`.
+        probe: `ProbeState`, None without labels.
     """
 
-    def init(self, key: jax.Array) -> Any:
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    probe: Any
+
+
+State = TypeVar("State", bound=TrainState)
+Step = Callable[[Any, dict, jax.Array], tuple[Any, dict]]  # as `Method.train_step`
+
+
+class Method(Protocol):
+    """All that training and evaluation ask of a method, which inherits the defaults from here.
+
+    Attributes:
+        MEANINGS: what each field of the method's section is for, by name; `main.py -h` shows it.
+        setup: what the method was built from.
+        chance: accuracy of guessing in the contrastive task, below which training has not got
+            anywhere; None: there is no such task.
+    """
+
+    MEANINGS: ClassVar[Mapping[str, str]] = {}
+    setup: "Setup"
+    chance: float | None = None
+
+    def __init__(self, setup: "Setup") -> None:
+        self.setup = setup
+
+    @staticmethod
+    def default_config() -> ConfigDict:
+        """The method's section of the config, which has the method's name."""
+        return ConfigDict()
+
+    def init(self, key: jax.Array) -> TrainState:
         """The state before the first step; pure, jitted by the loop with its final shardings."""
+        return self.setup.init(*jax.random.split(key))
 
     def train_step(self, state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         """One update; pure, jitted once by the loop, which donates `state`.
@@ -39,12 +81,27 @@ class Method(Protocol):
         Returns:
             The state of step t+1 and float scalars, "loss" among them.
         """
+        ...
 
     def encode(self, state: Any, images: jax.Array, layer: str = "backbone") -> jax.Array:
         """Features `[b, d]` of uint8 `images [b, h, w, c]`, in eval mode.
 
         Nothing of the state is used but `params` and `batch_stats`: evaluation restores no more.
         """
+        return self.setup.encode(state.params, state.batch_stats, images, layer)
+
+    def adopted(self, state: Any, taken: set[str]) -> tuple[Any, list[str]]:
+        """Derives the fields that another run, whose arrays the state now has, did not have.
+
+        Args:
+            state: of a new run with `config.resume_from`.
+            taken: names of the arrays that come from the other run, e.g. "params/head/...".
+
+        Returns:
+            The state, and the names of the fields derived.
+        """
+        del taken
+        return state, []
 
 
 def root_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -55,9 +112,28 @@ def root_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a method closes over: everything that is decided before the first step."""
+    """What a method closes over: everything that is decided before the first step.
+
+    Attributes:
+        config: the method's own section, e.g. `config.simclr`.
+        batch_size: images of the global batch.
+        image_size: side of the training views, in pixels.
+        mesh: the devices.
+        network: encoder and projection head.
+        tx: the optimiser.
+        schedule: its learning rate by step.
+        probe: the online linear probe.
+        mean: of the images, one value a channel, in [0, 1].
+        std: likewise.
+        steps_per_epoch: of the run.
+        microbatches: parts of a batch, see `common/models/microbatch.py`.
+        initial: `(params, batch_stats)` to start from, whole or without the head.
+        training: False: nothing but network and scale of images is used.
+    """
 
     config: ConfigDict
+    batch_size: int
+    image_size: int
     mesh: Mesh
     network: heads.Network
     tx: optax.GradientTransformation
@@ -65,15 +141,25 @@ class Setup:
     probe: probe.Probe
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    total_steps: int  # of the run
     steps_per_epoch: int
-    microbatches: int = 1  # parts of a batch, see `common/models/microbatch.py`
-    initial: Any = None  # (params, batch_stats) to start from, whole or without the head
-    training: bool = True  # False: nothing but network and scale of images is used
+    microbatches: int = 1
+    initial: Any = None
+    training: bool = True
+
+    def init(self, network_key: jax.Array, probe_key: jax.Array) -> TrainState:
+        """The state before the first step, of a method that adds no field to it."""
+        params, batch_stats = self.init_network(network_key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=self.tx.init(params),
+            probe=self.probe.init(probe_key, self.network.backbone.feature_dim),
+        )
 
     def init_network(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns `(params, batch_stats)`: those of `initial`, and drawn what is not there."""
-        size = self.config.data.image_size
+        size = self.image_size
         variables = self.network.init(key, jnp.zeros((1, size, size, 3)), train=False)
         params, batch_stats = self.initial or ({}, {})
         return variables["params"] | params, variables["batch_stats"] | batch_stats
@@ -110,27 +196,53 @@ class Setup:
     def encode(self, params: Any, batch_stats: Any, images: jax.Array, layer: str) -> jax.Array:
         """Eval-mode features of uint8 images."""
         variables = {"params": params, "batch_stats": batch_stats}
-        return self.network.apply(variables, self.scale(images), layer, method="encode")
+        features: Any = self.network.apply(variables, self.scale(images), layer, method="encode")
+        return features
 
-    @jax.named_scope("update")  # the parts that benchmarks/trace.py tells apart
-    def update(self, state: Any, grads: Any) -> tuple[Any, Any, dict]:
-        """One optimiser step: `(params, opt_state, metrics)`."""
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        metrics = {
-            "gradient_norm": optax.tree.norm(grads),
-            "parameter_norm": optax.tree.norm(state.params),
-            "learning_rate": self.schedule(state.step),
-        }
-        return optax.apply_updates(state.params, updates), opt_state, metrics
+    def next_state(
+        self,
+        state: State,
+        grads: Any,
+        batch_stats: Any,
+        features: jax.Array,
+        labels: jax.Array,
+        **fields: Any,
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """The end of every train step: one update of the optimiser, one of the online probe.
 
-    def init_probe(self, key: jax.Array) -> Any:
-        """The probe's state; None without labels."""
-        return self.probe.init(key, self.network.backbone.feature_dim)
+        Args:
+            state: of step t.
+            grads: of the loss, a tree like `state.params`.
+            batch_stats: that the forward pass left.
+            features: `[b * views, d]`, the views of an image one after the other. The probe learns
+                from them; they get no gradient from it.
+            labels: int32 `[b]`, -1: none.
+            **fields: those that a method's own state has beside `TrainState`'s.
 
-    @jax.named_scope("probe")
-    def update_probe(self, state: Any, features: jax.Array, labels: jax.Array) -> tuple[Any, dict]:
-        """One step of the online probe on `features [n, d]`, which get no gradient from it."""
-        return self.probe.update(state, features, labels)
+        Returns:
+            The state of step t+1, and the metrics of optimiser and probe.
+        """
+        with jax.named_scope("update"):  # the parts that benchmarks/trace.py tells apart
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            metrics = {
+                "gradient_norm": optax.tree.norm(grads),
+                "parameter_norm": optax.tree.norm(state.params),
+                "learning_rate": self.schedule(state.step),
+            }
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("probe"):
+            labels = jnp.repeat(labels, len(features) // len(labels))
+            probe_state, probe_metrics = self.probe.update(state.probe, features, labels)
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            probe=probe_state,
+            **fields,
+        )
+        return state, metrics | probe_metrics
 
 
 @jax.named_scope("loss")
@@ -158,20 +270,25 @@ def make_setup(
         UserError: from the builders, for a value that none of them knows, or for micro-batches
             that do not fit the mesh.
     """
-    tx, schedule = optim.make_optimizer(config, total_steps, steps_per_epoch)
+    tx, schedule = optim.make_optimizer(
+        config.optimizer, config.batch_size, total_steps, steps_per_epoch
+    )
     augmentation = presets.resolve(config.augment, config.data.image_size)
     return Setup(
-        config=config,
+        config=config[config.method],
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
         mesh=mesh,
-        network=heads.make_network(config),
+        network=heads.make_network(config.model, config.head),
         tx=tx,
         schedule=schedule,
-        probe=probe.make_probe(config, num_classes, total_steps),
+        probe=probe.make_probe(config.probe, num_classes, total_steps),
         mean=augmentation.mean,
         std=augmentation.std,
-        total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        microbatches=microbatch.count(config, mesh.size),
+        microbatches=microbatch.count(
+            config.batch_size, config.microbatch, config.model.bn_groups, mesh.size
+        ),
     )
 
 
@@ -187,5 +304,5 @@ def make_encoder_setup(config: ConfigDict, mesh: Mesh) -> Setup:
     """
     config = config.copy_and_resolve_references()
     config.microbatch = 0
-    config.optimizer, config.probe = optim.default_config(), probe.default_config()
+    config.optimizer, config.probe = section("optimizer"), section("probe")
     return dataclasses.replace(make_setup(config, mesh, 1, 1, num_classes=0), training=False)

@@ -1,7 +1,7 @@
-"""Config -> learning-rate schedule and optax transformation.
+"""The optimizer section -> learning-rate schedule and optax transformation.
 
-Everything that moves a parameter is optax's own; this file only chooses, scales by the global
-batch, and sets the masks that the published recipes need.
+Every update rule is optax's own; this file only chooses, scales by the global batch, and sets the
+masks that the published recipes need.
 """
 
 import math
@@ -12,31 +12,11 @@ import jax
 import ml_collections
 import optax
 
-from common.errors import UserError, one_of
+from common.config import one_of_field
+from common.errors import UserError
 
 FORMS = '"10 epochs", "500 steps", "5 %" (of the whole run), or a whole number of steps'
 _DURATION = re.compile(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?\s*", re.IGNORECASE)
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """Returns the `config.optimizer` sub-tree with its defaults."""
-    c = ml_collections.ConfigDict()
-    c.name = "sgd"  # sgd | lars | adamw
-    c.learning_rate = 0.06  # the base value: `scaling` makes the peak of it
-    c.scaling = "linear"  # linear: x batch / 256 | sqrt: x sqrt(batch) | none; of the global batch
-    c.weight_decay = 1e-4  # on kernels only, unless decay_bn_and_bias
-    c.decay_bn_and_bias = False  # also decay biases and batch-norm scales, as MoCo's PyTorch code
-    c.momentum = 0.9  # sgd and lars
-    c.nesterov = False  # look-ahead form of the momentum (any optimiser)
-    c.b1 = 0.9  # adamw: decay of the first moment
-    c.b2 = 0.999  # adamw: decay of the second moment
-    c.trust_coefficient = 1e-3  # lars: eta in You et al. 2017, eq. 6
-    c.warmup = "0 steps"  # linear warm-up: "10 epochs", "500 steps" or "5 %"
-    c.schedule = "cosine"  # after the warm-up: cosine (to 0) | step | constant
-    c.decay_at = (120, 160)  # schedule=step: where to decay, in epochs, or durations as above
-    c.decay_rate = 0.1  # schedule=step: factor at each of decay_at
-    c.clip_norm = 0.0  # clip the gradient to this global norm; 0 = off
-    return c
 
 
 def steps_of(
@@ -65,26 +45,27 @@ def steps_of(
         steps = value * steps_per_epoch
     elif unit == "%":
         if total is None:
-            raise UserError(f'{name}="{text}" has nothing to be a part of: use epochs or steps')
+            raise UserError(
+                f'{name}="{text}" is a percentage, not possible here: use epochs or steps'
+            )
         steps = value / 100 * total
     else:
         steps = value
         if value != int(value):
             raise UserError(f'{name}="{text}" is not a whole number of steps: write {FORMS}')
-    # The small term keeps products such as 0.07 * 50 = 3.5000000000000004 on their own side.
+    # The small term makes 0.35 % of 1000, in floating point 3.4999999999999996, round as 3.5 does.
     return max(1, math.floor(steps + 0.5 + 1e-9)) if steps > 0 else 0
 
 
-def peak_learning_rate(config: ml_collections.ConfigDict) -> float:
-    """Returns the learning rate after warm-up: the base value scaled by the global batch."""
-    c = config.optimizer
-    one_of("optimizer.scaling", c.scaling, ("linear", "sqrt", "none"))
-    factor = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size), "none": 1.0}
+def peak_learning_rate(c: ml_collections.ConfigDict, batch_size: int) -> float:
+    """Returns the learning rate after warm-up: that of the section, scaled by the global batch."""
+    one_of_field("optimizer.scaling", c.scaling)
+    factor = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return c.learning_rate * factor[c.scaling]
 
 
 def learning_rate_schedule(
-    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+    c: ml_collections.ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done before.
 
@@ -96,21 +77,21 @@ def learning_rate_schedule(
         t >= w, step:       p decay_rate ** (how many of decay_at are <= t)
         t >= w, constant:   p
 
-    so the first update (t = 0) already moves the parameters, p is reached at t = w, and the
+    so the first update (t = 0) already changes the parameters, p is reached at t = w, and the
     cosine would be 0 at t = T, one step after the last. SimCLR's code warms up with p t / w, and
-    its first update moves nothing; MoCo's takes the cosine of the epoch, not of the step.
+    its first update changes nothing; MoCo's takes the cosine of the epoch, not of the step.
 
     Args:
-        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        c: the optimizer section, see `common/fields.py`.
+        batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
 
     Raises:
         UserError: on an unknown name, a malformed duration, or a warm-up longer than the run.
     """
-    c = config.optimizer
-    one_of("optimizer.schedule", c.schedule, ("cosine", "step", "constant"))
-    peak = peak_learning_rate(config)
+    one_of_field("optimizer.schedule", c.schedule)
+    peak = peak_learning_rate(c, batch_size)
     warmup = steps_of(c.warmup, steps_per_epoch, total_steps, "optimizer.warmup")
     if warmup > total_steps:
         raise UserError(
@@ -121,7 +102,7 @@ def learning_rate_schedule(
     if c.schedule == "cosine" and total_steps > warmup:
         after = optax.cosine_decay_schedule(peak, total_steps - warmup)
     elif c.schedule == "step":
-        boundaries = {}
+        boundaries: dict[int, float] = {}
         for at in c.decay_at:
             at = at if isinstance(at, str) else f"{at} epochs"
             step = steps_of(at, steps_per_epoch, total_steps, "optimizer.decay_at")
@@ -148,9 +129,9 @@ def _everything(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int
+    c: ml_collections.ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Builds the optax transformation and its schedule from `config.optimizer`.
+    """Builds the optax transformation and its schedule.
 
     sgd:   g += weight_decay p;  v = momentum v + g;  p -= lr v   (as in PyTorch)
     lars:  You et al. 2017, in the order of SimCLR's code: weight decay, then the trust ratio
@@ -161,7 +142,8 @@ def make_optimizer(
     trust ratio. Clipping, when on, comes first.
 
     Args:
-        config: with `batch_size` (global) and `optimizer` (see `default_config`).
+        c: the optimizer section, see `common/fields.py`.
+        batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
 
@@ -172,20 +154,19 @@ def make_optimizer(
         UserError: on an unknown name, a number out of its range, a malformed duration, or a warm-up
             longer than the run.
     """
-    c = config.optimizer
-    one_of("optimizer.name", c.name, ("sgd", "lars", "adamw"))
+    one_of_field("optimizer.name", c.name)
     for name in ("learning_rate", "weight_decay", "trust_coefficient", "clip_norm"):
         if not 0 <= c[name] < math.inf:
             raise UserError(
-                f"optimizer.{name}={c[name]} makes no sense: expected a finite number, 0 or more"
+                f"optimizer.{name}={c[name]} is out of range: expected a finite number, 0 or more"
             )
     for name in ("momentum", "b1", "b2"):
         if not 0 <= c[name] < 1:
             raise UserError(
-                f"optimizer.{name}={c[name]} is no decay of a running mean: expected 0 or more, "
+                f"optimizer.{name}={c[name]} is not a decay rate: expected 0 or more, "
                 "and less than 1"
             )
-    schedule = learning_rate_schedule(config, total_steps, steps_per_epoch)
+    schedule = learning_rate_schedule(c, batch_size, total_steps, steps_per_epoch)
     decayed = _everything if c.decay_bn_and_bias else kernels
     parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
     if c.name == "sgd":

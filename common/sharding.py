@@ -1,4 +1,4 @@
-"""Mesh, shardings, and the way from host rows to a global array.
+"""Mesh, shardings, and global arrays from the rows of each host.
 
 One mesh axis, "data". Arrays are replicated unless a state dataclass says otherwise through
 `sharded(...)`; batches are split along their first axis.
@@ -43,8 +43,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def sharded(*axes: str | None) -> Any:
     """Field of a state dataclass whose arrays are split, e.g. `sharded(None, "data")`.
 
-    Trailing axes that are not split are left out: a compiled step returns its shardings in that
-    form, and `jit` would compile again for the longer one.
+    Leave out trailing axes that are not split: a compiled step returns its shardings in that form,
+    and `jit` would compile again for the longer one.
     """
     return flax.struct.field(metadata={"spec": PartitionSpec(*axes)})
 
@@ -60,25 +60,25 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         A tree like `state` with a `NamedSharding` at every leaf.
     """
 
-    def place(tree: Any, spec: PartitionSpec) -> Any:
+    def shardings(tree: Any, spec: PartitionSpec) -> Any:
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
             fields = {
-                f.name: place(getattr(tree, f.name), f.metadata.get("spec", spec))
+                f.name: shardings(getattr(tree, f.name), f.metadata.get("spec", spec))
                 for f in dataclasses.fields(tree)
             }
             return dataclasses.replace(tree, **fields)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
 
-    return place(state, PartitionSpec())
+    return shardings(state, PartitionSpec())
 
 
 def each_device(
     function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`jax.shard_map`, but on one device the plain function: it then has nobody to send to.
+    """`jax.shard_map`; on one device, where nothing is communicated, the plain function.
 
-    A collective over a single device computes nothing, and compilers are not made for it: libtpu
-    0.0.42 dies of a reduce-scatter when it optimises little (`--mode=plan --quick`).
+    A collective over a single device computes nothing, and compilers are not tested for it: libtpu
+    0.0.42 crashes on a reduce-scatter when it optimises little (`--mode=plan --quick`).
 
     Args:
         function: of the arguments that `in_specs` split, and of the keyword `axis`, the name of
@@ -95,14 +95,14 @@ def each_device(
 
 
 def any_process(here: bool) -> bool:
-    """Whether `here` is true on any process; all of them have to ask."""
+    """Whether `here` is true on any process; all processes must call this."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.int32(here)).any())
 
 
 def first_process(here: bool) -> bool:
-    """What `here` is on process 0; all of them have to ask, and go on together."""
+    """The value of `here` on process 0; all processes must call this, and leave it together."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
@@ -116,10 +116,10 @@ def any_process_of(here: np.ndarray) -> np.ndarray:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of the global batch that this process holds, in the order its array needs them.
+    """Rows of the global batch that this process holds, in the order of its local array.
 
     Args:
-        mesh: the device mesh; it may have reordered the devices.
+        mesh: the device mesh, which may have reordered the devices.
         batch_size: rows of the global batch.
 
     Returns:
@@ -135,7 +135,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
             f"{max(1, batch_size // mesh.size) * mesh.size}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    starts = sorted({(s[0].start or 0) for s in slices.values()})
+    starts = sorted({(s[0].start or 0) for s in slices.values() if s})
     size = batch_size // mesh.size
     return np.concatenate([np.arange(start, start + size) for start in starts])
 
@@ -143,11 +143,11 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def to_global(mesh: Mesh, batch: Any) -> Any:
     """Turns this process's rows, a tree of NumPy `[b_local, ...]`, into global arrays.
 
-    A scalar, the same in every process, goes to every device.
+    A scalar, which must be the same in every process, is replicated.
     """
 
-    def place(x: np.ndarray) -> jax.Array:
+    def to_array(x: np.ndarray) -> jax.Array:
         sharding = batch_sharding(mesh) if np.ndim(x) else replicated(mesh)
         return jax.make_array_from_process_local_data(sharding, x)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(to_array, batch)

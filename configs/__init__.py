@@ -1,0 +1,1 @@
+"""One file for each recipe; its docstring has the command and the result."""

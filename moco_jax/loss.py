@@ -29,8 +29,8 @@ def info_nce(
     `query . key / temperature` over itself and the similarities with the queue's `length` keys.
     Push the new keys after this, not before.
 
-    Each device scores the queries of *all* devices against its own share of the queue, and the
-    log-sum-exps are combined: what travels is `[b, d]`, never the queue.
+    Each device scores the queries of *all* devices against its own part of the queue, and the
+    log-sum-exps are combined: `[b, d]` is communicated, never the queue.
 
     Args:
         queries: `[b, d]`, any float type; normalised here.
@@ -45,7 +45,7 @@ def info_nce(
 
     Returns:
         The loss, a scalar of at least float32, and metrics without gradient: `contrastive_top1`,
-        `contrastive_top5` (share of queries whose key is the best, or among the best five, of
+        `contrastive_top5` (fraction of queries whose key is the best, or among the best five, of
         1 + length; ties are misses), `positive_similarity`, `negative_similarity` (mean cosines).
 
     Raises:

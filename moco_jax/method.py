@@ -1,5 +1,6 @@
 """MoCo v1 and v2 (He et al. 2020; Chen et al. 2020c): momentum encoder and queue of keys."""
 
+import dataclasses
 import logging
 from typing import Any, ClassVar
 
@@ -11,30 +12,24 @@ from ml_collections import ConfigDict
 
 from common.contrast import normalize
 from common.errors import UserError
-from common.method import Setup, embedding_metrics
+from common.method import Method, Setup, TrainState, embedding_metrics
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 from moco_jax.shuffle import shuffle, unshuffle
 
 
 @flax.struct.dataclass
-class MoCoState:
-    """Everything that changes during a run."""
+class MoCoState(TrainState):
+    """The state of a run, with the momentum encoder and its keys."""
 
-    step: jax.Array  # int32 scalar
-    params: Any
-    batch_stats: Any
-    opt_state: Any
     key_params: Any
     key_batch_stats: Any
     queue: queues.Queue
-    probe: Any  # ProbeState, or None without labels
 
 
-class MoCo:
-    """The `common.method.Method` of MoCo."""
+class MoCo(Method):
+    """MoCo v1 and v2."""
 
-    # of the fields of its section, for `main.py -h`
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it; 0.2 in v2, 0.07 in v1",
         "queue_length": "keys in the queue, which are the negatives",
@@ -57,36 +52,33 @@ class MoCo:
         )
 
     def __init__(self, setup: Setup) -> None:
-        moco = setup.config.moco
+        super().__init__(setup)
+        moco = setup.config
         if not 0 <= moco.momentum < 1:
             raise UserError(f"moco.momentum={moco.momentum}: expected 0 <= momentum < 1")
         if setup.training:
-            _remark(setup)
-        self.setup = setup
+            _warn_of_doubtful(setup)
         self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
-        self.rows = setup.config.batch_size * (2 if moco.symmetric else 1)
+        self.rows = setup.batch_size * (2 if moco.symmetric else 1)
 
     def init(self, key: jax.Array) -> MoCoState:
         """See `Method.init`. The key encoder starts as a copy of the query encoder."""
         network_key, probe_key, queue_key = jax.random.split(key, 3)
-        params, batch_stats = self.setup.init_network(network_key)
-        length, dim = self.setup.config.moco.queue_length, self.setup.config.head.dim
+        start = self.setup.init(network_key, probe_key)
+        length, dim = self.setup.config.queue_length, self.setup.network.head.dim
         return MoCoState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=self.setup.tx.init(params),
-            key_params=jax.tree.map(jnp.copy, params),
-            key_batch_stats=jax.tree.map(jnp.copy, batch_stats),
+            **{field.name: getattr(start, field.name) for field in dataclasses.fields(start)},
+            key_params=jax.tree.map(jnp.copy, start.params),
+            key_batch_stats=jax.tree.map(jnp.copy, start.batch_stats),
             queue=queues.init(queue_key, length, self.rows, dim),
-            probe=self.setup.init_probe(probe_key),
         )
 
     def adopted(self, state: MoCoState, taken: set[str]) -> tuple[MoCoState, list[str]]:
-        """Of a run without momentum encoder only weights were taken: keys are made with those."""
+        """Without a momentum encoder in that run, the key encoder is a copy of its weights."""
         if any(name.startswith("key_params/") for name in taken):
             return state, []
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             key_params=jax.tree.map(jnp.copy, state.params),
             key_batch_stats=jax.tree.map(jnp.copy, state.batch_stats),
         )
@@ -95,8 +87,8 @@ class MoCo:
     def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
         """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""
         del key  # nothing in this step is random: shuffling BN deals rows in a fixed order
-        setup, moco = self.setup, self.setup.config.moco
-        groups = setup.config.model.bn_groups
+        setup, moco = self.setup, self.setup.config
+        groups = setup.network.backbone.bn_groups
         images = batch["images"]
         # (query view, key view)
         pairs = ((0, 1), (1, 0)) if moco.symmetric else ((0, 1),)
@@ -111,7 +103,7 @@ class MoCo:
             keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups, setup.mesh))))
 
         def loss_fn(params: Any) -> tuple:
-            stats, losses, metrics, features, queries = state.batch_stats, [], [], [], []
+            stats, losses, metrics, seen, queries = state.batch_stats, [], [], [], []
             for (view, _), key_embeddings in zip(pairs, keys, strict=True):
                 f, q, stats = setup.forward(params, stats, images[:, view])
                 loss, scores = info_nce(
@@ -125,48 +117,41 @@ class MoCo:
                 )
                 losses.append(loss)
                 metrics.append(scores)
-                features.append(f)
+                seen.append(f)
                 queries.append(q)
             # means over the directions; the loss itself is their sum
             scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
-            features = jnp.stack(features, 1).reshape(-1, features[0].shape[-1])
+            features = jnp.stack(seen, 1).reshape(-1, f.shape[-1])
             scores |= embedding_metrics(features, jnp.stack(queries, 1).reshape(-1, q.shape[-1]))
             return sum(losses), (stats, features, scores)
 
         (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params
         )
-        params, opt_state, update_metrics = setup.update(state, grads)
-        labels = jnp.repeat(batch["labels"], len(pairs))
-        probe, probe_metrics = setup.update_probe(state.probe, features, labels)
         # [b, directions, d] -> rows: an image's keys stay on its device
         new_keys = jnp.stack(keys, 1).reshape(self.rows, -1)
-        state = MoCoState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=stats,
-            opt_state=opt_state,
+        state, more = setup.next_state(
+            state,
+            grads,
+            stats,
+            features,
+            batch["labels"],
             key_params=key_params,
             key_batch_stats=key_stats,
             queue=queues.push(state.queue, new_keys, state.step),
-            probe=probe,
         )
-        return state, {"loss": loss} | metrics | update_metrics | probe_metrics
-
-    def encode(self, state: MoCoState, images: jax.Array, layer: str = "backbone") -> jax.Array:
-        """See `Method.encode`; the query encoder's features."""
-        return self.setup.encode(state.params, state.batch_stats, images, layer)
+        return state, {"loss": loss} | metrics | more
 
 
-def _remark(setup: Setup) -> None:
-    """What works and is hardly meant."""
-    if setup.config.model.bn_groups == 1:
+def _warn_of_doubtful(setup: Setup) -> None:
+    """Settings that are legal and hardly what the user means."""
+    if setup.network.backbone.bn_groups == 1:
         logging.warning(
             "bn_groups=1: a query and its key see the same batch statistics, which lets the "
             "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
         )
-    length, images = setup.config.moco.queue_length, setup.steps_per_epoch * setup.config.batch_size
-    if length >= images + setup.config.batch_size:
+    length, images = setup.config.queue_length, setup.steps_per_epoch * setup.batch_size
+    if length >= images + setup.batch_size:
         logging.warning(
             "moco.queue_length=%d is longer than an epoch, of %d images: earlier keys of an image "
             "are among its negatives; use less than %d", length, images, images,

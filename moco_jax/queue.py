@@ -1,9 +1,9 @@
 """The queue of keys: `[slots, rows, d]`, one slot a step, split over devices along `rows`.
 
-A slot takes the keys of one global batch, and every device holds the same share of each slot as
-it holds of the batch. Writing a slot is therefore local, and means the same on any device count.
-A length that is no multiple of `rows` is a matter of masking: of the oldest slot, the one about to
-be overwritten, only the last rows count.
+A slot holds the keys of one global batch, and every device holds the same rows of each slot as of
+the batch. Writing a slot is therefore local, and means the same on any number of devices. A length
+that is not a multiple of `rows` is handled by a mask: of the oldest slot, the next to be
+overwritten, only the last rows count.
 """
 
 import flax.struct
@@ -18,7 +18,7 @@ from common.sharding import sharded
 
 @flax.struct.dataclass
 class Queue:
-    """Keys of past steps; `step`, which every function takes, counts the slots written so far.
+    """Keys of past steps; `step`, an argument of every function, counts the slots written so far.
 
     Attributes:
         keys: `[slots, rows, d]`, unit norm. `rows` is the global batch (twice that when both views
@@ -100,7 +100,7 @@ def mask(length: int, rows: int, step: jax.Array | int) -> jax.Array:
 
 
 def contents(queue: Queue, length: int, step: int) -> np.ndarray:
-    """The keys that count, oldest first, on the host (of one process): for looking and testing.
+    """The keys that count, oldest first, on the host (of one process): to inspect and to test.
 
     Args:
         queue: the queue.

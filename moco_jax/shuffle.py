@@ -1,8 +1,8 @@
 """Shuffling BN (He et al. 2020, section 3.3): rows change BN group, and mostly device.
 
-Left to itself, the TPU compiler gathers the images of many chips in float32 where groups and chips
-do not match. So the exchange is written out: an all-to-all among some of the devices, and a
-permutation of all of them where that does not suffice.
+The TPU compiler on its own gathers the images of many chips in float32 where groups and chips do
+not match. So the exchange is explicit: an all-to-all within sets of devices, and a permutation of
+all devices where that is not enough.
 """
 
 import jax
@@ -14,15 +14,15 @@ from common.sharding import AXIS
 def shuffle(x: jax.Array, groups: int, mesh: Mesh | None = None) -> jax.Array:
     """Deals the rows of `x [b, ...]` over the BN groups, so that no group keeps its own images.
 
-    Row j of group g goes to place `j * groups + g`. The new group g shares at most
+    Row j of group g goes to row `j * groups + g`. The new group g shares at most
     `ceil(b / groups^2)` images with the old one. (The authors' code draws a permutation each step.)
 
     Args:
         x: `[b, ...]`, on a mesh split along its rows.
         groups: G; must divide b.
         mesh: over which x is split. The result does not depend on it. A device sends and receives
-            its own number of rows at most twice, where numbers of rows, groups and devices divide
-            each other; otherwise the compiler decides.
+            its rows at most twice if the numbers of rows, groups and devices divide each other;
+            otherwise the compiler decides.
 
     Returns:
         `[b, ...]`, split like x.
@@ -57,7 +57,7 @@ def unshuffle(x: jax.Array, groups: int, mesh: Mesh | None = None) -> jax.Array:
 
 
 def sends(devices: int, groups: int, size: int) -> int:
-    """How often `shuffle` sends a device's rows over the links; 2 where it is left to XLA."""
+    """How often `shuffle` sends a device's rows over the links; 2 where XLA decides."""
     plan = _plan(devices, groups, size)
     return 2 if plan is None or any(a != b for a, b in plan[-1]) else 1
 
@@ -68,9 +68,9 @@ def _plan(
     """How n devices transpose the matrix `[groups, size]` that they hold row by row.
 
     Returns:
-        Groups that a device holds whole; how many rows in a row it sends to the same device, groups
-        aside; sets of devices among which there is an all-to-all; where every device's rows go
-        then, as (from, to). None: the numbers do not divide each other.
+        Whole groups on a device; consecutive rows of a group that go to the same device; sets of
+        devices for the all-to-all; pairs (from, to) for the permutation after it. None: the numbers
+        do not divide each other.
     """
     if groups % n == 0:  # whole groups on a device
         own = groups // n

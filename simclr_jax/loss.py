@@ -23,7 +23,7 @@ def nt_xent(
     For each of the 2N rows: minus the log-softmax of the cosine similarity with its other view,
     over the similarities with the 2N - 1 other rows, all divided by `temperature`.
     Chen et al. 2020 (arXiv 2002.05709), eq. 1. The authors' code averages over N and adds the two
-    halves, which is twice this value: `simclr.loss_scale` gives the optimiser their gradient.
+    halves, which is twice this value; `simclr.loss_scale=2` gives their gradient.
 
     Args:
         z1: `[n, d]`, first view; any float type, any length of the vectors.
@@ -73,8 +73,8 @@ def nt_xent_with_metrics(
         precision: as in `nt_xent`.
 
     Returns:
-        The loss, and metrics without gradient: `contrastive_top1` and `contrastive_top5` (share of
-        rows whose positive is the best, or among the best five, of the 2n - 1; ties are misses),
+        The loss, and metrics without gradient: `contrastive_top1` and `contrastive_top5` (fraction
+        of rows whose positive is the best, or among the best five, of the 2n - 1; ties are misses),
         `positive_similarity` and `negative_similarity` (mean cosines; 0 if n = 1).
 
     Raises:
@@ -99,7 +99,7 @@ def nt_xent_with_metrics(
         z = contrast.normalize(z)
         temperature = temperature.astype(z.dtype)
         first = 0 if axis is None else jax.lax.axis_index(axis) * z.shape[0]
-        # Flattened image by image: the rows of an image, itself and its positive, share an id.
+        # Flattened image by image: the two rows of an image, a positive pair, get the same id.
         ids = jnp.repeat(first + jnp.arange(z.shape[0], dtype=jnp.int32), 2)
         similarity = jnp.sum(z[:, 0] * z[:, 1], axis=-1)
         positive = jnp.repeat(similarity / temperature, 2)

@@ -3,30 +3,17 @@
 import math
 from typing import Any, ClassVar
 
-import flax
 import jax
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Setup, embedding_metrics
+from common.method import Method, Setup, TrainState, embedding_metrics
 from simclr_jax.loss import nt_xent_with_metrics
 
 
-@flax.struct.dataclass
-class SimCLRState:
-    """Everything that changes during a run."""
+class SimCLR(Method):
+    """SimCLR v1; its state is a `TrainState`."""
 
-    step: jax.Array  # int32 scalar
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    probe: Any  # ProbeState, or None without labels
-
-
-class SimCLR:
-    """The `common.method.Method` of SimCLR."""
-
-    # of the fields of its section, for `main.py -h`
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it",
         "loss_scale": "the gradient is that of so many times eq. 1: 1 in the paper, 2 in its "
@@ -48,34 +35,22 @@ class SimCLR:
 
     def __init__(self, setup: Setup) -> None:
         """Raises a `UserError` for a scale of the loss that is not positive, where that matters."""
-        if setup.training and not 0 < (scale := setup.config.simclr.loss_scale) < math.inf:
+        super().__init__(setup)
+        if setup.training and not 0 < (scale := setup.config.loss_scale) < math.inf:
             raise UserError(
                 f"simclr.loss_scale={scale}: expected a finite number above 0, 1 for the paper's "
                 "equation or 2 for the authors' code"
             )
-        self.setup = setup
-        self.chance = 1 / (2 * setup.config.batch_size - 1)  # of guessing an image's other view
+        self.chance = 1 / (2 * setup.batch_size - 1)  # of guessing an image's other view
 
-    def init(self, key: jax.Array) -> SimCLRState:
-        """See `Method.init`."""
-        network_key, probe_key = jax.random.split(key)
-        params, batch_stats = self.setup.init_network(network_key)
-        return SimCLRState(
-            step=jax.numpy.zeros((), jax.numpy.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=self.setup.tx.init(params),
-            probe=self.setup.init_probe(probe_key),
-        )
-
-    def train_step(self, state: SimCLRState, batch: dict, key: jax.Array) -> tuple:
+    def train_step(self, state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         """See `Method.train_step`. Both views of an image go through the network together.
 
         Of the metrics "loss" is eq. 1 whatever `loss_scale` is, and "gradient_norm" is of the
         gradient that the optimiser gets, which is `loss_scale` times that of eq. 1.
         """
         del key  # nothing in this step is random: the views come augmented
-        setup = self.setup
+        setup, config = self.setup, self.setup.config
         b, views, *shape = batch["images"].shape
         # [b, 2, ...] -> [2b, ...] keeps an image's views on one device; view-major order would
         # cost an all-to-all
@@ -84,28 +59,11 @@ class SimCLR:
         def loss_fn(params: Any) -> tuple:
             features, embeddings, stats = setup.forward(params, state.batch_stats, images)
             loss, metrics = nt_xent_with_metrics(
-                embeddings.reshape(b, views, -1),
-                temperature=setup.config.simclr.temperature,
-                mesh=setup.mesh,
+                embeddings.reshape(b, views, -1), temperature=config.temperature, mesh=setup.mesh
             )
             metrics |= {"loss": loss} | embedding_metrics(features, embeddings)
-            return setup.config.simclr.loss_scale * loss, (stats, features, metrics)
+            return config.loss_scale * loss, (stats, features, metrics)
 
-        (_, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        params, opt_state, update_metrics = setup.update(state, grads)
-        labels = jax.numpy.repeat(batch["labels"], views)
-        probe, probe_metrics = setup.update_probe(state.probe, features, labels)
-        state = SimCLRState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=stats,
-            opt_state=opt_state,
-            probe=probe,
-        )
-        return state, metrics | update_metrics | probe_metrics
-
-    def encode(self, state: SimCLRState, images: jax.Array, layer: str = "backbone") -> jax.Array:
-        """See `Method.encode`."""
-        return self.setup.encode(state.params, state.batch_stats, images, layer)
+        grads, (stats, features, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+        state, more = setup.next_state(state, grads, stats, features, batch["labels"])
+        return state, metrics | more

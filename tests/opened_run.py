@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import tiny
 
-from common.evaluate import pretrained, settings
+from common.config import eval_config
+from common.evaluate import pretrained
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import claim
 from common.sharding import make_mesh
@@ -28,7 +29,7 @@ def write(workdir: Any, method: str = "simclr", **changes: Any) -> Any:
 
 def config(**changes: Any) -> Any:
     """`--eval`, quick; `changes` are dotted names with `__` for the dot."""
-    c = settings.default_config()
+    c = eval_config()
     c.batch_size = 16
     c.linear.update(epochs=8, batch_size=16, learning_rate=(0.3, 3.0), weight_decay=(0.0,))
     c.logistic.num_values = 3

@@ -1,5 +1,6 @@
 """Configs: what they check, and what a continued run may change."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -189,6 +190,20 @@ def test_each_config_starts_as_the_code_that_it_cites(name, arg, want):
     assert (m.zero_init_residual, m.conv_init, m.stem_init, c.head.init, scale) == want
 
 
+def test_the_table_of_fields_agrees_with_the_code_that_reads_it():
+    """Augmentation's own fields and types; defaults that are within their bounds."""
+    read = {f.name: f.type for f in dataclasses.fields(presets.Augmentation)}
+    read |= {"preset": str, "strength": float, "mean": tuple, "std": tuple}
+    for name in ("augment", "augment_view2"):
+        section = config.section(name)
+        assert {field: section.get_type(field) for field in section} == read
+    for name, field in (config.FIELDS | config.EVAL_FIELDS).items():
+        assert not field.one_of or field.default in field.one_of, name
+        assert field.least is None or field.default >= field.least, name
+    with pytest.raises(KeyError):
+        config.section("data", sauce="fake")
+
+
 def test_a_run_from_before_the_scale_of_the_loss_goes_on_with_1():
     c = tiny.config("simclr", simclr__loss_scale=2.0)
     saved = config.as_dict(c)
@@ -220,7 +235,7 @@ def test_what_a_continued_run_may_change():
             "data__dir": "d", "data__on_corrupt": "replace"}  # fmt: skip
     config.check_same_run(saved, config.as_dict(tiny.config("moco", **free)), "w")
     fixed = {"batch_size": 32, "model__stages": (2,), "seed": 1, "moco__momentum": 0.5,
-             "duration": "9 steps", "evaluate__knn_k": 3}  # fmt: skip
+             "duration": "9 steps", "evaluate__knn_k": 3, "data__source": "fake"}  # fmt: skip
     for field, value in fixed.items():
         with pytest.raises(UserError, match=rf"^w holds.*{field.replace('__', '.')} \(was"):
             config.check_same_run(saved, config.as_dict(tiny.config("moco", **{field: value})), "w")

@@ -14,9 +14,9 @@ import pytest
 import tiny
 
 from common.errors import UserError
-from common.method import make_setup
 from common.models import layout
 from common.sharding import make_mesh
+from common.train.prepare import Extent, prepare
 from simclr_jax.method import SimCLR
 
 STEPS = 5
@@ -45,8 +45,16 @@ SETTINGS = {
 def simclr(devices):
     """SimCLR with its head of 2 layers, so with kernels, BN scales and a BN shift to train."""
     c = tiny.config("simclr", **SETTINGS)
-    setup = make_setup(c, make_mesh(jax.devices()[:devices]), STEPS, STEPS, num_classes=0)
-    return SimCLR(dataclasses.replace(setup, network=setup.network.clone(backbone=Pixels())))
+    run = prepared(c, devices)
+    network = run.setup.network.clone(backbone=Pixels())
+    return tiny.attach(SimCLR(dataclasses.replace(run.setup, network=network)), run).method
+
+
+def prepared(c, devices):
+    """Of as many steps as are compared."""
+    mesh = make_mesh(jax.devices()[:devices])
+    run = prepare(tiny.METHODS[c.method], c, mesh, extent=Extent(STEPS, STEPS))
+    return tiny.attach(run.method, run)
 
 
 def two_cross_entropies(z, temperature):
@@ -95,7 +103,7 @@ def theirs():
         return two_cross_entropies(z, temperature=0.1)
 
     for t in range(STEPS):
-        images = tiny.host_batch(method.setup.config, t)["images"]
+        images = tiny.host_batch(method.run.config, t)["images"]
         images = np.concatenate([images[:, 0], images[:, 1]])  # all first views, all second views
         images = ((images / 255 - mean) / std).astype(np.float32)
         now = [p.astype(np.float32) for p in params.values()]
@@ -196,8 +204,7 @@ def in_float64(method, **changes):
         optimizer__decay_bn_and_bias=True, **changes,
     )  # fmt: skip
     with jax.enable_x64(True):
-        setup = make_setup(c, make_mesh(jax.devices()[:1]), STEPS, STEPS, num_classes=0)
-        return tiny.run(tiny.METHODS[method](setup), STEPS)
+        return tiny.run(prepared(c, 1).method, STEPS)
 
 
 @pytest.mark.torch
@@ -208,7 +215,7 @@ def test_five_steps_of_simclr_are_those_of_pytorch():
     start, end = run.states[0], run.states[-1]
     theirs, partner = InPyTorch(start.params, start.batch_stats), torch.arange(32).roll(16)
     for t in range(STEPS):
-        images = tiny.host_batch(run.method.setup.config, t)["images"]
+        images = tiny.host_batch(run.method.run.config, t)["images"]
         z = theirs(np.concatenate([images[:, 0], images[:, 1]]))
         logits = (z @ z.T / 0.1).fill_diagonal_(float("-inf"))
         loss = torch.nn.functional.cross_entropy(logits, partner)
@@ -231,7 +238,7 @@ def test_five_steps_of_moco_are_those_of_pytorch():
     key = InPyTorch(start.key_params, start.key_batch_stats)
     queue = torch.tensor(start.queue.keys.reshape(48, 8))
     for t in range(STEPS):
-        images = tiny.host_batch(run.method.setup.config, t)["images"]
+        images = tiny.host_batch(run.method.run.config, t)["images"]
         with torch.no_grad():
             for q, k in zip(query.parameters, key.parameters, strict=True):
                 k.mul_(0.75).add_(q, alpha=0.25)

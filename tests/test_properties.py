@@ -14,7 +14,7 @@ from common.data.feed import pipeline, stream
 from common.data.sources.opening import open_source
 from common.data.sources.tfds_source import Shard
 from common.errors import UserError
-from common.optim import default_config, learning_rate_schedule, steps_of
+from common.optim import learning_rate_schedule, steps_of
 from common.run import digests
 from common.sharding import local_rows, make_mesh
 from moco_jax import queue as queues
@@ -71,11 +71,9 @@ def test_any_other_text_is_a_user_error_of_one_line(text):
     peak=st.floats(1e-3, 10.0),
 )
 def test_a_schedule_rises_to_its_peak_and_never_leaves_its_bounds(name, warmup, total, peak):
-    c = default_config()
+    c = configs.section("optimizer")
     c.schedule, c.warmup, c.learning_rate, c.scaling = name, f"{warmup} steps", peak, "none"
-    from types import SimpleNamespace
-
-    schedule = learning_rate_schedule(SimpleNamespace(optimizer=c, batch_size=256), total, 10)
+    schedule = learning_rate_schedule(c, 256, total, 10)
     rates = np.array([float(schedule(s)) for s in (*range(0, total, 7), warmup, total)])
     assert (rates >= -1e-9).all() and (rates <= peak * (1 + 1e-5)).all()
     np.testing.assert_allclose(float(schedule(warmup)), peak, rtol=1e-5)

@@ -9,9 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.config import base_config
-from common.method import make_setup
 from common.sharding import make_mesh, replicated, state_shardings, to_global
-from common.train.loop import compile_step
+from common.train.prepare import Extent, Prepared, prepare
+from common.train.step import compile_step
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 
@@ -54,8 +54,27 @@ def config(method: str, **changes: Any) -> ConfigDict:
 
 def build(c: ConfigDict, devices: int | None = None) -> Any:
     """The method of `c` on the first `devices` devices (default: all)."""
+    return prepared(c, devices).method
+
+
+def prepared(c: ConfigDict, devices: int | None = None, classes: int = CLASSES) -> Prepared:
+    """A run of `c`, 8 steps in epochs of 4, on the first `devices` devices (default: all)."""
     mesh = make_mesh(jax.devices()[:devices])
-    return METHODS[c.method](make_setup(c, mesh, 8, 4, CLASSES))
+    run = prepare(METHODS[c.method], c, mesh, extent=Extent(8, 4, classes))
+    return attach(run.method, run)
+
+
+def attach(method: Any, run: Prepared) -> Prepared:
+    """`run` with another method, which also gets it, as `method.run`."""
+    abstract = jax.eval_shape(method.init, jax.random.key(0))
+    method.run = dataclasses.replace(
+        run,
+        method=method,
+        setup=method.setup,
+        abstract=abstract,
+        shardings=state_shardings(run.mesh, abstract),
+    )
+    return method.run
 
 
 def draw_state(abstract: Any, seed: int = 0) -> Any:
@@ -109,10 +128,8 @@ def place_state(method: Any, seed: int = 0) -> Any:
 def start(method: Any, seed: int = 0) -> tuple[Any, Any, Any]:
     """Returns `(state, compiled step, root key)`, placed as the loop places them."""
     mesh = method.setup.mesh
-    abstract = jax.eval_shape(method.init, jax.random.key(seed))
-    shardings = state_shardings(mesh, abstract)
     root = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(mesh))()
-    step_fn = compile_step(method, method.setup.config, mesh, abstract, shardings)
+    step_fn = compile_step(method.train_step, method.run)
     return place_state(method, seed), step_fn, root
 
 
@@ -142,7 +159,7 @@ def run(method: Any, steps: int = 3, rows: Any = slice(None)) -> Run:
         steps: how many.
         rows: of the global batch, those that this process holds.
     """
-    c, mesh = method.setup.config, method.setup.mesh
+    c, mesh = method.run.config, method.setup.mesh
     traced = []
     inner = method.train_step
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from test_end_to_end import small
 
-from common.evaluate.online import Evaluator
+from common.evaluate import online
+from common.method import Method
+from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh
-from common.train import loop as loop
+from common.train import loop
 from simclr_jax.method import SimCLR
 
 
@@ -23,7 +25,7 @@ class State:
     probe: Any
 
 
-class Toy:
+class Toy(Method):
     """One weight, which grows by 1 a step; the loss depends on weight, images and key.
 
     Features are the pixels.
@@ -31,9 +33,6 @@ class Toy:
 
     default_config = SimCLR.default_config
     nan_at = ()  # steps whose loss and update are not numbers
-
-    def __init__(self, setup):
-        self.setup = setup
 
     def init(self, key):
         params = {"backbone": {"w": jax.random.normal(key, (1,))}}
@@ -66,8 +65,8 @@ def config(**changes):
     return small("simclr", **(settings | changes))
 
 
-def train(c, workdir, method=Toy):
-    return loop.train(method, c, workdir, make_mesh(jax.devices()[:1]))
+def train(c, workdir, method=Toy, make_evaluator=online.make_evaluator):
+    return loop.train(method, c, workdir, make_evaluator, make_mesh(jax.devices()[:1]))
 
 
 class Killed(Exception):
@@ -91,7 +90,7 @@ def before_each_step(act):
         loop.to_global = to_global
 
 
-def train_until(step, c, workdir, method=Toy, start=0):
+def train_until(step, c, workdir, method=Toy, start=0, make_evaluator=online.make_evaluator):
     """Trains, and dies when it would take `step`; `start` steps were done before."""
 
     def die(n):
@@ -99,14 +98,14 @@ def train_until(step, c, workdir, method=Toy, start=0):
             raise Killed
 
     with before_each_step(die), contextlib.suppress(Killed):
-        train(c, workdir, method)
+        train(c, workdir, method, make_evaluator)
         raise AssertionError("the run has ended")
 
 
 def scored(scores):
-    """An evaluator whose kNN after each step is that of a table."""
+    """Makes an evaluator whose kNN after each step is that of a table."""
 
-    class Scored(Evaluator):
+    class Scored:
         def __call__(self, state):
             knn = scores[int(state.step)]
             return {"knn_top1": knn, "probe_test_top1": knn / 2}
@@ -114,7 +113,10 @@ def scored(scores):
         def raw_pixels(self):
             return {"knn_top1_raw_pixels": 0.25}
 
-    return Scored
+        def draw_neighbours(self, state, path):
+            return False
+
+    return lambda run, bank, test: Scored()
 
 
 SCORES = {step: step / 10 for step in range(8)} | {2: 0.9}  # kNN after each step
@@ -131,7 +133,7 @@ def progress(workdir, step):
 
 
 def weight(workdir, step):
-    with loop.Checkpoints(workdir, None, read_only=True) as checkpoints:
+    with Checkpoints(workdir, None, read_only=True) as checkpoints:
         return float(checkpoints.read(step)[0]["params/backbone/w"][0])
 
 

@@ -1,19 +1,20 @@
-"""All that is to be known of this code on an accelerator, in the minutes that there are for it.
+"""Measures what there is to know about this code on an accelerator, within a few minutes.
 
     python -m benchmarks.record --minutes=9 --out=DIR --data=SHARDS [--stages=sanity,rates,quality]
 
-Three stages, each a list of items: does it run there, and compute what a CPU computes (sanity); how
-fast (rates); how good do encoders get in how long (quality). After each item there is a line more
-in `DIR/records.jsonl` and a row more in `DIR/records.md`. The same command goes on where the last
-one ended: what is done is skipped, what does not fit into the time left is not begun, and a
-training run is saved when the time is up and carries on. An item that fails stops no other.
+Three stages, each a list of items: does it run there and compute what a CPU computes (sanity), how
+fast (rates), how good do encoders get in how long (quality). Each item adds a line to
+`DIR/records.jsonl` and a row to `DIR/records.md`. The same command continues where the last one
+ended: finished items are skipped, an item that does not fit into the remaining time is not started,
+and a training run is saved when the time is up and continued by the next call. An item that fails
+does not stop the others.
 
-    steps      every train step that is compiled here, as a config, and how large it is
-    items      the list: what each item is called, how long it may take; a new one is added here
-    sanity, processes, rates, profile, quality    the items' work
-    setting    what an item is given, and what a process is started with
-    schedule   which item is next, and when it has to end
-    worker     a process that does items one by one
-    ledger     records, and the table
-    plan       the steps, compiled for a TPU that is not there; no part of a call
+    steps      every train step that is compiled here, as a config, and its sizes
+    items      the list: name and time limit of each item; new ones are added here
+    sanity, processes, rates, profile, quality    the work of the items
+    setting    the inputs of an item, and how processes are started
+    schedule   which item is next, and when it must end
+    worker     a process that runs items one by one
+    ledger     the records and the table
+    plan       the same steps, compiled for a TPU that need not exist; not part of a call
 """

@@ -30,50 +30,64 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    listing = "--list" in (sys.argv[1:] if argv is None else argv)  # which needs neither
-    add("--minutes", type=float, required=not listing, help="of this call, and half a one to save")
+    listing = "--list" in (sys.argv[1:] if argv is None else argv)  # needs neither
+    add(
+        "--minutes",
+        type=float,
+        required=not listing,
+        help="of this call; saving may take half a minute more",
+    )
     add("--out", type=pathlib.Path, required=not listing, help="folder of the records and runs")
     add("--data", default="", help="shards of CIFAR-10 (main.py --mode=prepare), for quality")
-    add("--stages", default="sanity,rates,quality", help="of these, or single items, with commas")
-    add("--tiny", action="store_true", help="tiny networks and runs, to try the kit on a CPU")
-    add("--patience", type=float, default=5, help="an item ends after so often its estimate (5)")
-    add("--list", action="store_true", help="only says which items there are, and their estimates")
+    add(
+        "--stages",
+        default="sanity,rates,quality",
+        help="stages or single items, separated by commas",
+    )
+    add("--tiny", action="store_true", help="tiny networks and runs, to try this on a CPU")
+    add(
+        "--patience",
+        type=float,
+        default=5,
+        help="stop an item after this multiple of its estimate (5)",
+    )
+    add("--list", action="store_true", help="only print the items and their estimates")
     return parser.parse_args(argv)
 
 
 def wanted(flags: argparse.Namespace, every: list[items.Item]) -> list[items.Item]:
-    """The items that were asked for; without data, those of quality only if they need none.
+    """The items named in `--stages`; without data, only those that need none.
 
     Raises:
-        UserError: an unknown name, or no data for what was asked for by name.
+        UserError: for an unknown name, or an item named without the data that it needs.
     """
     names = [name.strip() for name in flags.stages.split(",") if name.strip()]
     known = [*items.STAGES, *(item.name for item in every)]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--stages={unknown[0]} is unknown: expected some of {', '.join(known)}")
     chosen = [item for item in every if item.stage in names or item.name in names]
-    needy = [item for item in chosen if item.stage == "quality" and not flags.tiny]
+    need_data = [item for item in chosen if item.stage == "quality" and not flags.tiny]
     if flags.data and not (pathlib.Path(flags.data) / INDEX).exists():
         raise UserError(
             f"--data={flags.data} holds no {INDEX}: expected what main.py --mode=prepare wrote, or "
             "benchmarks.pieces put together"
         )
-    if needy and not flags.data and not flags.list:
+    if need_data and not flags.data and not flags.list:
         if "sanity" not in names and "rates" not in names:
             raise UserError(
                 "quality needs --data=DIR, CIFAR-10 as main.py --mode=prepare writes it"
             )
         print("quality is left out: it needs --data=DIR", file=sys.stderr)
-        chosen = [item for item in chosen if item not in needy]
+        chosen = [item for item in chosen if item not in need_data]
     return chosen
 
 
 @contextlib.contextmanager
 def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
-    """Keeps a second call out of the folder, and other sizes.
+    """Locks the folder against a second call and against other sizes.
 
     Raises:
-        UserError: if there is either.
+        UserError: if another call holds it, or it has records of other sizes.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +101,7 @@ def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
             raise UserError(f"another call is writing into {out}: wait for its end") from error
         path = out / SETTING
         before = sizes.name
-        with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, or torn
+        with contextlib.suppress(OSError, ValueError, KeyError):  # missing, or half-written
             before = json.loads(path.read_text())["sizes"]
         if before != sizes.name:
             raise UserError(
@@ -100,7 +114,7 @@ def claimed(out: pathlib.Path, sizes: steps.Sizes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_by_signals(schedule: Schedule) -> Iterator[None]:
-    """SIGTERM and Ctrl-C are as the end of the time: a training run is saved."""
+    """SIGTERM and Ctrl-C act as the end of the time: a training run is saved."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, schedule.stop) for number in numbers]
     try:
@@ -111,14 +125,14 @@ def stopped_by_signals(schedule: Schedule) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.items") -> int:
-    """Does what fits into the time.
+    """Runs the items that fit into the time.
 
     Args:
-        argv: the command line's.
+        argv: of the command line.
         catalogue: see `Setting`.
 
     Returns:
-        0: all that was asked for is done; 1: something of it has failed; 3: something is left.
+        0: all items are done; 1: one or more have failed; 3: one or more are left.
     """
     begin = time.time()
     flags = parse(argv)
@@ -144,9 +158,9 @@ def main(argv: Sequence[str] | None = None, catalogue: str = "benchmarks.record.
     left = len(states) - done - failed
     lines = [f"{done} of {len(states)} ok, {failed} failed, {left} left: {out / TABLE}"]
     if failed:
-        lines.append(f"what has failed is tried again at the next call; why: {out / LOGS}")
+        lines.append(f"failed items are tried again by the next call; see {out / LOGS}")
     if left:
-        lines.append(f"the same command goes on: {schedule.waiting()}")
+        lines.append(f"the same command continues: {schedule.waiting()}")
     print("\n".join(lines), file=sys.stderr)
     return 1 if failed else 3 if left else 0
 

@@ -1,4 +1,4 @@
-"""What the kit does, in order. An item is work in a worker process, or a command of its own."""
+"""All items, in order. An item is a function for a worker process, or a command of its own."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ class Item:
     Attributes:
         name: unique.
         stage: one of `STAGES`.
-        seconds: that it needs on one H100, compiling included: an estimate. With less time left it
-            is not begun. Of a training, which can be continued: that have to be left to begin it.
-        work: done by the worker.
-        command: of a process of its own; then `read` says what it found.
-        read: as `work`.
-        training: whether the process saves and leaves on SIGTERM, and carries on another time.
-        after: an item that must be ok before.
+        seconds: estimate on one H100, with compiling; with less time left the item is not started.
+            For a training run, which can be continued: the least time worth starting it.
+        work: called by the worker.
+        command: of a process of its own, whose result `read` returns.
+        read: see `command`.
+        training: whether the process saves and exits on SIGTERM, and can be continued.
+        after: an item that must be ok first.
         alone: in a worker of its own, with all of the device's memory.
-        kept: of a training, whether what it has trained is still there.
+        kept: for a training run: whether its workdir is still there.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Item:
 def every(sizes: Sizes) -> list[Item]:
     """All items, in the order in which they are tried."""
     found = [*_sanity(sizes), *_rates(sizes), *_quality()]
-    if sizes.name == "tiny":  # on a CPU, where other things take long
+    if sizes.name == "tiny":  # on a CPU, where the estimates do not hold
         found = [dataclasses.replace(item, seconds=min(item.seconds, 20)) for item in found]
     return found
 
@@ -115,7 +115,7 @@ def _quality() -> list[Item]:
             )
         )  # fmt: skip
         found += [_score(name, protocol) for protocol in quality.PROTOCOLS if protocol != LONG]
-    # it takes minutes, of which nothing can be saved
+    # last: it takes minutes and cannot be continued
     return found + [_score(name, LONG, seconds=300) for name in quality.RUNS]
 
 

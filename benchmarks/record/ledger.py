@@ -9,8 +9,8 @@ from typing import Any
 from common.run import files, jsonl
 
 LINES, TABLE = "records.jsonl", "records.md"
-# ok; failed: it ran, or died, and something is wrong; cut: the time was up; saved: so it was, and
-# the training run goes on from there
+# failed: it gave a wrong result, or crashed; cut: the time was up; saved: likewise, and the next
+# call continues the training run
 STATES = ("ok", "failed", "cut", "saved")
 
 _FIELDS = {"stage", "item", "state", "figure", "seconds", "time"}
@@ -21,10 +21,10 @@ class Found:
     """What an item found.
 
     Attributes:
-        figure: in a few words, for the table.
-        values: the numbers behind it, as JSON has them.
-        ok: whether it is as it should be.
-        hardware: that it ran on; "" where that is not known.
+        figure: the result in a few words, for the table.
+        values: the numbers behind it, as JSON.
+        ok: whether the result is right.
+        hardware: that it ran on; "" if unknown.
     """
 
     figure: str
@@ -41,7 +41,7 @@ class Ledger:
         out.mkdir(parents=True, exist_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
-        """All of them, in order; a line that a kill has torn is left out."""
+        """All records, in order; skips a line that is incomplete because a process was killed."""
         found = []
         path = self.out / LINES
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -59,14 +59,14 @@ class Ledger:
         return states[-1] if states else None
 
     def add(self, stage: str, item: str, state: str, found: Found, seconds: float) -> None:
-        """Writes a line, and the table anew.
+        """Appends a record, and writes the table.
 
         Args:
             stage: "sanity", "rates" or "quality".
             item: its name.
             state: one of `STATES`.
             found: what was found.
-            seconds: that it took.
+            seconds: how long it took.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {
@@ -82,7 +82,7 @@ class Ledger:
         self.write_table()
 
     def write_table(self) -> None:
-        """One row for each record, but the newest alone of what was tried again."""
+        """One row for each item: its newest record."""
         files.write_text(self.out / TABLE, "\n".join(self.table()) + "\n")
 
     def table(self) -> list[str]:
@@ -104,7 +104,7 @@ class Ledger:
 
 
 def _finite(x: Any) -> Any:
-    """Strict JSON has no NaN: null stands for it."""
+    """Replaces NaN, which strict JSON does not have, by null."""
     if isinstance(x, dict):
         return {name: _finite(value) for name, value in x.items()}
     if isinstance(x, list | tuple):

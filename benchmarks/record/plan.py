@@ -1,8 +1,8 @@
-"""The kit's steps, compiled for a TPU slice that is not there: does each fit, what does it do?
+"""Compiles every step of `benchmarks.record` for a TPU slice: does it fit, what does it cost?
 
     python -m benchmarks.record.plan [--topology=v5e:1x1] [--steps=NAME,...] [--quick]
 
-Needs libtpu (`pip install "jax[tpu]"`), and no TPU. A JSON line for each step goes to --out.
+Needs libtpu (`pip install "jax[tpu]"`) but no TPU. A JSON line for each step goes to --out.
 """
 
 import argparse
@@ -21,13 +21,13 @@ GIB = 2**30
 
 
 def every(sizes: steps.Sizes) -> dict[str, ConfigDict]:
-    """Every train step of the kit by name, those of its training runs among them."""
+    """Every train step by name, including those of the training runs."""
     runs = {f"run_{name}": quality.config(run, sizes) for name, run in quality.RUNS.items()}
     return steps.every(sizes) | runs
 
 
 def planned(c: ConfigDict, topology: str, quick: bool = False) -> dict:
-    """What `common.plan.measure.for_mesh` says of a step on a described slice."""
+    """What `common.plan.measure.for_mesh` returns for a step on a slice."""
     per_epoch = max(1, c.data.fake_examples // c.batch_size)
     steps_of = 100 * per_epoch, per_epoch
     return measure.for_topology(
@@ -36,22 +36,22 @@ def planned(c: ConfigDict, topology: str, quick: bool = False) -> dict:
 
 
 def row(name: str, c: ConfigDict, found: dict) -> str:
-    """Of the table."""
+    """A row of the table."""
     if "out_of_memory" in found:
         used, there = (found["out_of_memory"][x] / GIB for x in ("peak", "capacity"))
         words = f"{used:.1f} | does not fit into {there:.1f} GiB | - "
     else:
-        moved = found["hbm_bytes"]  # not told of a --quick one
+        moved = found["hbm_bytes"]  # unknown after --quick
         traffic = f"{moved / 1e9:.2f}" if moved else "-"
         words = f"{found['peak'] / GIB:.2f} | {found['flops'] / 1e9:,.0f} | {traffic} "
     return f"| {name} | {c.batch_size:,} | {words}| {found['compile_seconds']:.0f} |"
 
 
 def main() -> None:
-    """Prints a row for each step as it comes."""
+    """Prints a row for each step as soon as it is compiled."""
     parser = argparse.ArgumentParser("python -m benchmarks.record.plan", description=__doc__)
     parser.add_argument("--topology", default="v5e:1x1")
-    parser.add_argument("--steps", default="", help="names with commas; default all")
+    parser.add_argument("--steps", default="", help="names separated by commas; default all")
     parser.add_argument("--quick", action="store_true", help="see main.py --mode=plan --quick")
     parser.add_argument("--out", type=pathlib.Path)
     flags = parser.parse_args()

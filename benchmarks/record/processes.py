@@ -1,4 +1,4 @@
-"""Sanity of what needs whole runs of `main.py`: SIGTERM and resume, and the exported encoder."""
+"""Sanity checks that need whole runs of `main.py`: SIGTERM and resume, the exported encoder."""
 
 import importlib.util
 import itertools
@@ -23,22 +23,22 @@ from benchmarks.record.setting import (
     environment,
     last_words,
 )
+from common.distributed import STOPPED
 from common.run import jsonl
-from common.train.preemption import EXIT_STATUS
 
-# Losses of a run that was stopped and of one that was not, in float32. On a CPU they are the same,
-# on a GPU too if it keeps to one order of sums. Where it does not, differences grow with the steps:
-# so many after the one at which it was stopped are compared.
+# Tolerance for the losses of a run that was stopped and of one that was not, in float32. They are
+# equal on a CPU, and on a GPU with deterministic sums. Otherwise differences grow with the steps:
+# this many after the stop are compared.
 RESUMED, STEPS_AFTER = 0.02, 50
-# Features of one encoder here and on a CPU: a GPU multiplies in TF32, of 10 bits, through 6 layers.
+# Tolerance for the features of one encoder: a GPU multiplies 6 layers in TF32, which has 10 bits.
 EXPORTED = 0.02
 
 
 def resume(setting: Setting, method: str) -> Found:
-    """A run that is told to stop, and carried on, has the losses of one that was left alone."""
+    """A run that is stopped and continued has the losses of one that was not stopped."""
     total, stop = setting.sizes.resume
     whole, stopped = (setting.out / "sanity" / f"{method}_{x}" for x in ("whole", "stopped"))
-    for workdir in (whole, stopped):  # of an attempt that was cut off
+    for workdir in (whole, stopped):  # left by an attempt that was cut off
         shutil.rmtree(workdir, ignore_errors=True)
     _call(setting, method, whole, total)
     status, seconds = _stopped(setting, method, stopped, stop)
@@ -52,15 +52,15 @@ def resume(setting: Setting, method: str) -> Found:
     compared = [s for s in lines[0] if s <= at + STEPS_AFTER]
     off = max((relative(lines[1].get(s, np.nan), lines[0][s]) for s in compared), default=np.nan)
     return Found(
-        f"told to stop at step {at} of {total}: exit status {status} after {seconds:.1f} s; losses "
-        f"until step {compared[-1]} within {off:.1e} of a run that was left alone",
+        f"stopped at step {at} of {total}: exit status {status} after {seconds:.1f} s; losses "
+        f"until step {compared[-1]} within {off:.1e} of a run that was not stopped",
         {"status": status, "stopped_at": at, "seconds_to_stop": seconds, "difference": off},
-        ok=status == EXIT_STATUS and stop <= at < total and same and off < RESUMED,
+        ok=status == STOPPED[0] and stop <= at < total and same and off < RESUMED,
     )
 
 
 def exported(setting: Setting, method: str) -> Found:
-    """The encoder as StableHLO runs here, and gives the features that it gives on a CPU."""
+    """The encoder as StableHLO computes the same features here as on a CPU."""
     workdir = setting.out / "sanity" / f"{method}_whole"
     _call(setting, method, workdir, setting.sizes.resume[0])
     _run(setting.main_py(
@@ -83,7 +83,7 @@ def exported(setting: Setting, method: str) -> Found:
 
 
 def _arguments(setting: Setting, method: str, workdir: pathlib.Path, total: int) -> list[str]:
-    """Of a small run on random images, made and augmented on the device."""
+    """The command of a small run on random images, augmented on the device."""
     return setting.main_py(
         f"--config={ROOT}/configs/{method}_cifar10.py:smoke", f"--workdir={workdir}",
         f"--config.duration={total} steps", "--config.steps_per_dispatch=5",
@@ -109,7 +109,7 @@ def _run(command: list[str], workdir: pathlib.Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """On a GPU, sums in one order: two runs are to be compared."""
+    """Sums in a fixed order on a GPU, so that two runs can be compared."""
     flags = os.environ.get("XLA_FLAGS", "")
     if any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         flags += " --xla_gpu_deterministic_ops=true"
@@ -117,7 +117,7 @@ def _environment() -> dict[str, str]:
 
 
 def _stopped(setting: Setting, method: str, workdir: pathlib.Path, stop: int) -> tuple[int, float]:
-    """Exit status of a run that gets SIGTERM once it has logged a step, and how long it took."""
+    """Exit status of a run that gets SIGTERM once it has logged `stop`, and the seconds it took."""
     total = setting.sizes.resume[0]
     process = subprocess.Popen(
         bound(_arguments(setting, method, workdir, total)), cwd=ROOT, env=_environment(),

@@ -1,9 +1,9 @@
-"""Where the time of a step goes: a process of its own, since XLA makes other programs for it.
+"""Where the time of a step goes; its own process, because XLA compiles differently for it.
 
     python -m benchmarks.record.profile OUT SIZES WHAT
 
-`benchmarks.record` starts it; the rows of `benchmarks.trace` go to `OUT/profiles/WHAT.json`, the
-profile itself, for xprof, into a folder beside it.
+`benchmarks.record` starts it. The rows of `benchmarks.trace` go to `OUT/profiles/WHAT.json`, the
+profile itself, for xprof, to a folder next to it.
 """
 
 import json
@@ -20,27 +20,27 @@ WHAT = (*steps.METHODS, "resnet50")
 
 
 def command(setting: Setting, what: str) -> list[str]:
-    """Of the process."""
+    """The command of the process."""
     out, sizes = str(setting.out), setting.sizes.name
     return [sys.executable, "-m", "benchmarks.record.profile", out, sizes, what]
 
 
 def read(setting: Setting, what: str) -> Found:
-    """What the process has found."""
+    """The result of the process."""
     found = json.loads((setting.out / FOLDER / f"{what}.json").read_text())
     rows = found["rows"]
-    words = ", ".join(f"{name} {share:.1%}" for name, _, share in rows if share >= 0.001)
-    shares = dict.fromkeys(name for name, _, _ in rows) | {name: share for name, _, share in rows}
+    words = ", ".join(f"{name} {part:.1%}" for name, _, part in rows if part >= 0.001)
+    parts = dict.fromkeys(name for name, _, _ in rows) | {name: part for name, _, part in rows}
     return Found(
         f"{sum(ms for _, ms, _ in rows):.2f} ms a step: {words}",
         {"rows": rows},
         hardware=found["hardware"],
-        ok=abs(sum(shares.values()) - 1) < 1e-3 and shares[trace.CONVOLUTIONS] > 0,
+        ok=abs(sum(parts.values()) - 1) < 1e-3 and parts[trace.CONVOLUTIONS] > 0,
     )
 
 
 def main() -> None:
-    """Traces some steps."""
+    """Traces a few steps."""
     out, name, what = sys.argv[1:]
     trace.no_graphs()
     import jax

@@ -1,6 +1,6 @@
-"""How good the encoders of CIFAR-10 get, and in how many seconds of training.
+"""Accuracy of CIFAR-10 encoders, and the seconds of training that it takes.
 
-Each run is the recipe of `configs/`, with its data in device memory, many steps a dispatch and
+Each run is the recipe of `configs/` with its data in device memory, many steps a dispatch and
 bfloat16. Its figures are those of the last epoch. The seconds are summed over all its starts.
 """
 
@@ -17,7 +17,6 @@ from benchmarks.record.steps import Sizes
 from benchmarks.scaling import METHODS
 from common import config as configs
 from common.cli import modes
-from common.evaluate import settings
 from common.run import jsonl
 from configs import moco_cifar10, simclr_cifar10
 
@@ -60,7 +59,7 @@ def changes(run: Run, sizes: Sizes) -> dict[str, Any]:
         "evaluate.knn_k": run.knn_k,
         "evaluate.pictures": False,
         "checkpoint.every": "10 %",
-        "checkpoint.keep": 1,  # small enough to be carried away
+        "checkpoint.keep": 1,  # keeps the results small to copy
     }
     if sizes.name == "tiny":
         found |= {
@@ -78,19 +77,19 @@ def config(run: Run, sizes: Sizes) -> ConfigDict:
     """The config of a run, on random images of the same number and shape."""
     c = CONFIGS[run.method].get_config()
     flat = {name: (1,) if value == "(1,)" else value for name, value in changes(run, sizes).items()}
-    # all fields: for those that are lacking, `update` takes what old runs had
+    # all fields: `update` gives missing ones the values of old runs
     configs.update(c, configs.flatten(configs.as_dict(c)) | flat, "the run")
     c.data.source, c.data.fake_examples = "fake", sizes.images
     return c
 
 
 def train(setting: Setting, name: str) -> list[str]:
-    """The command of a run; the same one carries on."""
+    """The command of a run; the same one continues it."""
     run, sizes = RUNS[name], setting.sizes
     given = changes(run, sizes)
     if setting.data:
         data = pathlib.Path(setting.data)
-        if data.is_relative_to(ROOT):  # the run carries on in another place, too
+        if data.is_relative_to(ROOT):  # the run can be continued elsewhere
             data = data.relative_to(ROOT)
         given |= {"data.source": f"shards:{data}", "data.image_size": 32}
     return setting.main_py(
@@ -100,17 +99,17 @@ def train(setting: Setting, name: str) -> list[str]:
 
 
 def workdir(setting: Setting, name: str) -> pathlib.Path:
-    """Of a run."""
+    """The workdir of a run."""
     return setting.out / "runs" / name
 
 
 def kept(setting: Setting, name: str) -> bool:
-    """Whether a run that has ended is still there."""
+    """Whether the results of a finished run are still there."""
     return (workdir(setting, name) / "summary.json").exists()
 
 
 def trained(setting: Setting, name: str) -> Found:
-    """Of a run that has ended: its last kNN, its seconds, and when it reached the target."""
+    """The result of a finished run: last kNN, seconds, and when it reached the target."""
     path = workdir(setting, name)
     summary = json.loads((path / "summary.json").read_text())
     records = jsonl.read(path / jsonl.FILE)
@@ -142,7 +141,7 @@ def seconds_to(records: list[dict[str, Any]], target: float) -> tuple[float, int
     """Seconds of training steps until the first score that reaches a target, and its step.
 
     Compiling, evaluations and checkpoints are left out, as in images/s. A line after a restart has
-    no time of its own: its steps count as the others do on average.
+    no time of its own: its steps count as the average of the others.
 
     Args:
         records: of `metrics.jsonl`.
@@ -158,12 +157,12 @@ def seconds_to(records: list[dict[str, Any]], target: float) -> tuple[float, int
     return (seconds / sum(weights) * scored[0], scored[0]) if timed else None
 
 
-# What is asked of each trained run: the mode, and its settings as `--eval` has them.
+# How each trained run is evaluated: the mode, and its settings as in `--eval`.
 PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
-    # as in MoCo's notebook, lightly and others
+    # as in MoCo's notebook, lightly and elsewhere
     "knn200": ("knn", {"knn.k": 200, "knn.temperature": 0.1}),
-    # equal votes of the 10 nearest by cosine, as in github.com/dkobak/simclr-cifar10; the small
-    # part of a vote that is left to the similarity decides ties only
+    # equal votes of the 10 nearest by cosine, as in github.com/dkobak/simclr-cifar10; at this
+    # temperature the similarity only decides ties
     "knn10": ("knn", {"knn.k": 10, "knn.temperature": 1000.0}),
     "linear_cached": ("linear_eval", {"linear.variant": "cached"}),
     "linear_augmented": ("linear_eval", {"linear.variant": "augmented"}),
@@ -173,7 +172,7 @@ PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
 def evaluate(setting: Setting, name: str, protocol: str) -> Found:
     """Scores a trained run, as `main.py --mode=...` does."""
     mode, given = PROTOCOLS[protocol]
-    c = settings.default_config()
+    c = configs.eval_config()
     tiny = {"linear.epochs": 1, "linear.learning_rate": (1.0,), "linear.weight_decay": (0.0,)}
     c.update_from_flattened_dict(given | (tiny if setting.sizes.name == "tiny" else {}))
     record = modes.run(mode, str(workdir(setting, name)), c, METHODS)

@@ -1,4 +1,4 @@
-"""How fast: beside PyTorch, of the device's peak, and what single choices cost or save."""
+"""Speed: next to PyTorch, as a fraction of the peak, and what single choices cost or save."""
 
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ def in_memory(setting: Setting, method: str, batch: int) -> Found:
 
 
 def beside_pytorch(setting: Setting, method: str, batch: int) -> Found:
-    """The same in turns with the PyTorch loop."""
+    """The same, taking turns with a PyTorch loop."""
     if not importlib.util.find_spec("torch"):
         return Found("PyTorch is not installed")
     c = steps.in_memory(method, batch, setting.sizes)
@@ -52,7 +52,7 @@ def large(setting: Setting, method: str) -> Found:
 
 
 def fold_norm(setting: Setting) -> Found:
-    """Batch norm worked into widening 1x1 convolutions, made for the traffic of a TPU."""
+    """Batch norm folded into widening 1x1 convolutions, which saves memory traffic on a TPU."""
     runs = {
         name: Running(steps.large("simclr", setting.sizes, fold_norm=on))
         for name, on in (("folded", True), ("not folded", False))
@@ -62,7 +62,7 @@ def fold_norm(setting: Setting) -> Found:
 
 
 def dispatch(setting: Setting, method: str) -> Found:
-    """Steps a call of the compiled program."""
+    """Time by the number of steps in one call of the compiled program."""
     sizes = setting.sizes
     counts = sorted({1, min(10, sizes.steps), sizes.steps})
     runs = {
@@ -81,7 +81,7 @@ def dispatch(setting: Setting, method: str) -> Found:
 
 
 def loss_precision(setting: Setting, rows: int) -> Found:
-    """Precision of the similarity products of NT-Xent, forward and backward, and what it does."""
+    """Time and error of NT-Xent by the precision of its similarity products."""
     z = _embeddings(rows)
     steps_of = {
         name: jax.jit(
@@ -117,7 +117,7 @@ def loss_tiles(setting: Setting, rows: int) -> Found:
 
 
 def _on_one_batch(run: Running):
-    """A program that takes a step on images which are there already."""
+    """A program that makes a step with a batch already on the device."""
     _, batch = run.batches.take(1)
     batch = to_global(run.mesh, batch)
 
@@ -138,7 +138,7 @@ def _of_peak(values: dict) -> str:
 
 
 def _compared(times: dict[str, list[float]], first: str, steps: int = 1) -> Found:
-    """Milliseconds, and the ratio of times to one of them, which comes first."""
+    """Milliseconds, and the ratios to one of them, which is listed first."""
     values = {
         name: {
             "ms": 1e3 * statistics.median(taken) / steps,

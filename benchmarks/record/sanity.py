@@ -1,4 +1,4 @@
-"""Does it run on this device, and compute what it should? Each check gives one figure."""
+"""Does it run on this device, and is the result right? Each check gives one figure."""
 
 import contextlib
 import importlib.metadata
@@ -23,14 +23,14 @@ from moco_jax.loss import info_nce
 from simclr_jax.loss import nt_xent
 from tests import oracles
 
-# Of float32, relative to the norm of what is compared. On a CPU the gradient of this ResNet-18 in
+# For float32, relative to the norm. On a CPU the gradient of this ResNet-18 in
 # float32 is 3e-6 (SimCLR) and 1e-6 (MoCo) from that in float64 (measured once; no script is kept);
-# another order of the sums, or another algorithm of a convolution, may do that ten times over.
+# another order of sums, or another convolution algorithm, may give ten times as much.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
-# The gradient jumps where an activation changes its sign, and one rounding of the parameters can do
-# that: SimCLR's by 6e-4 or more for three of six such changes on a CPU (measured once; no script is
-# kept). So there are several right gradients: a CPU's from the state itself, and from so many
-# others, whose parameters are one rounding away.
+# The gradient jumps where an activation changes its sign, which one rounding of the parameters can
+# cause: SimCLR's by 6e-4 or more for three of six such changes on a CPU (measured once; no script
+# is kept). So more than one gradient is right: a CPU's from the state itself, and from this many
+# neighbours, whose parameters are one rounding away.
 NEIGHBOURS, ROUNDING = 8, 1e-7
 DISPATCHES = 3
 PACKAGES = (
@@ -40,7 +40,7 @@ PACKAGES = (
 
 
 def device(setting: Setting) -> Found:
-    """What there is: devices, memory, driver, versions."""
+    """Devices, memory, driver and versions."""
     first = jax.devices()[0]
     values: dict[str, Any] = {
         "device": first.device_kind, "platform": first.platform, "devices": jax.device_count(),
@@ -49,7 +49,7 @@ def device(setting: Setting) -> Found:
         "python": platform.python_version(), "driver": None,
     }  # fmt: skip
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # none, one that hangs or fails
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # missing, hanging or failing
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
         values["driver"] = done.stdout.split("\n")[0].strip() or None
     for name in PACKAGES:
@@ -101,7 +101,7 @@ def same_as_cpu(setting: Setting, method: str) -> Found:
         here = _FirstStep(c, jax.devices()[0])(start)
         while _nearest(here[1], there) > GRADIENT_TOLERANCE and len(there) <= NEIGHBOURS:
             there.append(cpu(_neighbour(start, seed=len(there))))
-    quick = _FirstStep(c, jax.devices()[0])(start)  # as a run has it: TF32 on a GPU
+    quick = _FirstStep(c, jax.devices()[0])(start)  # the precision of a run: TF32 on a GPU
     values = {
         "loss": relative(here[0], there[0][0]),
         "gradient": _nearest(here[1], there),
@@ -113,7 +113,7 @@ def same_as_cpu(setting: Setting, method: str) -> Found:
     beside = f" from one of {len(there)} states a rounding apart" if len(there) > 1 else ""
     return Found(
         f"relative difference of the loss {values['loss']:.1e}, of the gradient "
-        f"{values['gradient']:.1e}{beside}; with products in a run's own precision "
+        f"{values['gradient']:.1e}{beside}; with products in a run's precision "
         f"{values['loss_default_precision']:.1e} and {values['gradient_default_precision']:.1e}",
         values,
         ok=values["loss"] < LOSS_TOLERANCE and values["gradient"] < GRADIENT_TOLERANCE,

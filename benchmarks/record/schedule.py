@@ -1,4 +1,4 @@
-"""Which item is next, whether it still fits, and what becomes of one that does not end."""
+"""Chooses the next item that fits into the time, and stops one that does not end."""
 
 import contextlib
 import itertools
@@ -20,23 +20,23 @@ from benchmarks.record.setting import (
     environment,
     last_words,
 )
+from common.distributed import STOPPED
 from common.errors import UserError
-from common.train.preemption import TOLD
 
-SAVING = 30.0  # seconds before the end at which a training run is told to save
-LAST = 30.0  # that it has for it, the end notwithstanding
+SAVING = 30.0  # seconds before the deadline at which a training run gets SIGTERM
+LAST = 30.0  # seconds after the deadline at which it is killed if it has not saved
 POLL = 0.1
 
 
 class Schedule:
-    """Does items until all are done or the time is up.
+    """Runs items until all are done or the time is up.
 
     Args:
         setting: of this call.
-        ledger: what was found so far.
-        items: all that are wanted, in order.
+        ledger: the records so far.
+        items: all items to run, in order.
         deadline: in seconds since 1970; `stop` brings it forward.
-        patience: an item that takes so many times its `seconds` is taken to hang.
+        patience: an item that takes this many times its `seconds` counts as hanging.
     """
 
     def __init__(
@@ -53,23 +53,23 @@ class Schedule:
         self._said = len(ledger.records())
 
     def stop(self, *_: object) -> None:
-        """Ends as if the time were up: a training run is saved, all else is cut off."""
+        """Ends as if the time were up: a training run is saved, other items are killed."""
         self.deadline = min(self.deadline, time.time())
 
     def run(self) -> None:
-        """Does what fits."""
+        """Runs the items that fit."""
         while (chosen := self._next()) is not None:
-            if chosen.work:  # and what follows it, in one process
+            if chosen.work:  # together with those that follow it, in one process
                 opened = self._open()
                 rest = opened[opened.index(chosen) :]
-                several = itertools.takewhile(lambda item: item.work and not item.alone, rest)
-                self._by_worker([chosen] if chosen.alone else list(several))
+                batch = itertools.takewhile(lambda item: item.work and not item.alone, rest)
+                self._by_worker([chosen] if chosen.alone else list(batch))
             else:
                 self._by_command(chosen)
             self._say()
 
     def _open(self) -> list[Item]:
-        """What is to be done: first what was not tried yet, then what has failed another time."""
+        """Items that can be run: first those not tried yet, then those that failed before."""
         states = {item.name: self.state_of(item) for item in self.items}
         ready = [
             item for item in self.items
@@ -79,7 +79,7 @@ class Schedule:
         return sorted(ready, key=lambda item: states[item.name] == "failed")
 
     def state_of(self, item: Item) -> str | None:
-        """As the ledger says, but a run that is gone was not trained."""
+        """The state in the ledger; None for a finished run whose workdir is gone."""
         state = self.ledger.state_of(item.name)
         gone = state == "ok" and item.kept and not item.kept(self.setting)
         return None if gone else state
@@ -89,21 +89,21 @@ class Schedule:
         return next((item for item in self._open() if self.need(item) <= left), None)
 
     def need(self, item: Item) -> float:
-        """Seconds that must be left to begin it."""
+        """Seconds that must be left to start it."""
         return item.seconds + (SAVING if item.training else 0)
 
     def waiting(self) -> str:
-        """Why what is left was not done."""
+        """Why the next item was not run; "" if none is left."""
         left = [item for item in self.items if self.state_of(item) not in ("ok", "failed")]
         if not left:
             return ""
         first = left[0]
         if first.after and self.ledger.state_of(first.after) != "ok":
             return f"{first.name} waits for {first.after}"
-        return f"{first.name} is next, and begun with {self.need(first):.0f} s or more"
+        return f"{first.name} is next and needs {self.need(first):.0f} s"
 
     def _by_worker(self, items: list[Item]) -> None:
-        """Starts a worker, and records for it the item in which it dies or does not end."""
+        """Runs items in a worker, and records for it one in which it crashes or hangs."""
         now = self.setting.out / worker.NOW
         now.unlink(missing_ok=True)
         names = [item.name for item in items]
@@ -154,7 +154,7 @@ class Schedule:
         self.ledger.add(item.stage, item.name, state, found, seconds)
 
     def _by_command(self, item: Item) -> None:
-        """Runs a process of the item's own; one that trains is told to save when the time is up."""
+        """Runs an item's own process; a training run gets SIGTERM when the time is up."""
         self._tried.add(item.name)
         begin, cut = time.time(), ""
         with open(self._log(item.name), "a") as log:
@@ -170,7 +170,7 @@ class Schedule:
                 if item.training and time.time() > self.deadline - SAVING:
                     if not cut:
                         process.send_signal(signal.SIGTERM)
-                    cut = "told"
+                    cut = "stopped"
                     if time.time() > self.deadline + LAST:
                         _kill(process)
                 elif not item.training and time.time() > self.deadline:
@@ -190,12 +190,12 @@ class Schedule:
         if not status:
             try:
                 found = item.read(self.setting)
-            except Exception as error:  # whatever is in the files that it left
+            except Exception as error:  # its files may hold anything
                 found = Found(f"its result cannot be read: {error!r}"[:300], ok=False)
             return ("ok" if found.ok else "failed"), found
-        if status in TOLD and item.training:
+        if status in STOPPED and item.training:
             return "saved", Found(words)
-        if cut in ("told", "cut"):
+        if cut in ("stopped", "cut"):
             return "cut", Found("the time was up")
         what = f"no end after {seconds:.1f} s" if cut else f"exit status {status}"
         return "failed", Found(f"{what}: {words}", ok=False)
@@ -214,7 +214,7 @@ class Schedule:
         return sum(r["item"] == name for r in self.ledger.records())
 
     def _say(self) -> None:
-        """Prints the records that are new."""
+        """Prints new records."""
         records = self.ledger.records()
         for r in records[self._said :]:
             text = f"{r['state']:>6}  {r['item']}: {r['figure']} ({r['seconds']:.0f} s)"
@@ -223,7 +223,7 @@ class Schedule:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """With all that it has started: it would stay on the device."""
+    """Kills it with all its children, which would keep using the device."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""What every item is given: where it writes, where its data are, how large it is."""
+"""The inputs of every item: output folder, data and sizes; and how processes are started."""
 
 import dataclasses
 import os
@@ -9,20 +9,20 @@ import sys
 from benchmarks.record.steps import Sizes
 from common.cli import command_line
 
-LOGS = "logs"  # folder of what the processes print
+LOGS = "logs"  # folder for the output of the processes
 _ERROR = re.compile(r"(\w[\w.]*(Error|Exception|Interrupt)|error|Fatal Python error)\b")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Of one call.
+    """The setting of one call.
 
     Attributes:
-        out: folder of the records; runs and profiles go into it too.
-        data: folder of CIFAR-10's shards; "": there are none.
-        sizes: how large everything is.
-        catalogue: module whose `every(sizes)` lists the items; tests have one of their own.
+        out: folder of the records; runs and profiles go there too.
+        data: folder with shards of CIFAR-10; "": none.
+        sizes: of networks, batches and runs.
+        catalogue: module whose `every(sizes)` lists the items; tests have their own.
     """
 
     out: pathlib.Path
@@ -36,12 +36,12 @@ class Setting:
 
 
 def cache() -> str:
-    """Folder of compiled programs, for all processes of the kit and for the next call."""
+    """Folder of compiled programs, for all processes and for the next call."""
     return os.environ.get("JAX_COMPILATION_CACHE_DIR") or command_line.CACHE
 
 
 def hardware(device: str = "", jax_version: str = "") -> str:
-    """What a record says of the machine; without arguments, of this process's first device."""
+    """A description of the machine; by default of this process's first device."""
     if not device:
         import jax
 
@@ -49,7 +49,7 @@ def hardware(device: str = "", jax_version: str = "") -> str:
     return f"{device}, {os.cpu_count()} cores, jax {jax_version}"
 
 
-# Asks Linux for SIGTERM when the parent is gone, and becomes the command. Not in `preexec_fn`: that
+# Asks Linux for SIGTERM when the parent ends, and executes the command. Not in `preexec_fn`: that
 # runs Python in a fork of a process with JAX's threads, which may deadlock.
 _BOUND = """
 import ctypes, os, signal, sys
@@ -68,17 +68,17 @@ def bound(command: list[str]) -> list[str]:
 
 
 def last_words(text: str) -> str:
-    """The line that says what went wrong, of what a process has printed before it ended."""
+    """The line of a process's output that says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 def environment() -> dict[str, str]:
-    """Of every process that is started: memory is taken as it is needed, for several share it."""
+    """The environment of child processes, which allocate device memory only as needed."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
-        platforms += ",cpu"  # what a device computes is compared with it
+        platforms += ",cpu"  # the reference for what a device computes
     return (
         os.environ
         | ({"JAX_PLATFORMS": platforms} if platforms else {})
@@ -87,7 +87,7 @@ def environment() -> dict[str, str]:
             "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get(
                 "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"
             ),
-            "JAX_TRACEBACK_FILTERING": "off",  # its notice would be the last line of an error
+            "JAX_TRACEBACK_FILTERING": "off",  # else its notice is the last line of an error
             "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])

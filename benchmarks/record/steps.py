@@ -1,4 +1,4 @@
-"""Every train step that the kit compiles, as a config: to be run, or only lowered or planned."""
+"""Every train step that is compiled here, as a config: to run it, or to lower or plan it only."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ METHODS = ("simclr", "moco")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """Sizes of networks, batches and runs.
 
     Attributes:
         name: "full" or "tiny".
@@ -20,14 +20,14 @@ class Sizes:
         width: of ResNets.
         batch: of sanity steps.
         batches: of the rates.
-        images: of a data set in device memory.
+        images: of a dataset in device memory.
         steps: of a dispatch.
         large: depth, pixels and batch of the network of the papers.
         losses: rows 2N of the losses that are timed.
         bank: training rows, queries and width of kNN.
-        repeats: turns of what is timed.
-        resume: steps of the run that is stopped, and at which step.
-        duration: of the training runs; None: their own.
+        repeats: of each timing.
+        resume: steps of the run that is stopped, and the step at which it is.
+        duration: of the training runs; None: the recipe's.
     """
 
     name: str = "full"
@@ -56,7 +56,7 @@ SIZES = {sizes.name: sizes for sizes in (FULL, TINY)}
 
 
 def sanity(method: str, sizes: Sizes) -> dict[str, ConfigDict]:
-    """A small network in every way in which a step can be put together."""
+    """A small network with every form of a step."""
     variants = {
         "host_float32": {},
         "host_bfloat16": {"dtype": "bfloat16"},
@@ -106,7 +106,7 @@ def reference(method: str, sizes: Sizes) -> ConfigDict:
 def in_memory(
     method: str, batch: int, sizes: Sizes, steps: int | None = None, dtype: str = "bfloat16"
 ) -> ConfigDict:
-    """ResNet-18 on a data set in device memory, as for CIFAR-10."""
+    """ResNet-18 on a dataset in device memory, as for CIFAR-10."""
     c = resident.config(
         argparse.Namespace(
             method=method, width=sizes.width, batch=batch, dtype=dtype,
@@ -128,7 +128,7 @@ def large(method: str, sizes: Sizes, fold_norm: bool = True) -> ConfigDict:
 
 
 def large_flags(method: str, sizes: Sizes) -> argparse.Namespace:
-    """As `benchmarks.train_step` takes them."""
+    """The flags of `benchmarks.train_step`."""
     depth, size, batch = sizes.large
     return argparse.Namespace(
         method=method, depth=depth, size=size, batch=batch, dtype="bfloat16", repeats=sizes.repeats
@@ -136,7 +136,7 @@ def large_flags(method: str, sizes: Sizes) -> argparse.Namespace:
 
 
 def every(sizes: Sizes) -> dict[str, ConfigDict]:
-    """All of them by name, but for those of the training runs (`quality.config`)."""
+    """All steps by name, except those of the training runs (`quality.config`)."""
     found: dict[str, ConfigDict] = {}
     for method in METHODS:
         found |= sanity(method, sizes)

@@ -1,9 +1,9 @@
-"""A process that does items of work one after the other, so that a crash or a hang costs only one.
+"""A process that runs items one after the other, so that a crash or a hang costs only one.
 
     python -m benchmarks.record.worker OUT DATA SIZES CATALOGUE DEADLINE ITEM [ITEM ...]
 
 `benchmarks.record` starts it. Before an item it writes the item's name to `OUT/now`; after it, a
-record. DEADLINE is in seconds since 1970: what does not fit before it is left out.
+record. DEADLINE is in seconds since 1970: an item that would not end before it is skipped.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NOW = "now"  # the file
 
 
 def do(item: items.Item, setting: Setting, ledger: Ledger) -> None:
-    """Works, and writes what was found or went wrong."""
+    """Runs an item, and records its result or its error."""
     begin = time.perf_counter()
     try:
         found = item.work(setting)
@@ -38,14 +38,14 @@ def do(item: items.Item, setting: Setting, ledger: Ledger) -> None:
 
 
 def main() -> None:
-    """Does what the command line names."""
+    """Runs the items on the command line."""
     out, data, sizes, catalogue, deadline, *names = sys.argv[1:]
     _end_with(os.getppid())
     import jax
 
     jax.config.update("jax_compilation_cache_dir", cache())
     if sizes == "full" and jax.default_backend() == "cpu":
-        sys.exit("error: JAX finds no GPU or TPU here: give --tiny to try the kit on a CPU")
+        sys.exit("error: JAX finds no GPU or TPU here: give --tiny to try it on a CPU")
     setting = Setting(pathlib.Path(out), data, steps.SIZES[sizes], catalogue)
     every = importlib.import_module(catalogue).every(setting.sizes)
     known = {item.name: item for item in every}
@@ -56,11 +56,11 @@ def main() -> None:
         (setting.out / NOW).write_text(item.name)
         print(f"\n== {item.name}", file=sys.stderr, flush=True)
         do(item, setting, ledger)
-        jax.clear_caches()  # what it compiled stays on the disk only
+        jax.clear_caches()  # compiled programs stay on disk only
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone: nobody would see what it does."""
+    """Exits when the process that started this one is gone: nobody would read the results."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,0 +1,1 @@
+"""The command line: flags, overrides of config fields, Ctrl-C."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from common import fields
+from common import config as configs
 from common.cli import config_file, overrides, usage
 from common.errors import UserError
 from common.run import files
@@ -112,7 +112,7 @@ def parse(
         if any(argument in _HELP for argument in argv):
             print(usage.text(values, MODES, methods, config))
             sys.exit(0)
-        trees = {"config": config, "eval": fields.of_eval()}
+        trees = {"config": config, "eval": configs.eval_config()}
         rest = overrides.apply(argv, trees)
         _all_have_values(rest, values)
         left = values(rest)
@@ -130,8 +130,8 @@ def reach_stores(values: flags.FlagValues) -> None:
     Raises:
         UserError: if one does not.
     """
-    given = {"workdir": values.workdir} | fields.defaults(values.eval)
-    given |= fields.defaults(values.config) if values.config is not None else {}
+    given = {"workdir": values.workdir} | configs.flat(values.eval)
+    given |= configs.flat(values.config) if values.config is not None else {}
     texts = [text for text in given.values() if isinstance(text, str)]
     for path in dict.fromkeys(path for text in texts for path in _REMOTE.findall(text)):
         files.reach(path)
@@ -164,10 +164,11 @@ def _in_one_line(error: flags.Error, values: flags.FlagValues, methods: Mapping[
     """What a person needs to know of an error of absl."""
     if isinstance(error, flags.UnrecognizedFlagError):
         known = {flag: flag for flag in usage.flags_of(values)}  # what follows may add to these
-        trees = [("eval", fields.of_eval())]
-        trees += [("config", fields.of_method(*method)) for method in methods.items()]
+        trees = [("eval", configs.eval_config())]
+        for method, make in methods.items():
+            trees.append(("config", configs.base_config(method, make.default_config())))
         for tree, config in trees:
-            known |= {field: f"{tree}.{field}" for field in fields.defaults(config)}
+            known |= {field: f"{tree}.{field}" for field in configs.flat(config)}
         found = [known[name] for name in overrides.near(error.flagname, known)]
         hint = overrides.did_you_mean(found) if found else overrides.ALL
         return f"there is no flag --{error.flagname}: {hint}"

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from common import config as configs
 from common import fields
 from common.errors import UserError
 
@@ -116,8 +117,9 @@ def _find(config: ConfigDict, flag: str, name: str) -> tuple[ConfigDict, str]:
         section = section.get(part) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or rest[-1] not in section:
         tree = flag.removeprefix("--").removeprefix("no").partition(".")[0]
-        other, known = ("eval", fields.EVAL) if tree == "config" else ("config", fields.CONFIG)
-        names = [f"{tree}.{n}" for n in near(name, fields.defaults(config))]
+        other = "eval" if tree == "config" else "config"
+        known = configs.EVAL_FIELDS if other == "eval" else configs.FIELDS
+        names = [f"{tree}.{n}" for n in near(name, configs.flat(config))]
         names += [f"{other}.{name}"] if name in known else []
         hint = did_you_mean(names) if names else ALL
         raise UserError(f"{flag}: there is no such field; {hint}")
@@ -140,7 +142,8 @@ def _value(flag: str, text: str, kind: type, name: str, now: Any, may_be_none: b
     if text == "None":
         if may_be_none or now is None:
             return None
-        meaning = (fields.CONFIG | fields.EVAL).get(name, "")
+        field = (configs.FIELDS | configs.EVAL_FIELDS).get(name)
+        meaning = field.meaning if field else ""
         raise UserError(
             f"{flag}=None: this field always has a value; leave the flag out for the config's"
             + (f", or write {flag}= for none" if now == "" or "empty" in meaning else "")
@@ -149,7 +152,9 @@ def _value(flag: str, text: str, kind: type, name: str, now: Any, may_be_none: b
         return text
     if kind not in _BY_TYPE:
         raise UserError(f"{flag}: no flag can set a {kind.__name__}; change it in the config file")
-    example = fields.EXAMPLES.get(name, now if now not in (None, ()) else _BY_TYPE[kind])
+    field = configs.FIELDS.get(name)
+    example = field.example if field and field.example else (
+        now if now not in (None, ()) else _BY_TYPE[kind])  # fmt: skip
     try:
         return _tuple(text, example) if kind is tuple else _number(text, kind)
     except ValueError:

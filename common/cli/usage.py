@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from common import fields
+from common import config as configs
 
 _COLUMNS = 80
 _NAMES = 34  # columns for a name and its default
@@ -54,8 +54,8 @@ def text(
         for name, value, meaning in section:
             lines += _row(f"{name}={shown(value)}", meaning)
     lines += ["", "--eval.NAME=VALUE, with their defaults:"]
-    for name, value in fields.defaults(fields.of_eval()).items():
-        lines += _row(f"{name}={shown(value)}", fields.EVAL.get(name, ""))
+    for name, value, meaning in of_eval():
+        lines += _row(f"{name}={shown(value)}", meaning)
     return "\n".join(lines)
 
 
@@ -82,14 +82,35 @@ def of_methods(
         method = config.get("method", "")
         methods = {method: methods.get(method)}
     for method, make in methods.items():
-        tree = fields.of_method(method, make) if config is None else config
-        meanings = fields.of_config(method, getattr(make, "MEANINGS", {}))
-        for name, value in fields.defaults(tree).items():
+        tree = configs.base_config(method, make.default_config()) if config is None else config
+        texts = meanings(method, make)
+        for name, value in configs.flat(tree).items():
             if name.startswith(_SECOND) and name != f"{_SECOND}preset" and value is None:
                 continue
             section = name.rpartition(".")[0]
-            rows.setdefault(section, {}).setdefault(name, (name, value, meanings.get(name, "")))
+            rows.setdefault(section, {}).setdefault(name, (name, value, texts.get(name, "")))
     yield from (list(section.values()) for section in rows.values())
+
+
+def of_eval() -> list[tuple[str, Any, str]]:
+    """(name, default, meaning) of every field of `--eval`."""
+    return [
+        (name, value, configs.EVAL_FIELDS[name].meaning)
+        for name, value in configs.flat(configs.eval_config()).items()
+    ]
+
+
+def meanings(method: str, make: Any) -> dict[str, str]:
+    """The meaning of every field of a method's config, in no order.
+
+    Args:
+        method: its name.
+        make: its class; `MEANINGS` says what the fields of its section mean.
+    """
+    own = getattr(make, "MEANINGS", {})
+    return {name: field.meaning for name, field in configs.FIELDS.items()} | {
+        f"{method}.{name}": text for name, text in own.items()
+    }
 
 
 def markdown(methods: Mapping[str, Any]) -> str:
@@ -98,8 +119,7 @@ def markdown(methods: Mapping[str, Any]) -> str:
     for section in of_methods(methods):
         name = section[0][0].rpartition(".")[0]
         parts.append(_table(f"config.{name}" if name else "config", "config", section))
-    rows = [(n, v, fields.EVAL.get(n, "")) for n, v in fields.defaults(fields.of_eval()).items()]
-    parts.append(_table("eval", "eval", rows))
+    parts.append(_table("eval", "eval", of_eval()))
     return "\n".join(parts)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from common.config import section
 from common.data.augment import presets
 from common.data.feed import pipeline, resident
 from common.data.sources.base import Source
@@ -46,7 +47,7 @@ def only_crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> Config
         for name in _OFF:
             c.augment[name] = 0.0
         c.augment.size = None  # that of evaluation, data.image_size
-        c.augment_view2 = presets.default_config(None)  # as view 1
+        c.augment_view2 = section("augment_view2")  # as view 1
     return c
 
 

@@ -53,7 +53,7 @@ def formats_of(text: str) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A name as valid UTF-8: invalid bytes of a file name become `\\udcXX`."""
+    r"""A name as valid UTF-8: invalid bytes of a file name become `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

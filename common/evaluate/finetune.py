@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import optim
+from common.config import section
 from common.method import Setup, make_encoder_setup
 from common.run.console import Progress
 from common.run.writer import NonFiniteLossError
@@ -41,12 +42,12 @@ def optimizer(
     learning_rate: float, weight_decay: float, batch_size: int, steps: int
 ) -> optax.GradientTransformation:
     """SGD with Nesterov momentum 0.9 and a cosine schedule without warm-up."""
-    c = ConfigDict({"batch_size": batch_size, "optimizer": optim.default_config()})
-    c.optimizer.update(
+    c = section("optimizer")
+    c.update(
         name="sgd", learning_rate=learning_rate, scaling="linear", weight_decay=weight_decay,
         momentum=0.9, nesterov=True, schedule="cosine",
     )  # fmt: skip
-    return optim.make_optimizer(c, steps, steps)[0]
+    return optim.make_optimizer(c, batch_size, steps, steps)[0]
 
 
 class Finetuner:

@@ -150,7 +150,7 @@ def fit(
 
 
 def _columns(model: Any, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """kernel `[d, c]` and bias `[c]` of softmax logits of a fitted `LogisticRegression`."""
+    """Kernel `[d, c]` and bias `[c]` of softmax logits of a fitted `LogisticRegression`."""
     coefficients, intercepts = model.coef_, model.intercept_
     if len(coefficients) == 1:  # two classes: scikit-learn keeps their difference
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

@@ -20,6 +20,7 @@ from common.evaluate.features import Features
 from common.method import Method
 from common.models.probe import Probe
 from common.run import pictures
+from common.train.prepare import Prepared
 
 
 class Evaluator:
@@ -167,6 +168,19 @@ class Evaluator:
             features.of_source(encode, self.bank, self.mesh, *sizes, self.settings.knn_examples),
             features.of_source(encode, test, self.mesh, *sizes),
         )
+
+
+def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluator:
+    """The evaluator of a run, for `common.train.loop.train`.
+
+    Raises:
+        UserError: for settings that cannot work.
+    """
+    Evaluator.check(run.config.evaluate, bank, test)
+    return Evaluator(
+        run.config.evaluate, run.mesh, run.method, run.setup.probe, bank, test,
+        batch_size=run.config.batch_size, image_size=run.config.data.image_size,
+    )  # fmt: skip
 
 
 def _labelled(*splits: Features) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,12 +17,11 @@ from common.data.feed import survey
 from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
-from common.errors import UserError, one_of
+from common.errors import UserError
 from common.evaluate import accuracy, features
 from common.evaluate.features import Features
-from common.evaluate.settings import FEATURES
 from common.method import Method, Setup, make_encoder_setup, root_keys
-from common.run import console, files
+from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, replicated, state_shardings
 
@@ -34,7 +32,7 @@ class Pretrained:
 
     Attributes:
         config: of the run, its `data` section updated from `settings`.
-        settings: of the evaluation, see `settings.py`.
+        settings: of the evaluation, see `common/eval_fields.py`.
         workdir: of the run.
         mesh: the devices.
         method: built from `config`, without a probe.
@@ -146,7 +144,7 @@ def load(
 
     Args:
         workdir: of a run, finished or not.
-        settings: from `settings.default_config()`.
+        settings: from `common.config.eval_config()`.
         methods: by name, e.g. `{"simclr": SimCLR}`.
         mesh: default all devices.
 
@@ -154,8 +152,8 @@ def load(
         UserError: no run or no such checkpoint there, an unknown method or field.
     """
     workdir = files.path(workdir)
-    one_of("eval.features", settings.features, FEATURES)
-    config = read_config(workdir, methods)
+    configs.one_of_field("eval.features", settings.features)
+    config = saved_config.load(workdir, methods)
     value_range = config.data.value_range
     with config.unlocked():
         d = config.data
@@ -200,25 +198,6 @@ def _canonical(source: str) -> str:
     if kind not in ("folder", "shards") or files.is_remote(path):
         return source.rstrip("/")
     return kind + colon + os.path.realpath(files.path(path))
-
-
-def read_config(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
-    """The config of the run in `workdir`; fields that are newer than the run have their default."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give the --workdir that a run was trained in"
-        )
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it from a copy") from error
-    name = saved.get("method") if isinstance(saved, dict) else None
-    if name not in methods:
-        raise UserError(f"{path} is of the method {name!r}: expected one of {', '.join(methods)}")
-    config = configs.base_config(name, methods[name].default_config())
-    configs.update(config, saved, str(path))
-    return config
 
 
 def untrained(method: Method, seed: int, mesh: Mesh) -> Any:

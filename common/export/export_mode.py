@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from common import version
 from common.data.augment import presets
 from common.errors import UserError
 from common.evaluate.feature_files import shortened
 from common.evaluate.pretrained import Pretrained
 from common.export import stablehlo
 from common.models import layout
-from common.run import files, formats
+from common.run import files, formats, saved_config
 
 FORMATS = ("safetensors", "npz", "stablehlo")
 LAYOUT = "torchvision ResNet, version 1"
@@ -89,7 +90,7 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         arrays[f"{name}.{layout.COUNTER}"] = np.array(opened.step, np.int64)
     arrays |= {"fc.weight": kernel.T, "fc.bias": bias}
     augmentation = presets.resolve(config.augment, config.data.image_size)
-    run = json.loads((opened.workdir / "config.json").read_text())  # --eval may name other data
+    run = saved_config.read(opened.workdir)  # --eval may name other data
     libraries = ("jax", "flax", "numpy", "safetensors")
     return arrays, {
         "layout": LAYOUT,
@@ -109,6 +110,7 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         "batch_norm_epsilon": 1e-5,
         "fc": fc,
         "class_names": classes,
+        **version.fields(),  # of this code
         "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 

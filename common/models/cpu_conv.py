@@ -1,20 +1,20 @@
-"""Convolutions whose gradients a CPU computes in the one form that XLA's CPU code is fast in.
+"""Convolutions with gradients in the one form that XLA's CPU backend computes fast.
 
 XLA has a fast convolution of `[b, h, w, c]` with `[h, w, c, d]`. It transposes the gradients, which
-are convolutions of other axes, into that form, but not inside loops (micro-batches, several steps a
-dispatch), where a gradient of a kernel then takes 50 times as long: here they are written so. And
-it contracts all images at once for the gradient of a kernel: the sum over pieces of the batch that
-fit the cache is the same up to rounding. What both save is in docs/benchmarks.md. TPUs and GPUs,
-and several simulated devices, get XLA's own.
+are convolutions over other axes, into that form, but not inside loops (micro-batches, more than one
+step a dispatch), where the gradient of a kernel then takes 50 times as long: here they are written
+in that form. For the gradient of a kernel XLA also contracts all images at once; here it is a sum
+over pieces of the batch that fit the cache, equal up to rounding. docs/benchmarks.md says how much
+time both save. TPUs, GPUs and simulated devices use XLA's own gradients.
 """
 
 from typing import Any
 
 import jax
 
-PIECES = 8  # at most; with 16 a step is no faster and takes longer to compile
-POSITIONS = 2048  # of a piece at least, images x height x width: smaller ones fit the cache
-FORM = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+PIECES = 8  # at most: 16 are no faster and take longer to compile
+POSITIONS = 2048  # at least in a piece, images x height x width: smaller batches fit the cache
+FORM = ("NHWC", "HWIO", "NHWC")
 Pair = tuple[int, int]
 
 
@@ -28,7 +28,7 @@ def conv_general_dilated(
         kernel: `[h, w, c, d]`.
         strides: of height and width.
         padding: before and after, of height and width.
-        **options: what else the original takes; with groups or dilation, XLA has its way.
+        **options: as of the original; with groups or dilation its own gradients are used.
 
     Returns:
         `[b, h, w, d]`.
@@ -37,7 +37,7 @@ def conv_general_dilated(
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    # of several devices, each holds a part of the batch: a slice would lie on some of them only
+    # each of many devices holds a part of the batch: a slice of it would use only a few of them
     if jax.device_count() > 1 or not is_ordinary(x, kernel, options):
         return plain(x, kernel)
 
@@ -66,7 +66,7 @@ def conv_general_dilated(
 
 
 def is_ordinary(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
-    """Whether the options of a convolution leave it without groups and dilation."""
+    """Whether a convolution has neither groups nor dilation."""
     dilations = [options.get(name) or () for name in ("lhs_dilation", "rhs_dilation")]
     return x.shape[-1] == kernel.shape[2] and all(d == 1 for both in dilations for d in both)
 
@@ -86,7 +86,9 @@ def input_gradient(
         first = k - 1 - before
         around.append((first, n + k - 2 - (out - 1) * stride - first))
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return jax.lax.conv_general_dilated(g, turned, (1, 1), around, lhs_dilation=strides, **FORM)
+    return jax.lax.conv_general_dilated(
+        g, turned, (1, 1), around, lhs_dilation=strides, dimension_numbers=FORM
+    )
 
 
 def kernel_gradient(
@@ -98,7 +100,7 @@ def kernel_gradient(
 ) -> jax.Array:
     """Gradient of `(conv(x, kernel) * g).sum()` with respect to a kernel of this shape.
 
-    A convolution of x with g, in which channels stand for images and images for channels.
+    A convolution of x with g in which images and channels change roles.
     """
     around = [
         (before, k + (out - 1) * stride - n - before)
@@ -108,7 +110,7 @@ def kernel_gradient(
     ]
     gradient = jax.lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around,
-        rhs_dilation=strides, **FORM,
+        rhs_dilation=strides, dimension_numbers=FORM,
     )  # fmt: skip
     return gradient.transpose(1, 2, 0, 3)
 

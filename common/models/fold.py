@@ -3,10 +3,11 @@
 Batch norm needs the mean and variance of the convolution's output z = x W over a batch. Both follow
 from the mean m and the covariance C of its *input*: m W, and the diagonal of W' C W. Where W widens
 (c to 4 c channels, as at the end of a bottleneck) C costs a quarter of the convolution's work, and
-then the scale of the norm goes into the kernel: z itself is never written to memory, nor read again
-for its statistics, for its normalisation and in the backward pass. A ResNet step on a TPU waits for
-memory, so that is time (docs/tpu.md has the figures). The result is the same function of x and W;
-in float64 it agrees to rounding, in bfloat16 the statistics lose one rounding, that of z.
+the scale of the norm is then multiplied into the kernel: z itself is never written to memory, nor
+read again for its statistics, for its normalisation and in the backward pass. A ResNet step on a
+TPU is bound by memory bandwidth, so this saves time (docs/tpu.md has the figures). The result is
+the same function of x and W; in float64 it agrees to rounding, in bfloat16 the statistics have one
+rounding less, that of z.
 """
 
 import functools
@@ -14,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from common.models import gpu_stem
+from common.models.platform import on_gpu
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -24,7 +25,7 @@ def _kind(x: jax.Array) -> jnp.dtype:
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    """A covariance is a small difference of large sums: no rounding of float32 on the way in."""
+    """A covariance is a small difference of large sums: float32 inputs must not be rounded."""
     return None if x.dtype == jnp.bfloat16 else _EXACT
 
 
@@ -64,8 +65,8 @@ moments.defvjp(_moments_forward, _moments_backward)
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x [g, b, h, w, c]` times `kernel [g, c, d]`, at least float32.
 
-    The kernel is rounded to the type of x, its gradient is not. On a GPU, which writes a product to
-    memory before anything is done with it, so is the product: half the bytes.
+    The kernel is rounded to the type of x, its gradient is not. A GPU writes a product to memory
+    before it is used, so there the product is rounded too: half the bytes.
     """
 
     def rounded_to(kind: jnp.dtype, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y.astype(_kind(x))
 
     gpu, other = (functools.partial(rounded_to, kind) for kind in (x.dtype, _kind(x)))
-    return gpu_stem.on_gpu(gpu, other, x, kernel.astype(x.dtype))
+    return on_gpu(gpu, other, x, kernel.astype(x.dtype))
 
 
 def _product_forward(x, kernel):

@@ -1,11 +1,11 @@
-"""The first layers of an ImageNet ResNet in the form that a GPU is fast in; the same functions.
+"""The first layers of an ImageNet ResNet in a form that is fast on a GPU; the same functions.
 
 cuDNN pads three channels to eight, so most of what a 7x7 convolution of an image reads and
 multiplies is zeros. With the pixels in blocks of 2x2, as 12 channels, it is a 4x4 convolution. The
 gradient of XLA's max pooling searches for each maximum again and adds to memory atomically. Here
-the place of a maximum is stored, in one byte, and each pixel looks up whether it was one. On an
+the position of each maximum is stored in one byte, and each pixel checks whether it was one. On an
 H200 these layers took 15 % of the time of a ResNet-50's step (docs/benchmarks.md). CPUs and TPUs
-get XLA's own.
+use XLA's own.
 """
 
 import functools
@@ -17,31 +17,24 @@ import jax
 import jax.numpy as jnp
 
 from common.models import cpu_conv
+from common.models.platform import on_gpu
 
-PLATFORMS = ("cuda", "rocm")
-CHANNELS = 8  # a multiple of so many is what cuDNN's kernels read
+CHANNELS = 8  # cuDNN's kernels read channels in multiples of this
 Pair = tuple[int, int]
-
-
-def on_gpu(gpu: Callable, other: Callable, *arguments: Any) -> Any:
-    """One function of the arguments where the program is lowered for a GPU, another one elsewhere.
-
-    That is not where it is traced: a plan for a TPU may be made on a GPU.
-    """
-    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(PLATFORMS, gpu), default=other)
 
 
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], **options: Any
 ) -> jax.Array:
-    """What `cpu_conv.conv_general_dilated` is, and takes; on a GPU in blocks where they fit.
+    """`cpu_conv.conv_general_dilated`, computed on a GPU from blocks of 2x2 pixels where they fit.
 
     They fit a square kernel of odd size k, a stride of 2, `k // 2` zeros on every side, and an even
     height and width: the first convolution of an ImageNet ResNet.
     """
-    plain = functools.partial(
-        cpu_conv.conv_general_dilated, strides=strides, padding=padding, **options
-    )
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return cpu_conv.conv_general_dilated(x, kernel, strides, padding, **options)
+
     size = kernel.shape[0]
     around = [(size // 2, size // 2)] * 2
     fits = kernel.shape[1] == size and size % 2 and [tuple(p) for p in padding] == around
@@ -78,7 +71,7 @@ def conv_of_blocks(x: jax.Array, kernel: jax.Array, precision: Any = None) -> ja
     b, h, w, c = x.shape
     half = kernel.shape[0] // 2
     before = half + half % 2  # the window begins with a block, at most one pixel earlier
-    taps = (before + half) // 2 + 1  # blocks of it
+    taps = (before + half) // 2 + 1  # its blocks
     # zeros before the kernel where it begins inside a block, and behind it where it ends inside one
     lead = before - half
     behind = 2 * taps - lead - kernel.shape[0]
@@ -111,7 +104,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     def forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def other(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = plain_pool(x)
-            return y, jnp.zeros(y.shape, jnp.uint8)  # which nothing reads
+            return y, jnp.zeros(y.shape, jnp.uint8)  # never read
 
         y, places = on_gpu(pool_with_places, other, x)
         return y, (x, places)
@@ -127,11 +120,12 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
+    """What `max_pool` computes, as Flax has it."""
     return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
 
 
 def pool_with_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maxima of `x [b, h, w, c]`, h and w even, and where they were, uint8 0 to 8: the first."""
+    """Maxima of `x [b, h, w, c]`, h and w even, and the first place of each, uint8 0 to 8."""
     low = jnp.array(-jnp.inf, x.dtype)
     x = jax.lax.pad(x, low, [(0, 0, 0), (1, 0, 0), (1, 0, 0), (0, 0, 0)])
     x = jax.lax.pad(x, low, [(0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0)])
@@ -148,18 +142,18 @@ def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
     """Gradient `[b, h, w, c]` of the input of `pool_with_places`.
 
     Args:
-        places: `[b, h / 2, w / 2, c]`, as that function gives them.
-        g: of the maxima, of the same shape. What meets is added up in float32 at least.
+        places: `[b, h / 2, w / 2, c]`, as that function returns them.
+        g: gradient of the maxima, of the same shape. Sums are formed in float32 at least.
     """
     b, h, w, c = g.shape
     kind = jnp.promote_types(g.dtype, jnp.float32)
     none = jnp.uint8(9)
     # pixel 2 i is in the middle of window i; pixel 2 i + 1 at the end of it, and at the beginning
     # of window i + 1
-    along = [[1, 2], [None, 0]]
+    along: list[list[int | None]] = [[1, 2], [None, 0]]
 
     def part(shift_h: int, shift_w: int) -> jax.Array:
-        """What the pixels of each 2x2 block get from one window."""
+        """The gradient that one window gives the pixels of each 2x2 block."""
         wanted = jnp.array(
             [
                 [none if m is None or n is None else 3 * m + n for n in along[shift_w]]
@@ -175,5 +169,5 @@ def unpool(places: jax.Array, g: jax.Array) -> jax.Array:
         hit = shifted(places) == wanted[None, None, :, None, :, None]
         return jnp.where(hit, shifted(g).astype(kind), 0)
 
-    total = sum(part(i, j) for i in (0, 1) for j in (0, 1))
+    total = part(0, 0) + part(0, 1) + part(1, 0) + part(1, 1)
     return total.astype(g.dtype).reshape(b, 2 * h, 2 * w, c)

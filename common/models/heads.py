@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from common.errors import UserError, one_of
 from common.models import initial
@@ -112,26 +113,25 @@ class Network(nn.Module):
         return self.head.depth if layer == "projection" else names.index(layer)
 
 
-def make_network(config: Any) -> Network:
-    """Builds encoder and head from `config.model` and `config.head`.
+def make_network(model: ConfigDict, head: ConfigDict) -> Network:
+    """Builds encoder and head from the sections of those names.
 
     Raises:
         UserError: for an unknown head or initialisation, or a head without layers.
     """
-    head = config.head
     one_of("head.kind", head.kind, HEADS)
     one_of("head.init", head.init, initial.KERNELS)
     if head.layers < 1:
         raise UserError(f"head.layers={head.layers}: a head needs at least one layer")
     return Network(
-        make_encoder(config),
+        make_encoder(model),
         ProjectionHead(
             kind=head.kind,
             layers=head.layers,
             hidden=head.hidden,
             dim=head.dim,
-            bn_groups=config.model.bn_groups,
-            dtype=jnp.dtype(config.model.dtype),
+            bn_groups=model.bn_groups,
+            dtype=jnp.dtype(model.dtype),
             init_as=head.init,
         ),
     )

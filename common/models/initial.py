@@ -1,7 +1,7 @@
 """How a layer's parameters are drawn before the first step, under the names that configs use.
 
-Fan-in is the number of inputs of one output (k x k x channels for a convolution), fan-out that of
-the outputs which one input has a part in.
+Fan-in is the number of inputs of one output (k x k x channels for a convolution), fan-out the
+number of outputs that one input contributes to.
 """
 
 import math
@@ -25,7 +25,7 @@ KERNELS: dict[str, Callable] = {
 
 
 def bias(name: str, fan_in: int) -> Callable:
-    """How the bias of a layer is drawn whose kernel is drawn as `KERNELS[name]`.
+    """The initialiser for the bias of a layer with the kernel initialiser `KERNELS[name]`.
 
     Args:
         name: one of `KERNELS`.

@@ -1,8 +1,7 @@
 """A ResNet's arrays under torchvision's names, in PyTorch's shapes, and back.
 
 The names are those of `torchvision.models.resnet50().state_dict()`, which timm, solo-learn, lightly
-and the MoCo authors share. Every conversion moves numbers and computes none: the way there and back
-is exact to the bit.
+and the MoCo authors share. Conversions only move numbers: there and back is exact to the bit.
 """
 
 import math
@@ -67,7 +66,8 @@ def from_torchvision(arrays: Mapping[str, Any]) -> tuple[dict, dict]:
     Raises:
         UserError: for a name, a number of axes or a first convolution that no ResNet here has.
     """
-    params, batch_stats = {}, {}
+    params: dict[tuple[str, ...], Any] = {}
+    batch_stats: dict[tuple[str, ...], Any] = {}
     for name, array in arrays.items():
         match = _NAME.fullmatch(name)
         path = _our_path(match) if match else None
@@ -85,14 +85,14 @@ def from_torchvision(arrays: Mapping[str, Any]) -> tuple[dict, dict]:
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes tell of a network in torchvision's layout.
+    """What the shapes say about a network in torchvision's layout.
 
     Args:
         arrays: from `to_torchvision`, or a file.
 
     Returns:
         `depth` (None unless the stages are a published network's), `stages` (blocks of each),
-        `bottleneck`, `width` (of the first stage), `stem` ("" if it is none of ours),
+        `bottleneck`, `width` (of the first stage), `stem` ("" if it is not one of `STEMS`),
         `feature_dim`, and `torchvision` (the constructor that takes these arrays, or "").
     """
     blocks: dict[int, int] = {}
@@ -136,7 +136,7 @@ def _torch_name(path: tuple[str, ...]) -> str:
 
 
 def _our_path(match: re.Match) -> tuple[str, ...] | None:
-    """Path of the array in our trees, None if such a module has none of that name."""
+    """Path of the array in our trees; None if such a module has no array of that name."""
     module = match["stem"] or match["module"]
     norm = module.startswith("bn") or module == "downsample.1"
     names = {theirs: ours for ours, theirs in _BN.items()} if norm else {"weight": "kernel"}

@@ -1,14 +1,14 @@
 """A large batch on a small machine: the encoder sees it in parts, the loss sees it whole.
 
-`config.microbatch` images (with all their views) go through encoder and head at a time, and of each
-such pass nothing is kept but features and embeddings; one loss then contrasts all of them. In the
+`config.microbatch` images (with all their views) go through encoder and head at a time, and only
+the features and embeddings of each pass are kept; one loss then contrasts all of them. In the
 backward pass each part is computed again with the cotangents of its embeddings (as GradCache does
-by hand, Gao et al. 2021). That is the gradient of the full contrast, which gradient accumulation is
-not: there every part would have its own, fewer negatives.
+by hand, Gao et al. 2021). That is the gradient of the full contrast. Gradient accumulation is not:
+there every part would have only its own, fewer negatives.
 
 It is exact because a micro-batch is a set of whole BN groups. Every device contributes its own rows
-to every micro-batch, and holds whole groups of them, so that a pass sends nothing at all: gradients
-and running statistics are summed over the devices once a step, not once a micro-batch.
+to every micro-batch, and holds whole groups of them, so that a pass needs no communication:
+gradients and running statistics are summed over the devices once a step, not once a micro-batch.
 """
 
 import functools
@@ -17,24 +17,25 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.sharding import AXIS, each_device
 
 
-def count(config: ConfigDict, devices: int) -> int:
+def count(batch_size: int, microbatch: int, bn_groups: int, devices: int) -> int:
     """Number of micro-batches M of a step; 1 where the batch is not split.
 
     Args:
-        config: `microbatch` (images; 0 = the batch), `batch_size`, `model.bn_groups`.
-        devices: of the mesh.
+        batch_size: images in the global batch.
+        microbatch: images in a micro-batch; 0 = the batch.
+        bn_groups: groups of the global batch that share batch statistics.
+        devices: in the mesh.
 
     Raises:
         UserError: unless `microbatch` divides the batch and is a multiple of the devices, and
-            `model.bn_groups` is a multiple of M x devices.
+            `bn_groups` is a multiple of M x devices.
     """
-    b, size, groups = config.batch_size, config.microbatch, config.model.bn_groups
+    b, size, groups = batch_size, microbatch, bn_groups
     if size in (0, b):
         return 1
     if size < 0 or b % size or size % devices:
@@ -65,11 +66,11 @@ def forward(
     parts: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """`apply` to a sharded batch, in parts that are computed again in the backward pass.
+    """Applies `apply` to a sharded batch in parts that are recomputed in the backward pass.
 
     Args:
         apply: `(params, batch_stats, images) -> (features, embeddings, new batch_stats)`, the
-            training pass of a micro-batch's share on one device. The new statistics must be linear
+            training pass of one device's rows of a micro-batch. The new statistics must be linear
             in those of the groups, as a running mean is: then the mean over parts and devices is
             what one update with all groups gives.
         params: replicated.
@@ -83,8 +84,8 @@ def forward(
     """
 
     def local(params: Any, batch_stats: Any, images: jax.Array, axis: str | None) -> tuple:
-        # Their copies on each device are told apart *before* the loop, so that the gradient is
-        # summed over the devices after it.
+        # They become one copy a device *before* the loop, so that the gradient is summed over the
+        # devices after it.
         if axis is not None:
             params, batch_stats = jax.lax.pcast((params, batch_stats), axis, to="varying")
 

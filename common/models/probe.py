@@ -1,4 +1,4 @@
-"""Online linear probe: a classifier trained beside the encoder, which never feels it.
+"""Online linear probe: a classifier trained alongside the encoder, without affecting it.
 
 It has its own state and its own optax transformation, so that neither the encoder's gradient norm
 nor its clipping sees it, and `stop_gradient` keeps the labels out of the representation.
@@ -14,7 +14,8 @@ import ml_collections
 import optax
 from jax import lax
 
-from common.errors import UserError, one_of
+from common.config import one_of_field
+from common.errors import UserError
 
 DECAY = 0.9  # of the running statistics, as in the encoder's batch norm
 EPSILON = 1e-6  # of the variance: only a collapsed feature comes near it
@@ -31,23 +32,13 @@ class ProbeState:
     updates: jax.Array  # int32, how many batches the statistics have seen
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Returns the `config.probe` sub-tree with its defaults."""
-    c = ml_collections.ConfigDict()
-    c.learning_rate = 1.0  # not scaled by the batch: the features are, see `Probe`
-    c.momentum = 0.9  # of the probe's SGD
-    c.schedule = "constant"  # constant | cosine (to 0 at the end of the run)
-    return c
-
-
-def make_probe(config: ml_collections.ConfigDict, num_classes: int, total_steps: int) -> "Probe":
-    """Builds the probe of `config.probe`; with `num_classes=0` it does nothing.
+def make_probe(c: ml_collections.ConfigDict, num_classes: int, total_steps: int) -> "Probe":
+    """Builds the probe of the probe section `c`; with `num_classes=0` it does nothing.
 
     Raises:
         UserError: for an unknown schedule, or a learning rate that is negative or not finite.
     """
-    c = config.probe
-    one_of("probe.schedule", c.schedule, ("constant", "cosine"))
+    one_of_field("probe.schedule", c.schedule)
     rate = c.learning_rate
     if not 0 <= rate < float("inf"):
         raise UserError(f"probe.learning_rate={rate}: expected a finite number, 0 or more")

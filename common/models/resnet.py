@@ -14,12 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
 from common.errors import UserError, one_of
 from common.models import cpu_conv, fold, gpu_stem, initial
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
-DEPTHS = {
+DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {
     18: (False, (2, 2, 2, 2)),
     34: (False, (3, 4, 6, 3)),
     50: (True, (3, 4, 6, 3)),
@@ -28,8 +29,8 @@ DEPTHS = {
     200: (True, (3, 24, 36, 3)),
 }
 STEMS = ("imagenet", "cifar", "patch2", "patch4")
-# What the backward pass finds stored and what it computes again, from least to most memory saved:
-# docs/tpu.md has the figures.
+# What the backward pass recomputes instead of storing, from least to most memory saved: docs/tpu.md
+# has the figures.
 REMAT = ("none", "convs", "blocks")
 
 
@@ -126,7 +127,7 @@ class BatchNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel `[1, 1, c, d]` of a 1x1 convolution that somebody else applies, as `[c, d]`."""
+    """The kernel `[1, 1, c, d]` of a 1x1 convolution that the caller applies, as `[c, d]`."""
 
     features: int
     dtype: Any
@@ -134,6 +135,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> jax.Array:
+        """The kernel for an input of `channels` channels."""
         shape, kind = (1, 1, channels, self.features), at_least_float32(self.dtype)
         return self.param("kernel", initial.KERNELS[self.init_as], shape, kind)[0, 0]
 
@@ -176,6 +178,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """`[b, h, w, c]` to `[b, h / stride, w / stride, width]`."""
         width = self.features * (4 if self.bottleneck else 1)
         zero = self.zero_init_residual
         if self.bottleneck:
@@ -216,13 +219,13 @@ class ResNet(nn.Module):
         dtype: of the convolutions.
         remat: "none" (store everything for the backward pass), "convs" (of a residual block, store
             its input and its convolutions' outputs) or "blocks" (store its input only).
-        fold_norm: in bottlenecks, work the batch norm of a widening 1x1 convolution into its
+        fold_norm: in bottlenecks, fold the batch norm of a widening 1x1 convolution into its
             kernel (`common/models/fold.py`): the same function with less memory traffic.
         conv_init: how convolutions are drawn, one of `initial.KERNELS`.
         stem_init: how that of the stem is; "" = as the others.
         zero_init_residual: start the last BN scale of each residual block at 0, so that the block
             starts as the identity (Goyal et al. 2017, section 5.1), as SimCLR's code does; False:
-            at 1, as torchvision does unless told otherwise.
+            at 1, as torchvision does by default.
     """
 
     depth: int = 50
@@ -298,13 +301,12 @@ def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(b, h // block, w // block, block * block * c)
 
 
-def make_encoder(config: Any) -> ResNet:
-    """Builds the encoder of `config.model`.
+def make_encoder(model: ConfigDict) -> ResNet:
+    """Builds the encoder of the model section.
 
     Raises:
         UserError: for an unknown depth, stem, remat or initialisation.
     """
-    model = config.model
     if not model.stages and model.depth not in DEPTHS:
         raise UserError(
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "

@@ -1,4 +1,4 @@
-"""What the vendors' datasheets say of the devices that a step can be planned for."""
+"""Datasheet figures of the devices that a step can be planned for."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ class Device:
     """One device as JAX counts them: a chip, except on TPU v2 and v3, where it is one of two cores.
 
     Attributes:
-        name: as a person calls it.
+        name: for people.
         tflops: peak of dense bfloat16 products, in 1e12 operations a second.
         hbm_gib: memory, in GiB.
         hbm_gb_per_s: memory bandwidth, in 1e9 bytes a second.
@@ -46,7 +46,7 @@ GPUS = {
     "H200": Device("NVIDIA H200", 989, 141, 4800, 450),
 }
 
-# What `jax.Device.device_kind` says on Cloud TPUs, where it is no plain "TPU v4".
+# `jax.Device.device_kind` on Cloud TPUs, where it does not have the form "TPU v4".
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
@@ -65,12 +65,12 @@ def of_kind(kind: str) -> Device | None:
 
 
 def share_of_peak(flops: float | None, seconds: float, kind: str) -> float | None:
-    """What part of a device's bfloat16 peak `flops` in so many seconds are.
+    """The fraction of a device's bfloat16 peak that `flops` in `seconds` amount to.
 
     Args:
-        flops: floating-point operations on one device; None where the compiler does not tell.
+        flops: floating-point operations on one device; None where the compiler reports none.
         seconds: > 0.
-        kind: `jax.Device.device_kind`; the share is None for a device that is not listed here.
+        kind: `jax.Device.device_kind`; the result is None for a device that is not listed here.
     """
     device = of_kind(kind)
     return flops / seconds / device.tflops / 1e12 if device and flops else None

@@ -1,4 +1,4 @@
-"""Which collectives a compiled program holds, read from its text."""
+"""The collectives of a compiled program, read from its text."""
 
 import bisect
 import dataclasses
@@ -44,21 +44,22 @@ class Collective:
 
     @property
     def traffic(self) -> float:
-        """Bytes that each device sends, at least (a ring does with that)."""
-        share = (self.group - 1) / self.group
-        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
+        """The least bytes that each device sends; a ring needs no more."""
+        others = (self.group - 1) / self.group
+        factors = {"all-reduce": 2 * others, "collective-permute": 1}
+        return self.bytes * factors.get(self.kind, others)
 
 
 def read(text: str, devices: int) -> list[Collective]:
     """Finds the collectives of an HLO text; one in the body of a loop counts once.
 
-    The TPU compiler hides some behind the arithmetic: such a one is written into each of the
-    fusions that it goes on during. There it counts once, by its channel and shape. (The channel
-    alone does not tell: all gathers of a `shard_map` may share one.)
+    The TPU compiler overlaps collectives with arithmetic: such a one appears in each of the fusions
+    that run meanwhile. It counts once, by its channel and shape. (The channel alone is not enough:
+    all gathers of a `shard_map` may have the same.)
 
     Args:
         text: `compiled.as_text()`.
-        devices: of the program, the group where an instruction names none.
+        devices: of the program: the group where an instruction names none.
     """
     fusions = [m.start() for m in _FUSION.finditer(text)]
     ends = [text.find("\n}", start) for start in fusions]
@@ -66,7 +67,7 @@ def read(text: str, devices: int) -> list[Collective]:
     for match in _INSTRUCTION.finditer(text):
         line = text[match.start() : text.find("\n", match.end())]
         channel = _CHANNEL.search(line)
-        one = _collective(*match.groups(), line, devices)
+        one = _collective(match[1], match[2], match[3], line, devices)
         key = (one, channel and channel[1])
         i = bisect.bisect_right(fusions, match.start()) - 1
         if i >= 0 and match.start() < ends[i]:

@@ -1,7 +1,7 @@
-"""Compiles a config's train step for devices that are here, or for a TPU slice that is not.
+"""Compiles a config's train step for the devices of this machine, or for a TPU slice elsewhere.
 
-libtpu brings the real compiler, and a topology is enough for it: memory, traffic and collectives
-are what a run on such a slice would have. Each slice is compiled in a process of its own, because
+libtpu contains the real compiler, which needs no more than a topology: memory, traffic and
+collectives are those of a run on such a slice. Each slice is compiled in its own process, because
 a fault in the compiler ends the process.
 """
 
@@ -24,13 +24,14 @@ from ml_collections import ConfigDict
 
 from common.data.feed import resident
 from common.errors import UserError
-from common.method import Method, Setup, make_setup
+from common.method import Method, Setup
 from common.plan import collectives, traffic
-from common.sharding import AXIS, local_rows, make_mesh, state_shardings
+from common.sharding import AXIS, local_rows, make_mesh
+from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, cost
 
 _OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
-# What libtpu writes when it dies: the check that failed, among lines about it, or the signal.
+# What libtpu prints when it crashes: the check that failed, among other lines, or the signal.
 _CHECK = re.compile(r"^F\d{4} .*?\] (.+)$", re.M)
 _SIGNAL = re.compile(r"^\*\*\* (SIG\w+)", re.M)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -38,42 +39,40 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is compiled; all of it travels to another process.
+    """What is compiled; it can be pickled for another process.
 
     Attributes:
         make_method: class of the method.
         config: of the run.
-        steps: of the whole run, and of an epoch.
-        num_classes: of the data, 0 without labels.
-        quick: on a described slice the compiler makes as little effort as it can.
+        extent: of the run.
+        quick: compile for a described slice with the least effort.
     """
 
     make_method: Callable[[Setup], Method]
     config: ConfigDict
-    steps: tuple[int, int]
-    num_classes: int
+    extent: Extent
     quick: bool = False
 
 
 def check(task: Task) -> None:
-    """Builds the method for devices that are described, touching none: they may be busy with a run.
+    """Builds the method for an abstract mesh; the devices here may be busy with a run.
 
     Raises:
-        UserError: for a mistake in the config, before anybody waits for a compiler.
+        UserError: for a mistake in the config, before any time is spent on compiling.
     """
     whole = task.config.copy_and_resolve_references()
-    whole.microbatch = 0  # which parts can be formed depends on the devices
-    mesh = AbstractMesh((1,), (AXIS,))
-    task.make_method(make_setup(whole, mesh, *task.steps, task.num_classes))
+    whole.microbatch = 0  # which sizes are possible depends on the devices
+    mesh: Any = AbstractMesh((1,), (AXIS,))  # only its size and axis are used
+    prepare(task.make_method, whole, mesh, extent=task.extent)
 
 
 def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Compiles for a mesh; returns what the compiler says, all of it for one device.
+    """Compiles for a mesh; returns what the compiler reports, all of it for one device.
 
     Args:
-        task: what.
-        mesh: for which.
-        begins: called when the config has been found to be sound, before compiling.
+        task: what to compile.
+        mesh: the devices to compile for.
+        begins: called when the config has passed its checks, before compiling.
 
     Returns:
         `devices`; `compile_seconds` of all processor cores (a busy machine takes longer);
@@ -83,15 +82,11 @@ def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) 
         or, when the program does not fit, `out_of_memory`: `{"peak": ..., "capacity": ...}`.
     """
     local_rows(mesh, task.config.batch_size)  # refuses a batch that cannot be split
-    setup = make_setup(task.config, mesh, *task.steps, task.num_classes)
-    method = task.make_method(setup)
-    abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
+    run = prepare(task.make_method, task.config, mesh, extent=task.extent)
     begins()
     begin = time.process_time()
     try:
-        compiled = compile_step(
-            method, task.config, mesh, abstract, state_shardings(mesh, abstract), _data(task)
-        )
+        compiled = compile_step(run.method.train_step, run, _data(task))
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
         if not match:
@@ -100,14 +95,15 @@ def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) 
         found = {"out_of_memory": {"peak": used, "capacity": capacity}}
         return {"devices": mesh.size, "compile_seconds": time.process_time() - begin} | found
     seconds = time.process_time() - begin
-    return describe(compiled, mesh.size, setup.microbatches) | {"compile_seconds": seconds}
+    return describe(compiled, mesh.size, run.setup.microbatches) | {"compile_seconds": seconds}
 
 
 def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1) -> dict[str, Any]:
-    """What the compiler says of a program, as `for_mesh` returns it, but for the seconds."""
-    memory, work = compiled.memory_analysis(), cost(compiled, microbatches)
+    """What the compiler reports about a program, as `for_mesh` returns it, without the seconds."""
+    memory: Any = compiled.memory_analysis()
+    work = cost(compiled, microbatches)
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     return {
         "devices": devices,
         "arguments": memory.argument_size_in_bytes,
@@ -123,31 +119,31 @@ def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1)
 
 
 def _data(task: Task) -> dict[str, Any] | None:
-    """Shapes of a data set that would live on the device, its images as large as evaluation's."""
+    """Shapes of a dataset held in device memory, its images as large as in evaluation."""
     if task.config.data.augment_on != "device":
         return None
     size = task.config.data.image_size
-    return resident.shapes_of(task.steps[1] * task.config.batch_size, (size, size))
+    return resident.shapes_of(task.extent.steps_per_epoch * task.config.batch_size, (size, size))
 
 
 def for_topology(task: Task, topology: str) -> dict[str, Any]:
-    """`for_mesh` of a described TPU slice, e.g. "v5e:4x8"; raises as `on_topology`."""
+    """`for_mesh` for a TPU slice, e.g. "v5e:4x8"; raises as `on_topology`."""
     return on_topology(functools.partial(for_mesh, task), topology, task.quick)
 
 
 def on_topology(
     compile_for: Callable[[Mesh], dict[str, Any]], topology: str, quick: bool = False
 ) -> dict[str, Any]:
-    """Calls `compile_for` in another process, with a mesh of devices that are only described.
+    """Calls `compile_for` in another process, with a mesh of devices that need not exist here.
 
     Args:
-        compile_for: can be pickled, and so can what it returns.
+        compile_for: can be pickled, as can its result.
         topology: e.g. "v5e:4x8".
-        quick: the compiler makes as little effort as it can.
+        quick: compile with the least effort.
 
     Raises:
-        UserError: without libtpu, for a topology it does not know, for a mistake in the config,
-            or when the compiler died.
+        UserError: without libtpu, for an unknown topology, for a mistake in the config, or when
+            the compiler crashes.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -157,7 +153,7 @@ def on_topology(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r+", suffix=".log", errors="replace") as log:
-        # no device is touched: no metadata to ask for, and no lock to hold against other plans
+        # no device is used, so there is no metadata to query and no lock to hold
         effort = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"} if quick else {}
         with _environment(
             JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", **effort
@@ -175,7 +171,7 @@ def on_topology(
             advice = "" if quick else "--quick, "
             known = ", known for ResNets on v6e" if topology.startswith("v6e") else ""
             raise UserError(
-                f"the TPU compiler died on {topology} (exit status {child.exitcode}"
+                f"the TPU compiler crashed on {topology} (exit status {child.exitcode}"
                 f"{_last_words(log.read())}): a fault in libtpu{known}; try {advice}another "
                 "topology, or another version of libtpu"
             )
@@ -185,7 +181,7 @@ def on_topology(
 
 
 def _last_words(text: str) -> str:
-    """Of what a compiler wrote before it died, the line that says why, after a comma; or ""."""
+    """The line of a crashed compiler's output that says why, after a comma; or ""."""
     found = _CHECK.search(text) or _SIGNAL.search(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = " ".join(found[1].split()) if found else lines[-1] if lines else ""
@@ -193,8 +189,8 @@ def _last_words(text: str) -> str:
 
 
 def _child(compile_for: Callable, topology: str, sender: Any, log: str) -> None:
-    """Sends ("result" | "error", value), unless it dies."""
-    # libtpu speaks to the file descriptors, of a machine it does not find itself on
+    """Sends ("result" | "error", value), unless the compiler crashes."""
+    # libtpu prints to the file descriptors, mostly about not being on a TPU machine
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     sys.stderr.flush()
     os.dup2(out, 1)
@@ -205,10 +201,10 @@ def _child(compile_for: Callable, topology: str, sender: Any, log: str) -> None:
         try:
             more: dict[str, Any] = {}
             if topology.endswith(":1x1"):
-                # libtpu takes a host to have 2x2 chips, and then refuses a machine with one
+                # libtpu assumes 2x2 chips a host, and then refuses a slice of one chip
                 more["chips_per_host_bounds"] = [1, 1, 1]
             if topology.startswith("v4:"):
-                # else two devices a chip are described; on a TPU VM the two cores are one device
+                # the default is two devices a chip; on a TPU VM the two cores are one device
                 more["chip_config_name"] = "megacore"
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
         except Exception as error:

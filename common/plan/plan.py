@@ -1,4 +1,4 @@
-"""`--mode=plan`: what a config costs on some devices, before anybody rents them."""
+"""`--mode=plan`: what a config costs on given devices, before anybody rents them."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,9 @@ from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
 from common.run import console
 from common.sharding import make_mesh
+from common.train.prepare import Extent
 
-# Images and classes of the sets that people plan for without having them: name, split.
+# (name, split) -> images and classes of datasets that people plan for before they have them.
 KNOWN = {
     ("imagenet2012", "train"): (1_281_167, 1000),
     ("cifar10", "train"): (50_000, 10),
@@ -41,20 +42,20 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Compiles the train step of `config` for each topology, and prints what it costs.
 
-    A table goes to stderr, a JSON object for each row to stdout. Where the step does not fit, it is
-    compiled again with the policies of `model.remat` until one does.
+    A table goes to stderr, a JSON object for each row to stdout. A step that does not fit is
+    compiled again with stronger `model.remat` until it does.
 
     Args:
         make_method: class of the method.
         config: of the run.
         topologies: TPU slices such as "v5e:4x8"; none means the devices of this machine.
-        quick: for slices, with little effort of the compiler: work, memory and collectives are
-            nearly the same in a fifth of the time; docs/tpu.md has both.
+        quick: for slices: compile with little effort. Work, memory and collectives are nearly the
+            same in a fifth of the time; docs/tpu.md has both.
 
     Returns:
         What was printed as JSON: one dictionary a row, sizes in GiB (`_gib`), work in 1e12
         operations and traffic in 1e9 bytes of one device and one step, times in ms, `hours` of the
-        whole run; `rates` are those that the bounds were made with.
+        whole run; `rates` are the datasheet rates behind the bounds.
 
     Raises:
         UserError: for a mistake in the config, an unknown topology, or without libtpu.
@@ -65,12 +66,12 @@ def plan(
         raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
     per_epoch = n // config.batch_size
     total = steps_of(config.duration, per_epoch, name="duration")
-    steps = max(1, total), per_epoch
+    extent = Extent(max(1, total), per_epoch, classes)
     rows, errors = [], []
     for topology in topologies or (LOCAL,):
         try:
-            found = _plan_one(make_method, config, topology, steps, classes, quick)
-        except UserError as error:  # the other slices are of use all the same
+            found = _plan_one(make_method, config, topology, extent, quick)
+        except UserError as error:  # the other slices are still useful
             errors.append(str(error))
             continue
         rows += found
@@ -87,17 +88,16 @@ def _plan_one(
     make_method: Callable[[Setup], Method],
     config: ConfigDict,
     topology: str,
-    steps: tuple[int, int],
-    classes: int,
+    extent: Extent,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """The row of a topology, and where the step does not fit those of stronger `model.remat`."""
+    """The row of a topology; where the step does not fit, also those of stronger `model.remat`."""
     rows = []
     for remat in REMAT[REMAT.index(config.model.remat) :]:
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             changed.model.remat = remat
-        task = measure.Task(make_method, changed, steps, classes, quick)
+        task = measure.Task(make_method, changed, extent, quick)
         text = f"compiling for {topology}, remat={remat} (minutes on a laptop) ..."
         if topology == LOCAL:
             found = measure.for_mesh(task, make_mesh(), functools.partial(console.say, text))
@@ -115,10 +115,10 @@ def _plan_one(
 
 
 def data_of(config: ConfigDict) -> tuple[int, int]:
-    """Number of images to train on, and of classes; of well-known sets also where they are not.
+    """Number of images to train on, and of classes; well-known datasets need not be here.
 
     Raises:
-        UserError: the data is neither here nor known.
+        UserError: if the dataset is neither here nor in `KNOWN`.
     """
     kind, _, name = config.data.source.partition(":")
     known = KNOWN.get((name.partition(":")[0].partition("/")[0], config.data.train_split))
@@ -129,7 +129,7 @@ def data_of(config: ConfigDict) -> tuple[int, int]:
 
 
 def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, in units for people, of what `measure` found."""
+    """One line of the table: what `measure` found, in readable units."""
     config, devices = task.config, found["devices"]
     device = _device(topology)
     hbm_gib = device.hbm_gib if device else _local_hbm_gib(topology)
@@ -143,7 +143,7 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         "batch_per_device": config.batch_size // devices,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
-        "steps": task.steps[0],
+        "steps": task.extent.total_steps,
         "quick": task.quick,
         "compile_seconds": round(found["compile_seconds"], 1),
         "hbm_gib": hbm_gib,
@@ -155,10 +155,12 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         return row | {"fits": False, "peak_gib": _gib(peak), "advice": advice}
     names = ("arguments", "temporaries", "outputs", "aliased", "peak")
     row |= {f"{name}_gib": _gib(found[name]) for name in names}
-    full = found["peak"] / (hbm_gib * chips.GIB) if hbm_gib else None
-    row["fits"] = None if full is None else full <= 1
-    if row["fits"] is False:
-        row["advice"] = "does not fit: " + _advice(config, row, full)
+    row["fits"] = None
+    if hbm_gib:
+        full = found["peak"] / (hbm_gib * chips.GIB)
+        row["fits"] = full <= 1
+        if full > 1:
+            row["advice"] = "does not fit: " + _advice(config, row, full)
     moved = [collectives.Collective(*c) for c in found["collectives"]]
     row |= {
         "tflop": _rounded(found["flops"], 1e12),
@@ -166,20 +168,24 @@ def row_of(task: measure.Task, topology: str, found: dict[str, Any]) -> dict[str
         "hbm_gb": _rounded(found["hbm_bytes"], 1e9),
         "collectives": collectives.totals(moved),
     }
-    if device:
-        bounds = {
-            "arithmetic_ms": 1e-9 * found["flops"] / device.tflops,
-            "memory_ms": 1e-6 * found["bytes_accessed"] / device.hbm_gb_per_s,
-            # the links belong to the chip
-            "ici_ms": 1e-6 * sum(c.traffic for c in moved)
-            / (device.ici_gb_per_s if devices > 1 else float("inf")),
-        }  # fmt: skip
-        slowest = max(bounds.values())
-        row |= {name: round(value, 2) for name, value in bounds.items()}
-        row["images_per_second"] = round(1e3 * config.batch_size / slowest)
-        row["hours"] = round(task.steps[0] * slowest / 3.6e6, 2)
-        row["rates"] = dataclasses.asdict(device)
-    return row
+    return row | (_bounds(task, found, device) if device else {})
+
+
+def _bounds(task: measure.Task, found: dict[str, Any], device: chips.Device) -> dict[str, Any]:
+    """The least time of a step by arithmetic, memory and links, and what follows for the run."""
+    traffic = sum(collectives.Collective(*c).traffic for c in found["collectives"])
+    bounds = {
+        "arithmetic_ms": 1e-9 * found["flops"] / device.tflops,
+        "memory_ms": 1e-6 * found["bytes_accessed"] / device.hbm_gb_per_s,
+        # the links belong to the chip
+        "ici_ms": 1e-6 * traffic / device.ici_gb_per_s if found["devices"] > 1 else 0.0,
+    }
+    slowest = max(bounds.values())
+    return {name: round(value, 2) for name, value in bounds.items()} | {
+        "images_per_second": round(1e3 * task.config.batch_size / slowest),
+        "hours": round(task.extent.total_steps * slowest / 3.6e6, 2),
+        "rates": dataclasses.asdict(device),
+    }
 
 
 def _kind(topology: str) -> str:
@@ -192,13 +198,13 @@ def _device(topology: str) -> chips.Device | None:
 
 
 def _local_hbm_gib(topology: str) -> float | None:
-    """What the runtime says of an accelerator of this machine that is not in `chips`."""
+    """Memory of an accelerator of this machine that is not in `chips`, from the runtime."""
     stats = jax.local_devices()[0].memory_stats() if topology == LOCAL else None
     return _gib(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
 def _versions(topology: str) -> dict[str, str]:
-    """Of what decides the figures; a TPU slice is compiled by libtpu."""
+    """Versions of the packages that decide the figures; libtpu compiles for TPU slices."""
     names = ["jax", "jaxlib"] + ([] if topology == LOCAL else ["libtpu"])
     found = {}
     for name in names:
@@ -208,16 +214,16 @@ def _versions(topology: str) -> dict[str, str]:
 
 
 def _advice(config: ConfigDict, row: dict[str, Any], full: float) -> str:
-    """What would fit, `full` being peak by capacity: memory goes with the images of a device."""
-    share, devices = 0.9 / full, row["devices"]
+    """What would fit, for `full` = peak / capacity: memory grows with the images of a device."""
+    scale, devices = 0.9 / full, row["devices"]
     options = []
-    a_device = int(row["batch_per_device"] * share)
+    a_device = int(row["batch_per_device"] * scale)
     while a_device and a_device * devices % config.model.bn_groups:
         a_device -= 1
     if a_device:
         options.append(f"batch_size={a_device * devices}")
     chips_needed = 2 * row["chips"]
-    while chips_needed * share < row["chips"]:
+    while chips_needed * scale < row["chips"]:
         chips_needed *= 2
     options.append(f"{chips_needed} chips")
     options.append("a smaller microbatch" if config.microbatch else "microbatch")

@@ -1,11 +1,11 @@
-"""The table of a plan."""
+"""The table that `--mode=plan` prints."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a person: all figures are for one device and one step."""
+    """The rows as text: all figures are for one device and one step."""
     columns = [
         ("topology", lambda r: r["topology"]),
         ("chips", lambda r: r["chips"]),
@@ -37,7 +37,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"{name}: peak {r['peak_gib']:.2f} GiB = {r['arguments_gib']:.2f} arguments + "
                 f"{r['temporaries_gib']:.2f} temporaries + {r['outputs_gib']:.2f} outputs - "
-                f"{r['aliased_gib']:.2f} outputs in the place of arguments"
+                f"{r['aliased_gib']:.2f} outputs aliased to arguments"
             )
         if r["fits"] is False:
             lines.append(f"{name}: {r['advice']}")
@@ -48,11 +48,14 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         )
         lines.append(f"{name}: collectives: {moved or 'none'}")
     if any(r.get("quick") for r in rows):
-        lines += ["", "Compiled with little effort (--quick): a real run's step differs somewhat."]
+        lines += [
+            "",
+            "Compiled with little effort (--quick): a real run differs slightly.",
+        ]
     if rates := {r["device"]: r["rates"] for r in rows if "rates" in r}:
         lines += [
             "",
-            "Bounds, no forecasts: the largest of arithmetic, memory and links at datasheet rates.",
+            "Bounds, not forecasts: the largest of arithmetic, memory, links at datasheet rates.",
             *(
                 f"{name}: {d['tflops']:g} bfloat16 TFLOP/s, {d['hbm_gb_per_s']:g} GB/s memory, "
                 f"{d['ici_gb_per_s']:g} GB/s links"

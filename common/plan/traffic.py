@@ -1,8 +1,8 @@
 """How many bytes a compiled TPU program moves between a chip and its HBM, counted from its text.
 
-XLA's own "bytes accessed" also counts operands that lie in the chip's fast memory, and of an array
-that is fetched in slices the whole of it for every slice. Here an operand or result counts if it is
-in HBM, a fetch by what it brings.
+XLA's own "bytes accessed" also counts operands in the chip's fast memory, and counts an array that
+is fetched in slices whole for every slice. Here an operand or result counts if it is in HBM, and a
+fetch counts the bytes that it moves.
 """
 
 import math
@@ -17,7 +17,7 @@ _FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "iota
 def hbm_bytes(text: str) -> int | None:
     """Bytes read from and written to HBM in one step.
 
-    An instruction that works on part of an array counts the whole of it; a loop counts once.
+    An instruction that uses part of an array counts the whole array; a loop counts once.
 
     Args:
         text: `compiled.as_text()` of a program for TPUs.

@@ -28,8 +28,10 @@ class Damage(ValueError):
 
 
 def names(tree: Any) -> list[str]:
-    """The path of each leaf, e.g. "params/backbone/stem/kernel": the same for a dictionary and
-    for a dataclass of the same fields."""
+    """The path of each leaf, e.g. "params/backbone/stem/kernel".
+
+    It is the same for a dictionary and for a dataclass with the same fields.
+    """
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
 

@@ -49,7 +49,7 @@ class _Local:
 
 
 class _Remote:
-    """What tensorboardX asks for a path with a scheme. (Its own needs a client for each store.)"""
+    """What tensorboardX asks for a path with a scheme; its own needs a client for each store."""
 
     def directory_check(self, path: str) -> None:
         """Object stores have no directories."""

@@ -1,7 +1,6 @@
 """The directory of a run: whose it is."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +11,12 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 from common.errors import UserError
-from common.run import files, jsonl, lock
+from common.run import files, jsonl, lock, saved_config
 from common.sharding import first_process
 
 # What a run leaves in its workdir before the first step.
 OWN_FILES = {
-    "config.json",
+    saved_config.FILE,
     jsonl.FILE,
     jsonl.DISCARDED,
     "tensorboard",
@@ -70,15 +69,15 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
 
     See `common.config.as_begun`. What is wrong with the directory, `claim` says.
     """
-    path = files.path(workdir) / "config.json"
-    if not path.exists() or not _has_trained(path.parent):
+    directory = files.path(workdir)
+    if not (directory / saved_config.FILE).exists() or not _has_trained(directory):
         return config
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError):
-        saved = None
-    if not isinstance(saved, dict) or saved.get("method") != config.method:
+        saved = saved_config.read(directory)
+    except (OSError, UserError):
         return config  # which `claim` refuses
+    if saved.get("method") != config.method:
+        return config  # the same
     config, newer = configs.as_begun(config, saved)
     for name, value in sorted(newer.items()):
         logging.warning(
@@ -88,34 +87,12 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
     return config
 
 
-def moved_from(config: ConfigDict, workdir: epath.Path) -> str:
-    """Where the data of the run in `workdir` was, if that is not where `config` has it; else ""."""
-    saved = json.loads((workdir / "config.json").read_text())["data"]["source"]
-    return saved if saved != config.data.source else ""
-
-
-def note_changes(config: ConfigDict, workdir: epath.Path) -> None:
-    """Has `config.json` say where the data is now and what was decided since it was written."""
-    path, before = workdir / "config.json", moved_from(config, workdir)
-    saved = json.loads(path.read_text())
-    current = configs.with_decided(saved, configs.as_dict(config))
-    current["data"]["source"] = config.data.source
-    if jax.process_index() != 0 or current == saved:
-        return
-    files.write_text(path, json.dumps(current, indent=2) + "\n")
-    if before:
-        logging.warning(
-            "the data of this run was %s and is now %s: config.json says so", before,
-            config.data.source,
-        )  # fmt: skip
-
-
 def _make(workdir: epath.Path) -> None:
     """Makes the directory; one that holds something else is refused before it gets a lock."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
     names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
-    if not names <= OWN_FILES and "config.json" not in names:
+    if not names <= OWN_FILES and saved_config.FILE not in names:
         raise UserError(
             f"{workdir} exists, is not empty and holds no run (no config.json): "
             "give a new or an empty directory as --workdir"
@@ -124,20 +101,13 @@ def _make(workdir: epath.Path) -> None:
 
 
 def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
-    path = workdir / "config.json"
     names = {p.name for p in workdir.iterdir()}
     if names <= OWN_FILES and not _has_trained(workdir):
         # also what a mistake in the config leaves that shows before or in the first step
-        files.write_text(path, json.dumps(current, indent=2) + "\n")
+        saved_config.write(workdir, current)
         logging.info("new run in %s", workdir)
         return
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON ({error}): restore it, or give another --workdir"
-        ) from error
-    configs.check_same_run(saved, current, str(workdir))
+    configs.check_same_run(saved_config.read(workdir), current, str(workdir))
 
 
 def _has_trained(workdir: epath.Path) -> bool:

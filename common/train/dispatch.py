@@ -5,7 +5,7 @@ A method sees uint8 views and knows nothing of this. `data.augment_on` says what
     host    images [b, 2, s, s, 3] and labels [b]: the views, made by TensorFlow
     both    the same, cropped only, and parameters [b, 2, draws.PARAMETERS] for the rest
     device  ids [b, K] and parameters [b, K, 2, ...] of K steps, how many of them to take, and the
-            data set itself; K is `steps_per_dispatch`
+            dataset itself; K is `steps_per_dispatch`
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,13 @@ from common.data.feed import resident
 from common.data.feed.pipeline import Batches
 from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
+from common.method import Step
 from common.sharding import batch_sharding, replicated
 from common.train.divergence import WATCHED
 
-Step = Callable[[Any, dict, jax.Array], tuple[Any, dict]]
-
 
 def spans(
-    start: int, total: int, most: int, due: Callable[[int], bool]
+    start: int, total: int, most: int, *due: Callable[[int], bool]
 ) -> Iterator[tuple[int, int]]:
     """First and last step of each dispatch.
 
@@ -37,12 +36,12 @@ def spans(
         start: steps that are done.
         total: of the run.
         most: steps of a dispatch, >= 1.
-        due: whether something is to be done after a step, which then ends its dispatch.
+        due: whether something is to be done after a step; one that says so ends the dispatch.
     """
     first = start + 1
     while first <= total:
         steps = range(first, min(first + most, total + 1))
-        last = next((step for step in steps if due(step)), steps[-1])
+        last = next((step for step in steps if any(ends(step) for ends in due)), steps[-1])
         yield first, last
         first = last + 1
 
@@ -92,7 +91,7 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
             images, labels = resident.views(batch, i, augmentations, mesh)
         return train_step(state, {"images": images, "labels": labels}, key)
 
-    def several(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
+    def dispatch(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         if config.steps_per_dispatch == 1:
             return one(state, batch, key, 0)
         shapes = jax.eval_shape(one, state, batch, key, 0)[1]
@@ -110,7 +109,7 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
         state, metrics, each = jax.lax.fori_loop(0, batch["steps"], body, (state, metrics, each))
         return state, metrics | {"each": each}
 
-    return {"host": train_step, "both": coloured, "device": several}[config.data.augment_on]
+    return {"host": train_step, "both": coloured, "device": dispatch}[config.data.augment_on]
 
 
 def first_views(

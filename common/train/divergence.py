@@ -3,7 +3,7 @@
 The loss of every step is looked at, a few steps late so that the device never waits. "stop" ends
 the run, names step and array, and leaves a reproduction in `<workdir>/nonfinite/` that
 `--mode=replay` plays again. "skip" drops the update inside the compiled step and counts; only so
-many in a row are borne.
+many in a row are tolerated.
 """
 
 import collections
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from common.method import Method
+from common.method import Step
 from common.run import digests, files
 from common.run.writer import NonFiniteLossError
+from common.train.prepare import Prepared
 
 FOLDER = "nonfinite"
 # Of every step of a dispatch, not only of the last.
@@ -34,57 +34,51 @@ _COLLAPSED = 0.01
 _CHANCE = 2.0  # times the chance level, and below, is no better than chance
 
 
-class SkipNonFinite:
-    """A method whose steps leave the state as it was when they would spoil it."""
+def skip_nonfinite(train_step: Step) -> Step:
+    """A train step that leaves the state as it was where `train_step` would spoil it.
 
-    def __init__(self, method: Method) -> None:
-        self._method = method
+    Its metric `skipped` is 1 for a step whose update was dropped. The step counts all the same: the
+    schedule goes on, and the next step draws anew.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def train_step(self, state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
-        """See `Method.train_step`. `skipped` is 1 for a step whose update was dropped.
-
-        The step counts all the same: the schedule goes on, and the next step draws anew.
-        """
-        new, metrics = self._method.train_step(state, batch, key)
+    def step(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
+        new, metrics = train_step(state, batch, key)
         good = jnp.isfinite(metrics["loss"]) & all_finite(new)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         return kept.replace(step=new.step), metrics | {"skipped": 1.0 - good}
+
+    return step
 
 
 class Watch:
     """Looks at what each step reported, in order.
 
     Args:
-        config: `on_nonfinite`, `max_skipped`, and what a reproduction needs.
+        run: what is trained.
         workdir: of the run.
-        method: its `chance`, if it has one, is the contrastive accuracy of guessing.
-        total: steps of the run.
-        skipped: steps dropped before this start.
+        saved: step of the newest checkpoint, which a reproduction starts from.
+        skipped: updates that were dropped before this start.
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: epath.Path, method: Method, total: int, skipped: int = 0
+        self, run: Prepared, workdir: epath.Path, saved: int | None = None, skipped: int = 0
     ) -> None:
-        self._config, self._workdir = config, workdir
-        self._chance = getattr(method, "chance", None)
+        self._workdir, self._seed, self._chance = workdir, run.config.seed, run.method.chance
+        self._skip, self._most = run.config.on_nonfinite == "skip", run.config.max_skipped
         self._in_flight: collections.deque = collections.deque()
-        self._window = min(_WINDOW, max(50, total // 10))
+        self._window = min(_WINDOW, max(50, run.extent.total_steps // 10))
         self._accuracies: collections.deque = collections.deque(maxlen=self._window)
         self._spreads: collections.deque = collections.deque(maxlen=min(50, self._window))
         self._warned: set[str] = set()
         self._in_a_row = 0
-        self.skipped = skipped
-        self.saved: int | None = None  # the last checkpoint, for the reproduction
+        self.saved, self.skipped = saved, skipped
 
     def counts(self) -> dict[str, float]:
         """What belongs into the log beside the metrics of a step."""
-        return {"skipped_steps": self.skipped} if self._config.on_nonfinite == "skip" else {}
+        return {"skipped_steps": self.skipped} if self._skip else {}
 
-    def took(self, first: int, metrics: dict[str, Any], ids: np.ndarray) -> None:
-        """Notes a dispatch.
+    def add(self, first: int, metrics: dict[str, Any], ids: np.ndarray) -> None:
+        """Adds what a dispatch reported.
 
         Args:
             first: its first step.
@@ -94,17 +88,17 @@ class Watch:
         alone = {name: metrics[name] for name in WATCHED if name in metrics}
         self._in_flight.append((first, metrics.pop("each", alone), ids))
 
-    def settle(self, left: int, state: Any) -> None:
-        """Waits for all dispatches but the last `left`, and checks every step of them, in order.
+    def check_all(self, state: Any, but: int = 0) -> None:
+        """Waits for all dispatches but the last few, and checks every step of them, in order.
 
         Args:
-            left: how many may still run.
             state: the newest, to name what is wrong with it.
+            but: how many may still run.
 
         Raises:
             NonFiniteLossError: for the first bad step that is not to be skipped.
         """
-        while len(self._in_flight) > left:
+        while len(self._in_flight) > but:
             first, arrays, ids = self._in_flight.popleft()
             arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(arrays).items()}
             for i in range(len(ids)):
@@ -120,7 +114,7 @@ class Watch:
             logging.warning(
                 "step %d: loss is %s, the update is dropped (%d so far)", step, loss, self.skipped
             )
-            if self._in_a_row >= self._config.max_skipped:
+            if self._in_a_row >= self._most:
                 what = f"{self._in_a_row} steps in a row were skipped, and loss is {loss}"
                 raise self.stopped(step, what, ids, state)
             return
@@ -147,7 +141,7 @@ class Watch:
             "what": what,
             "bad_arrays": bad,
             "checkpoint": self.saved,
-            "seed": self._config.seed,
+            "seed": self._seed,
             "key": f"fold_in(root key of the seed, {step - 1})",
             "batch": f"step_{step}.process_*.npz",
             "processes": jax.process_count(),

@@ -1,137 +1,117 @@
-"""The state that a run starts from when `config.init_from` names weights."""
+"""The state that a start begins from: a checkpoint's, drawn, or with the weights of elsewhere."""
 
 import dataclasses
-import datetime
 import logging
-import shlex
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from common import config as configs
 from common.data.augment.presets import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
-from common.method import Method, Setup, make_setup, root_keys
-from common.optim import steps_of
-from common.run import console, jsonl
+from common.method import Setup
+from common.run import console
 from common.run.checkpoint import Checkpoints
-from common.run.workdir import claim
-from common.sharding import make_mesh, replicated, state_shardings
+from common.run.saved_config import moved_from
+from common.sharding import replicated
+from common.train import resume_from
+from common.train.position import Position
+from common.train.prepare import Prepared
 from common.train.weights import Weights, fit, load_weights
 
-# A schedule is built, and no step of it is taken; a warm-up of many epochs has to fit in.
-_STEPS, _PER_EPOCH = 10**6, 1
+
+def check_start(run: Prepared, checkpoints: Checkpoints, workdir: epath.Path) -> bool:
+    """Refuses what a start cannot go on from, before minutes of compiling.
+
+    Also before arrays of other shapes would seem to be damaged.
+
+    Args:
+        run: what is trained.
+        checkpoints: of the workdir.
+        workdir: of the run.
+
+    Returns:
+        Whether the run has ended: its last step is saved.
+
+    Raises:
+        UserError: the dataset is another one than when the run began, or `config.resume_from`
+            names no checkpoint.
+    """
+    moved = moved_from(run.config, workdir)
+    ended = checkpoints.latest_step == run.extent.total_steps
+    if moved or not ended:
+        saved = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
+        if known := next(filter(None, saved), None):
+            Position.of(known).check_same_data(run.source, moved)
+    # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
+    if run.config.resume_from and not checkpoints.latest_step:
+        resume_from.source_of(run.config.resume_from, workdir)
+    return ended
 
 
-def init_state(
-    make_method: Callable[[Setup], Method],
-    method: Method,
-    setup: Setup,
-    key: jax.Array,
-    shardings: Any,
-) -> Any:
+def first_state(
+    run: Prepared,
+    checkpoints: Checkpoints,
+    workdir: epath.Path,
+    *,
+    at: int | None = None,
+    note: bool = True,
+) -> tuple[int, Any, Position]:
+    """The state that a start begins from, on the devices of `run.shardings`.
+
+    Of a checkpoint if there is one; else drawn, with the weights of `config.init_from` or of the
+    run that `config.resume_from` names.
+
+    Args:
+        run: what is trained.
+        checkpoints: of the workdir.
+        workdir: of the run.
+        at: step of the checkpoint, 0 for none; None: the newest good one.
+        note: False neither says nor writes what `resume_from` took.
+
+    Returns:
+        `(step, state, position)`.
+
+    Raises:
+        UserError: no checkpoint is good, or weights cannot be read or do not fit.
+    """
+    if at:
+        return at, *_restored(checkpoints.restore(at, run.abstract, run.shardings))
+    newest = checkpoints.latest_step if at is None else 0
+    if newest and (found := checkpoints.restore_newest(run.abstract, run.shardings)):
+        return found[0], *_restored(found[1:])
+    state = draw_state(run)
+    if run.config.resume_from:
+        state = resume_from.adopt(
+            run.config.resume_from, workdir, run.method, state,
+            optimizer=run.config.resume_optimizer, note=note,
+        )  # fmt: skip
+    return 0, state, Position()
+
+
+def _restored(found: tuple[Any, dict[str, Any]]) -> tuple[Any, Position]:
+    return found[0], Position.of(found[1])
+
+
+def draw_state(run: Prepared) -> Any:
     """The state before the first step, with the weights of `config.init_from` if it names any.
 
     A momentum encoder starts as a copy of the encoder, as the method has it; a projection head is
     taken over where kind and sizes agree, and drawn otherwise.
 
-    Args:
-        make_method: class of the method.
-        method: what it made of `setup`.
-        setup: of the run.
-        key: of `Method.init`.
-        shardings: of the state.
-
     Raises:
         UserError: weights that cannot be read or do not fit.
     """
-    path = setup.config.init_from
-    if not path:
-        return jax.jit(method.init, out_shardings=shardings)(key)
-    return _init_from(load_weights(path), make_method, setup, key, shardings)[0]
+    if not run.config.init_from:
+        return jax.jit(run.method.init, out_shardings=run.shardings)(run.init_key)
+    return with_weights(run, load_weights(run.config.init_from))[0]
 
 
-def import_weights(
-    make_method: Callable[[Setup], Method], config: ConfigDict, workdir: str | epath.PathLike
-) -> dict[str, Any]:
-    """`--mode=import`: a workdir whose checkpoint of step 0 holds the weights of `init_from`.
-
-    Every mode of evaluation opens it, and training with the same config starts in it.
-
-    Args:
-        make_method: class of the method.
-        config: of the network and the data; `init_from` names the weights.
-        workdir: new or empty.
-
-    Returns:
-        What was added to `<workdir>/results.jsonl`.
-
-    Raises:
-        UserError: as `init_state`, no `init_from`, or a workdir that is in use.
-    """
-    configs.check(config)
-    if not config.init_from:
-        raise UserError(
-            "--mode=import needs the weights: --config.init_from=FILE, or the workdir of a run"
-        )
-    whole = config.copy_and_resolve_references()
-    whole.microbatch = 0  # nothing of the state depends on it, and it need not fit these devices
-    setup = make_setup(whole, make_mesh(), _STEPS, _PER_EPOCH, num_classes=0)
-    setup = dataclasses.replace(setup, training=False)
-    key, _ = root_keys(config.seed)
-    shardings = state_shardings(setup.mesh, jax.eval_shape(make_method(setup).init, key))
-    weights = load_weights(config.init_from)
-    state, with_head = _init_from(weights, make_method, setup, key, shardings)
-    with (
-        claim(workdir, config) as (workdir, _),
-        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
-    ):
-        if checkpoints.all_steps():
-            raise UserError(f"{workdir} has checkpoints already: give a new --workdir")
-        checkpoints.save(0, state, {"position": 0, "readers": None, "results": {}, "seconds": 0.0})
-    record = {
-        "mode": "import",
-        "init_from": config.init_from,
-        "sha256": weights.digest,
-        "head": with_head,
-        "unused": list(weights.unused),
-        "method": config.method,
-        "command": shlex.join(sys.argv),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    if jax.process_index() == 0:
-        jsonl.append(workdir / jsonl.RESULTS, record)
-    shorter = " and a shorter optimizer.warmup" if _warms_up_too_long(config) else ""
-    console.result(
-        f"{workdir} holds the weights as step 0: evaluate them, e.g. --mode=knn "
-        f"--workdir={workdir}, or train from them with the same --config{shorter}."
-    )
-    return record
-
-
-def _warms_up_too_long(config: ConfigDict) -> bool:
-    """Whether the warm-up is longer than the run, however many steps an epoch has."""
-    for per_epoch in (1, 10**6):
-        total = steps_of(config.duration, per_epoch)
-        if steps_of(config.optimizer.warmup, per_epoch, total) <= total:
-            return False
-    return True
-
-
-def _init_from(
-    weights: Weights,
-    make_method: Callable[[Setup], Method],
-    setup: Setup,
-    key: jax.Array,
-    shardings: Any,
-) -> tuple[Any, bool]:
+def with_weights(run: Prepared, weights: Weights) -> tuple[Any, bool]:
     """`(state, whether its head comes from the weights)`."""
-    params, batch_stats, with_head = fit(weights, *jax.eval_shape(setup.init_network, key))
+    setup = run.setup
+    params, batch_stats, with_head = fit(weights, *jax.eval_shape(setup.init_network, run.init_key))
     _check_scale(weights, setup)
     head = "encoder and projection head" if with_head else "encoder; the projection head is random"
     unused = weights.unused
@@ -142,14 +122,14 @@ def _init_from(
     console.say(f"initial weights: {weights.path}: {head}{left}{more}")
 
     def init(key: jax.Array, initial: Any) -> Any:
-        return make_method(dataclasses.replace(setup, initial=initial)).init(key)
+        return run.make_method(dataclasses.replace(setup, initial=initial)).init(key)
 
     place = replicated(setup.mesh)  # an argument: closed over, it would be part of the program
     initial = jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]),
         (params, batch_stats),
     )
-    return jax.jit(init, out_shardings=shardings)(key, initial), with_head
+    return jax.jit(init, out_shardings=run.shardings)(run.init_key, initial), with_head
 
 
 def _check_scale(weights: Weights, setup: Setup) -> None:

@@ -10,24 +10,21 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import config as configs
-from common.data.feed import pipeline, resident, survey
-from common.data.sources.base import Source
-from common.data.sources.opening import open_source
-from common.errors import UserError
-from common.evaluate.online import Evaluator
-from common.method import Method, Setup, make_setup, root_keys
-from common.optim import steps_of
-from common.run import console, files
+from common.method import Method, Setup
+from common.run import files
 from common.run.checkpoint import Checkpoints
-from common.run.workdir import as_begun, claim, moved_from, note_changes
+from common.run.saved_config import note_changes
+from common.run.workdir import as_begun, claim
 from common.run.writer import MetricsWriter
-from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
-from common.train import resume_from, summary
+from common.sharding import make_mesh, to_global
+from common.train import summary
 from common.train.dispatch import spans
-from common.train.divergence import SkipNonFinite, Watch
-from common.train.first_state import init_state
-from common.train.preemption import PreemptedError, Preemption
+from common.train.divergence import Watch, skip_nonfinite
+from common.train.evaluator import MakeEvaluator
+from common.train.first_state import check_start, first_state
+from common.train.milestones import Due, Milestones
+from common.train.preemption import Preemption
+from common.train.prepare import batches_from, open_evaluation, prepare, resident_data
 from common.train.profiling import Profile
 from common.train.step import compile_step
 
@@ -39,6 +36,7 @@ def train(
     make_method: Callable[[Setup], Method],
     config: ConfigDict,
     workdir: str | epath.PathLike,
+    make_evaluator: MakeEvaluator,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues the run that `workdir` holds, to the end.
@@ -47,6 +45,8 @@ def train(
         make_method: class of the method, e.g. `simclr_jax.method.SimCLR`.
         config: from a file in `configs/`.
         workdir: where everything is written; local or e.g. `gs://...`.
+        make_evaluator: what scores the run, e.g. `common.evaluate.online.make_evaluator`; gets the
+            run, the source whose images vote and the one that is scored.
         mesh: default all devices.
 
     Returns:
@@ -60,204 +60,53 @@ def train(
     begin = time.perf_counter()
     workdir = files.path(workdir)
     config = as_begun(config, workdir)
-    configs.check(config)
     profile = Profile(config.profile, workdir)
-    mesh = mesh or make_mesh()
-    rows = local_rows(mesh, config.batch_size)
-    train_source = open_source(config.data, "train")
-    config, seen = survey.settle(config, train_source)
-    for line in seen:
-        console.say(line)
-    test_source = summary.open_test(config)
-    bank_source = train_source
-    if config.data.bank_split:
-        bank_source = open_source(config.data, "bank")
-    Evaluator.check(config.evaluate, bank_source, test_source)
-    per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
-    total = steps_of(config.duration, per_epoch, name="duration")
-    if total < 1:
-        raise UserError(f'duration="{config.duration}" is no step at all: expected 1 step or more')
-    every = {
-        name: steps_of(config[name].every, per_epoch, total, name=f"{name}.every")
-        for name in ("checkpoint", "evaluate")
-    }
-    keep_every = steps_of(
-        config.checkpoint.keep_every, per_epoch, total, name="checkpoint.keep_every"
-    )
-    setup = make_setup(config, mesh, total, per_epoch, train_source.num_classes)
-    method = make_method(setup)
-    init_key, loop_key = root_keys(config.seed)
-    abstract = jax.eval_shape(method.init, init_key)
-    shardings = state_shardings(mesh, abstract)
-    # not device_put: it refuses typed keys when there are several processes
-    root_key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
-
-    keep = config.checkpoint
+    run = prepare(make_method, config, mesh or make_mesh())
+    config, total = run.config, run.extent.total_steps
+    bank, test = open_evaluation(config.data, run.source)
+    evaluator = make_evaluator(run, bank, test)
+    due, keep = Due.of(config, run.extent), config.checkpoint
     with (
         claim(workdir, config) as (workdir, lock),
-        Checkpoints(workdir, keep.keep, every=keep_every, best=keep.keep_best) as checkpoints,
+        Checkpoints(workdir, keep.keep, every=due.keep_every, best=keep.keep_best) as checkpoints,
     ):
-        moved, ended = moved_from(config, workdir), checkpoints.latest_step == total
-        noted = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
-        # before minutes of compiling, and before arrays of other shapes seem to be damaged
-        if (moved or not ended) and (known := next(filter(None, noted), None)):
-            same_data(known, train_source, moved)
+        ended = check_start(run, checkpoints, workdir)
         if ended and (result := summary.finished(workdir)):
             note_changes(config, workdir)
             return result
-        if config.resume_from and not checkpoints.latest_step:
-            resume_from.source_of(config.resume_from, workdir)  # known before minutes of compiling
-        data = resident.load(train_source, mesh) if config.data.augment_on == "device" else {}
-        stepped = SkipNonFinite(method) if config.on_nonfinite == "skip" else method
-        step_fn = compile_step(stepped, config, mesh, abstract, shardings, data)
-        # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
-        if checkpoints.latest_step and (found := checkpoints.restore_newest(abstract, shardings)):
-            start, state, progress = found
-        else:
-            start = 0
-            state = init_state(make_method, method, setup, init_key, shardings)
-            if config.resume_from:
-                state = resume_from.adopt(config, workdir, method, state)
-            progress = {"position": 0, "readers": None, "results": {}, "seconds": 0.0}
+        data, skip = resident_data(run), config.on_nonfinite == "skip"
+        train_step = run.method.train_step
+        step_fn = compile_step(skip_nonfinite(train_step) if skip else train_step, run, data)
+        start, state, position = first_state(run, checkpoints, workdir)
         note_changes(config, workdir)
-        evaluator = Evaluator(
-            config.evaluate, mesh, method, setup.probe, bank_source, test_source,
-            batch_size=config.batch_size, image_size=config.data.image_size,
-        )  # fmt: skip
-        summary.start_up(
-            config, workdir, mesh, setup, state, step_fn, train_source, test_source, start, total,
-            per_epoch,
-        )  # fmt: skip
-        batches = pipeline.train_batches(
-            train_source,
-            config,
-            rows=rows,
-            start_step=progress["position"],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            saved_readers=progress["readers"],
-        )
-        watch = Watch(config, workdir, method, total, progress.get("skipped", 0))
-        watch.saved = start or None
+        summary.start_up(run, workdir, state, step_fn, test, start)
+        batches = batches_from(run, position)
+        watch = Watch(run, workdir, saved=start or None, skipped=position.skipped)
         writer = MetricsWriter(
-            workdir,
-            start,
-            total,
-            config.batch_size,
-            per_epoch,
-            config.log_every,
-            extra=watch.counts,
-            stop_at_nonfinite=config.on_nonfinite == "stop",
-        )
+            workdir, start, total, config.batch_size, run.extent.steps_per_epoch, config.log_every,
+            extra=watch.counts, stop_at_nonfinite=not skip,
+        )  # fmt: skip
         with writer, Preemption() as preemption, contextlib.closing(profile):
-            results = progress["results"]
-            if not start:
-                with writer.pause():
-                    results = summary.baselines(evaluator, state)
-                    if results:
-                        writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
-                    if config.evaluate.pictures:
-                        summary.draw_pairs(config, train_source, workdir)
-            loop_begin = time.perf_counter()
-
-            def now(step: int) -> dict[str, Any]:
-                # one step alone cannot be told from its compilation, so there all of it counts
-                alone = config.batch_size * (step - start) / (time.perf_counter() - loop_begin)
-                rate = writer.images_per_second or progress.get("images_per_second") or alone
-                return {
-                    "position": batches.position,
-                    "readers": batches.readers,
-                    "num_examples": train_source.num_examples,
-                    "listing": train_source.listing,
-                    "results": dict(results),  # orbax writes it later
-                    "skipped": watch.skipped,
-                    "images_per_second": rate,
-                    "seconds": progress["seconds"] + time.perf_counter() - begin,
-                }
-
-            if progress.get("scores_due"):
-                with writer.pause():
-                    if scores := evaluator(state):
-                        writer.write_now(start, scores)
-                        results |= scores
-
-            def due(step: int) -> bool:
-                evaluated_or_saved = any(n and step % n == 0 for n in every.values())
-                return evaluated_or_saved or writer.due(step) or profile.edge(step)
-
-            dispatches = spans(start, total, config.steps_per_dispatch, due)
-            for first, step in dispatches:
+            milestones = Milestones(
+                run, workdir, due, evaluator, checkpoints, lock, writer, watch, batches, start,
+                position, begin,
+            )  # fmt: skip
+            milestones.before(state)
+            key = run.root_key
+            ends = (due.anything, writer.due, profile.edge)
+            for first, step in spans(start, total, config.steps_per_dispatch, *ends):
                 with writer.waiting():
                     ids, batch = batches.take(step - first + 1)
-                batch = to_global(mesh, batch) | data
+                batch = to_global(run.mesh, batch) | data
                 with profile.step(first), jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch, root_key)
+                    state, metrics = step_fn(state, batch, key)
                 profile.after(step, state)
-                watch.took(first, metrics, ids)
-                watch.settle(1 if writer.due(first - 1) else IN_FLIGHT, state)
+                watch.add(first, metrics, ids)
+                watch.check_all(state, but=1 if writer.due(first - 1) else IN_FLIGHT)
                 writer.flush()  # scalars of the step before: the device has its next work
                 if writer.due(step):
                     writer.write(step, metrics)
                     checkpoints.check()  # a full disk shows now, not at the next one
-                last, told = step == total, preemption.after()
-                save = told or last or (every["checkpoint"] and step % every["checkpoint"] == 0)
-                evaluate = last or (every["evaluate"] and step % every["evaluate"] == 0)
-                if not (save or evaluate):
-                    continue
-                watch.settle(0, state)  # never save what came out of a bad step
-                with writer.pause(wait_for=state):
-                    if save:
-                        watch.check_state(step, state, ids[-1])
-                    # Scores first: a kill in between must not lose the line that belongs here.
-                    # A run that was told to stop has no time for them: the next start makes them.
-                    if evaluate and not told and (scores := evaluator(state)):
-                        writer.write_now(step, scores)
-                        results |= scores
-                    if save:
-                        if lock:
-                            lock.check()
-                        progress_now = now(step) | {"scores_due": bool(evaluate and told)}
-                        checkpoints.save(step, state, progress_now)
-                        watch.saved = step
-                    if told:
-                        checkpoints.wait()
-                        raise PreemptedError(
-                            f"told to stop: step {step:,} of {total:,} is saved in {workdir}, and "
-                            "the same command carries on",
-                            preemption.number,
-                        )
-            if start < total:
-                progress = progress_now
+                milestones.after(step, state, ids[-1], preemption)
         checkpoints.wait()
-        dataset = f"{train_source.name} ({train_source.split})"
-        return summary.finish(config, workdir, evaluator, state, progress, dataset, total)
-
-
-def same_data(progress: dict[str, Any], source: Source, moved: str = "") -> None:
-    """Refuses to go on with a data set that has changed: orders and schedules follow its examples.
-
-    Args:
-        progress: of the checkpoint.
-        source: of the training split.
-        moved: where the data was, if that is another place than now.
-
-    Raises:
-        UserError: saying both sizes, or that files have other names.
-    """
-    n = progress["num_examples"]
-    if n != source.num_examples:
-        raise UserError(
-            f"{source.name} ({source.split}) has {source.num_examples} images, and had {n} when "
-            "this run began: restore the data, or give another --workdir"
-        )
-    listing = progress.get("listing")  # older runs of shards have none
-    if moved and not listing:
-        raise UserError(
-            f"the data of this run was {moved}, and it did not note its files, so that nobody can "
-            "tell whether these are the same: give data.source as it was, or another --workdir"
-        )
-    if listing and source.listing != listing:
-        raise UserError(
-            f"{source.name} ({source.split}) has {n} images as before, but files were renamed, or "
-            "added and removed, since this run began: restore the data, or give another --workdir"
-        )
+        return summary.finish(run, workdir, evaluator, state, milestones.position)

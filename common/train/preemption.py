@@ -1,10 +1,11 @@
-"""SIGTERM, which is what a spot TPU VM gets half a minute before it goes: save this step, leave.
+"""SIGTERM, which a spot TPU VM gets half a minute before it is reclaimed: save this step and exit.
 
-Ctrl-C (SIGINT) does the same; a second one leaves at once.
+Ctrl-C (SIGINT) does the same; a second one exits at once.
 
-One process keeps a flag of its own. Several must stop at the same step, whichever of them was told:
-JAX's preemption service agrees on one a few steps ahead. It sees SIGTERM itself, and a Python
-handler would hide it, so there none is installed; SIGINT is passed on to it as SIGTERM.
+A run of one process has its own flag. The processes of a larger run must stop at the same step,
+whichever of them got the signal: JAX's preemption service agrees on a step a little ahead. It
+handles SIGTERM itself, and a Python handler would replace its own, so none is installed there;
+SIGINT is forwarded to it as SIGTERM.
 """
 
 import itertools
@@ -19,19 +20,17 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-_asked = itertools.count()
-EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
-TOLD = (EXIT_STATUS, 128 + signal.SIGINT)  # of a run that was told to stop, and is saved
-# Seconds for which a second SIGINT is the first one: a terminal sends it to all processes, and
-# `common.distributed` passes it on to those that it has started.
+_queries = itertools.count()
+# Seconds within which two SIGINTs count as one: a terminal sends it to all processes, and
+# `common.distributed` forwards it to those that it has started.
 _ONE_INTERRUPT = 1.0
 
 
 class PreemptedError(RuntimeError):
-    """The run was told to stop, and its state is saved; the same command carries on.
+    """A signal stopped the run, and its state is saved; the same command continues it.
 
     Attributes:
-        exit_status: as a shell reports of a process that the signal ended.
+        exit_status: what a shell reports for a process that the signal ended.
     """
 
     def __init__(self, text: str, number: int = signal.SIGTERM) -> None:
@@ -40,40 +39,40 @@ class PreemptedError(RuntimeError):
 
 
 class Preemption:
-    """Whether this run was told to stop; a context manager for the time of the loop.
+    """Whether a signal asked this run to stop; a context manager around the loop.
 
-    Repeated SIGTERM changes nothing: the flag is set already, and the save goes on. A second SIGINT
-    does what a first one did before: it ends `main.py`, and is a `KeyboardInterrupt` elsewhere.
+    A repeated SIGTERM changes nothing: the flag is set, and saving continues. A second SIGINT does
+    what a first one did before the loop: it ends `main.py`, and is a `KeyboardInterrupt` elsewhere.
 
     Attributes:
-        number: of the signal by which the run was told.
+        number: the signal.
     """
 
     def __init__(self) -> None:
         self.number = signal.SIGTERM
-        self._told = False
-        self._interrupted = 0.0  # when
-        self._several = jax.process_count() > 1
+        self._stopping = False
+        self._interrupted = 0.0  # time of the first SIGINT
+        self._multiprocess = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python refuses handlers elsewhere: a run in a thread of a notebook goes without
+        # Python allows handlers in the main thread only: a run in a notebook's thread has none
         if threading.current_thread() is threading.main_thread():
-            if not self._several:
+            if not self._multiprocess:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
             if callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored, as under nohup
                 self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-        if self._several:
-            logging.getLogger("absl").addFilter(_is_news)
+        if self._multiprocess:
+            logging.getLogger("absl").addFilter(_not_about_stopping)
         return self
 
     def __exit__(self, *error: object) -> None:
-        logging.getLogger("absl").removeFilter(_is_news)
+        logging.getLogger("absl").removeFilter(_not_about_stopping)
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._stopping = True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -82,25 +81,24 @@ class Preemption:
                 self._before[signal.SIGINT](number, frame)
             return
         self._interrupted, self.number = now, signal.SIGINT
-        # past Python's buffers, in which this thread may be just now
+        # not through Python's buffers, which this thread may be writing to at this moment
         os.write(2, b"\nSaving this step, then leaving; Ctrl-C again leaves at once.\n")
-        if self._several:
+        if self._multiprocess:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._told = True
+            self._stopping = True
 
     def after(self) -> bool:
-        """Whether all processes are to save and leave now.
+        """Whether all processes are to save and exit now.
 
-        Every process asks after every dispatch. JAX agrees on a number of such questions, which are
-        counted over the life of the process: a second run in it must not meet the point of the
-        first again.
+        Every process asks after every dispatch. JAX agrees on a count of such calls, over the life
+        of the process: a second run in it must not reach the count of the first again.
         """
-        if self._several:
-            return multihost_utils.reached_preemption_sync_point(next(_asked))
-        return self._told
+        if self._multiprocess:
+            return multihost_utils.reached_preemption_sync_point(next(_queries))
+        return self._stopping
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax warns that processes agree to stop, several times, when that is what was asked."""
+def _not_about_stopping(record: logging.LogRecord) -> bool:
+    """False for Orbax's repeated warnings that the processes have agreed to stop."""
     return "Reached preemption sync point" not in record.getMessage()

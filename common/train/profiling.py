@@ -16,7 +16,7 @@ from common.run import files
 
 
 class Profile:
-    """Traces some steps on process 0 into `<workdir>/tensorboard/plugins/profile`.
+    """Traces a range of steps on process 0 into `<workdir>/tensorboard/plugins/profile`.
 
     Args:
         span: "FIRST:LAST", both included, counted from 1; "" traces nothing.
@@ -35,13 +35,13 @@ class Profile:
         self._directory = ""  # where the profiler writes; set while it runs
 
     def edge(self, step: int) -> bool:
-        """Whether a dispatch must end after this step, so that the trace holds just its steps."""
+        """Whether a dispatch must end after this step, so that the trace holds only its steps."""
         return step in (self._first - 1, self._last)
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
-        """Around the dispatch of a step; starts the trace where it is due."""
+        """A context for the dispatch of a step; starts the trace before its first step."""
         if step == self._first and jax.process_index() == 0:
-            # the profiler writes files of its own, to disks only
+            # the profiler writes its files itself, and to local disks only
             remote = files.is_remote(self._target)
             self._directory = tempfile.mkdtemp() if remote else os.fspath(self._target)
             jax.profiler.start_trace(self._directory)
@@ -50,13 +50,13 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, state: Any) -> None:
-        """Ends the trace after its last step, when `state` is there."""
+        """Ends the trace after its last step, once `state` is computed."""
         if self._directory and step >= self._last:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, also of a run that stops inside it."""
+        """Ends the trace; also called when a run stops in the middle of it."""
         if not self._directory:
             return
         local, self._directory = pathlib.Path(self._directory), ""

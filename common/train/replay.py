@@ -9,22 +9,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from common.data.feed import pipeline, resident
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
-from common.evaluate.pretrained import read_config
-from common.method import Method, Setup, make_setup, root_keys
-from common.optim import steps_of
-from common.run import console, files
+from common.method import Method, Setup, Step
+from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
-from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
-from common.train import dispatch, resume_from
-from common.train.divergence import FOLDER, SkipNonFinite, not_finite
-from common.train.first_state import init_state
+from common.sharding import make_mesh, to_global
+from common.train import dispatch
+from common.train.divergence import FOLDER, not_finite, skip_nonfinite
+from common.train.first_state import first_state
+from common.train.prepare import batches_from, prepare, resident_data
 from common.train.step import compile_step
 
 
-def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> dict[str, Any]:
+def replay(
+    workdir: str | epath.PathLike, methods: Mapping[str, Callable[[Setup], Method]]
+) -> dict[str, Any]:
     """Takes the steps from the last checkpoint to the newest one in `<workdir>/nonfinite/`.
 
     Nothing is written. On the same hardware the numbers are those of the run.
@@ -41,8 +41,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     Raises:
         UserError: if there is nothing to replay, or its checkpoint is gone.
     """
-    workdir = files.path(workdir)
-    folder = workdir / FOLDER
+    folder = files.path(workdir) / FOLDER
     records = list(folder.glob("step_*.json")) if folder.is_dir() else []
     if not records:
         raise UserError(f"nothing to replay: no {folder}/step_N.json, so this run did not diverge")
@@ -50,57 +49,34 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     record = max(steps, key=lambda r: r["step"])
     step, begin = record["step"], record["checkpoint"] or 0
 
-    config, mesh = read_config(workdir, methods), make_mesh()
+    config, mesh = saved_config.load(folder.parent, methods), make_mesh()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")
     source = open_source(config.data, "train")
-    per_epoch = pipeline.steps_per_epoch(source, config.batch_size)
-    total = steps_of(config.duration, per_epoch, name="duration")
-    make_method = methods[config.method]
-    setup = make_setup(config, mesh, total, per_epoch, source.num_classes)
-    method = make_method(setup)
-    init_key, loop_key = root_keys(config.seed)
-    abstract = jax.eval_shape(method.init, init_key)
-    shardings = state_shardings(mesh, abstract)
-    key = jax.jit(lambda k: k, out_shardings=replicated(mesh))(loop_key)
-    data = resident.load(source, mesh) if config.data.augment_on == "device" else {}
-    step_fn = compile_step(method, config, mesh, abstract, shardings, data)
-    as_taken = step_fn
+    run = prepare(methods[config.method], config, mesh, source)
+    data = resident_data(run)
+    step_fn = as_taken = compile_step(run.method.train_step, run, data)
     if config.on_nonfinite == "skip":  # steps before the last one may have been dropped
-        as_taken = compile_step(SkipNonFinite(method), config, mesh, abstract, shardings, data)
+        as_taken = compile_step(skip_nonfinite(run.method.train_step), run, data)
 
     def take() -> tuple[np.ndarray, Any]:
         ids, batch = batches.take(1)
         return ids[0], to_global(mesh, batch) | data
 
-    progress = {"position": 0, "readers": None}
-    if begin:
-        with Checkpoints(workdir, None, read_only=True) as checkpoints:
-            state, progress = checkpoints.restore(begin, abstract, shardings)
-    else:
-        state = init_state(make_method, method, setup, init_key, shardings)
-        if config.resume_from:
-            state = resume_from.adopt(config, epath.Path(workdir), method, state, note=False)
-    batches = pipeline.train_batches(
-        source,
-        config,
-        rows=local_rows(mesh, config.batch_size),
-        start_step=progress["position"],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        saved_readers=progress["readers"],
-    )
+    with Checkpoints(workdir, None, read_only=True) as checkpoints:
+        _, state, position = first_state(run, checkpoints, folder.parent, at=begin, note=False)
+    batches = batches_from(run, position)
     console.say(f"replaying steps {begin + 1:,} to {step:,} of {workdir} ({record['what']})")
     for _ in range(begin, step - 1):
-        state, _ = as_taken(state, take()[1], key)
+        state, _ = as_taken(state, take()[1], run.root_key)
     ids, batch = take()
     before = not_finite(state)
     alone = config.copy_and_resolve_references()
     alone.steps_per_dispatch = 1  # of a loop over steps nothing would be known but where it is
-    program = dispatch.program(method.train_step, alone, mesh)
-    where = _first_nan(program, state, batch, key) if jax.process_count() == 1 else ""
-    state, metrics = step_fn(state, batch, key)
+    program = dispatch.program(run.method.train_step, alone, mesh)
+    where = _first_nan(program, state, batch, run.root_key) if jax.process_count() == 1 else ""
+    state, metrics = step_fn(state, batch, run.root_key)
     name = f"step_{step}.process_{jax.process_index()}.npz"
     with (folder / name).open("rb") as file, np.load(file, allow_pickle=False) as noted:
         same = np.array_equal(noted["ids"], ids)
@@ -117,16 +93,16 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
     lines = [
         f"step {step:,} on {'the batch noted' if same else 'ANOTHER batch than noted'}: loss "
         f"{scalars['loss']}, gradient norm {scalars.get('gradient_norm')}",
-        f"  not finite before it: {_some(before)}",
-        f"  not finite after it: {_some(found['after'])}",
-        f"  metrics not finite: {_some(found['metrics'])}",
+        f"  not finite before it: {_listed(before)}",
+        f"  not finite after it: {_listed(found['after'])}",
+        f"  metrics not finite: {_listed(found['metrics'])}",
     ]
     lines += [f"  first NaN: {where}"] if where else []
     console.say("\n".join(lines))
     return found
 
 
-def _first_nan(program: dispatch.Step, state: Any, batch: Any, key: jax.Array) -> str:
+def _first_nan(program: Step, state: Any, batch: Any, key: jax.Array) -> str:
     """Takes the step with JAX's NaN checks on; where it stopped, "" if it did not."""
     with jax.debug_nans(True):  # (infinities are meant: they mask)
         try:
@@ -142,6 +118,6 @@ def _first_nan(program: dispatch.Step, state: Any, batch: Any, key: jax.Array) -
     return ""
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more if names else "nothing"

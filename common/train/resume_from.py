@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from common.errors import UserError, first_line
 from common.method import Method
@@ -17,21 +16,27 @@ FILE = "resumed_from.json"
 
 
 def adopt(
-    config: ConfigDict, workdir: epath.Path, method: Method, state: Any, note: bool = True
+    text: str,
+    workdir: epath.Path,
+    method: Method,
+    state: Any,
+    *,
+    optimizer: bool = False,
+    note: bool = True,
 ) -> Any:
     """Puts into a new run's state the arrays of another run that have the same name and shape.
 
     The step, and with it the learning rate, starts at 0. The optimiser's state starts anew unless
-    `config.resume_optimizer`. What was taken and what was not is said, and noted in
+    `optimizer`. What was taken and what was not is said, and noted in
     `<workdir>/resumed_from.json`, which also pins the step for a run that is started again before
     its first checkpoint.
 
     Args:
-        config: its `resume_from` is "DIR" (the newest checkpoint) or "DIR@STEP".
+        text: `config.resume_from`: "DIR" (the newest checkpoint) or "DIR@STEP".
         workdir: of the new run.
-        method: may have `adopted(state, names)`, which derives from what was taken what could not
-            be (a momentum encoder that the other run did not have).
+        method: derives what the other run did not have, see `Method.adopted`.
         state: as `method.init` made it, on the devices.
+        optimizer: `config.resume_optimizer`: take the optimiser's state too.
         note: False neither says nor writes anything.
 
     Returns:
@@ -40,19 +45,19 @@ def adopt(
     Raises:
         UserError: no such checkpoint, a damaged one, or one of which nothing fits.
     """
-    directory, step = source_of(config.resume_from, workdir)
+    directory, step = source_of(text, workdir)
     arrays = _read(directory, step)
     names, leaves = digests.names(state), jax.tree.leaves(state)
     taken, missed = [], {}
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         found = arrays.get(name)
-        reason = _reason(name, leaf, found, names, config.resume_optimizer)
-        if reason:
+        reason = _reason(name, leaf, found, names, optimizer)
+        if reason or found is None:
             missed[name] = reason
             continue
         taken.append(name)
         host = found.astype(leaf.dtype)
-        leaves[i] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i, x=host: x[i])
+        leaves[i] = jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
     if not any(name.startswith("params/backbone/") for name in taken):
         name = next((n for n in missed if n.startswith("params/backbone/")), "params")
         raise UserError(
@@ -60,9 +65,7 @@ def adopt(
             f"{missed.get(name, 'missing')}; give the model settings of that run's config.json"
         )
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    derived = []
-    if hasattr(method, "adopted"):
-        state, derived = method.adopted(state, set(taken))
+    state, derived = method.adopted(state, set(taken))
     if note:
         unused = sorted(set(arrays) - set(names))
         _note(workdir, directory, step, taken, missed, unused, derived)

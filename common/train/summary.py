@@ -9,19 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common import optim
+from common import optim, version
 from common.data.augment import presets
 from common.data.feed import pipeline, resident
 from common.data.sources.base import Source
-from common.data.sources.opening import open_source
-from common.errors import UserError
-from common.evaluate.online import Evaluator
-from common.method import Setup
 from common.run import console, files, pictures
 from common.train import dispatch
+from common.train.evaluator import Evaluator
+from common.train.position import Position
+from common.train.prepare import Prepared
 from common.train.step import cost
 
 PAIRS = 16  # augmented pairs in the picture
@@ -33,50 +31,29 @@ TOO_FEW = 100  # steps of a run that says nothing about learning
 _MADE = {
     "host": "on the host",
     "both": "crop and flip on the host, the rest on the device",
-    "device": "on the device, which holds the data set",
+    "device": "on the device, which holds the dataset",
 }
 
 
-def open_test(config: ConfigDict) -> Source | None:
-    """The test split; None if `data.test_split` is empty.
-
-    Raises:
-        UserError: if it is named but missing, or smaller than nothing.
-    """
-    if not config.data.test_split:
-        return None
-    try:
-        return open_source(config.data, "test")
-    except UserError as error:
-        raise UserError(
-            f"{str(error).rstrip('.')}. (Set data.test_split='' to train without a test set: no "
-            "kNN then.)"
-        ) from error
-
-
 def start_up(
-    config: ConfigDict,
+    run: Prepared,
     workdir: epath.Path,
-    mesh: Mesh,
-    setup: Setup,
     state: Any,
     step_fn: jax.stages.Compiled,
-    source: Source,
     test: Source | None,
     start: int,
-    total: int,
-    per_epoch: int,
 ) -> None:
     """Says on which devices what is about to be trained, and where it goes."""
+    config, mesh, total = run.config, run.mesh, run.extent.total_steps
     device = mesh.devices.flat[0]
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
-    flops = cost(step_fn, setup.microbatches).get("flops", float("nan")) * mesh.size
-    model = setup.network.backbone
+    flops = cost(step_fn, run.setup.microbatches).get("flops", float("nan")) * mesh.size
+    model = run.setup.network.backbone
     name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"
     lines = {
         "method": config.method,
-        "data": "\n            ".join(source.summary()),
+        "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
         "network": f"{name} width {model.width * model.width_multiplier}, "
@@ -84,10 +61,11 @@ def start_up(
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {presets.resolve_views(config)[0].size} px",
         "augment": _MADE[config.data.augment_on],
-        "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
+        "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({run.extent.steps_per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
-        f"{optim.peak_learning_rate(config):.4g}",
+        f"{optim.peak_learning_rate(config.optimizer, config.batch_size):.4g}",
         "workdir": str(workdir),
+        "code": f"version {version.in_words()}",
     }
     if test is not None and test.account:
         lines["test data"] = "\n            ".join(test.summary())
@@ -126,7 +104,7 @@ def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, 
 
 
 def finished(workdir: epath.Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended, said again; None if there is none yet."""
+    """Prints and returns the summary of a run that has ended; None if there is none yet."""
     path = workdir / "summary.json"
     if not path.exists():
         return None
@@ -142,37 +120,40 @@ def finished(workdir: epath.Path) -> dict[str, Any] | None:
 
 
 def finish(
-    config: ConfigDict,
+    run: Prepared,
     workdir: epath.Path,
     evaluator: Evaluator,
     state: Any,
-    progress: dict[str, Any],
-    dataset: str,
-    steps: int,
+    position: Position,
 ) -> dict[str, Any]:
     """Writes `summary.json` and the neighbours' picture, and says in words how it went.
 
     Args:
-        progress: of the last checkpoint: results, images_per_second, seconds.
+        run: what was trained.
+        workdir: of the run.
+        evaluator: draws the neighbours.
+        state: after the last step.
+        position: of the last checkpoint.
     """
-    results = progress["results"]
+    config, source, results = run.config, run.source, position.results
     if config.evaluate.pictures:
         evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png")
     summary = {
         "method": config.method,
-        "dataset": dataset,
+        "dataset": f"{source.name} ({source.split})",
         "seed": config.seed,
         "started_from": config.init_from or config.resume_from or None,
-        "steps": steps,
+        "steps": run.extent.total_steps,
         "batch_size": config.batch_size,
         "knn_top1": results.get("knn_top1"),
         "knn_top1_at_init": results.get("knn_top1_at_init"),
         "knn_top1_raw_pixels": results.get("knn_top1_raw_pixels"),
         "probe_top1": results.get("probe_test_top1"),
-        "images_per_second": progress["images_per_second"],
-        "seconds": round(progress["seconds"], 1),
+        "images_per_second": position.images_per_second,
+        "seconds": round(position.seconds, 1),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        **version.fields(),
     }
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One form for an encoder's weights, whatever they are read from.
+"""Reads an encoder's weights into one form, whatever wrote them.
 
 * a file of this project's `--mode=export`;
 * torchvision's and timm's ResNets, and any other state_dict with their names behind one prefix
@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from common.data.augment import presets
 from common.errors import UserError
 from common.models import layout
-from common.run import files, formats
+from common.run import files, formats, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, replicated
 
@@ -34,13 +33,13 @@ class Weights:
     """What was read.
 
     Attributes:
-        path: where.
+        path: of the file or the run.
         arrays: of the encoder, in torchvision's layout, without its `fc` and counters.
         head: `(params, batch_stats)` of the projection head; None if there was none.
-        unused: names that are there and were left: classifier, predictor, key encoder, queue ...
-        prefix: what stood before the encoder's names in the file.
+        unused: names of arrays that were ignored: classifier, predictor, key encoder, queue ...
+        prefix: of the encoder's names in the file.
         metadata: of an export or a run: `mean`, `std`, `method`, `step` and more; {} of others.
-        digest: SHA-256 of the file; "" of a run.
+        digest: SHA-256 of the file; "" for a run.
     """
 
     path: str
@@ -56,10 +55,10 @@ def load_weights(path: str | epath.PathLike) -> Weights:
     """Reads a weights file, or the newest checkpoint of a workdir.
 
     Args:
-        path: a file that `formats.read` knows, a workdir, or `WORKDIR/checkpoints/STEP`.
+        path: a file that `formats.read` can read, a workdir, or `WORKDIR/checkpoints/STEP`.
 
     Raises:
-        UserError: nothing there, nothing that can be read safely, or no ResNet in it.
+        UserError: if the path does not exist, cannot be read safely, or holds no ResNet.
     """
     path = files.path(path)
     if path.is_dir() or _is_checkpoint(path):
@@ -82,7 +81,7 @@ def load_weights(path: str | epath.PathLike) -> Weights:
 
 
 def fit(weights: Weights, params: Mapping, batch_stats: Mapping) -> tuple[dict, dict, bool]:
-    """The weights as trees for a network; the encoder has to fit it exactly.
+    """The weights as trees for a network, whose encoder they must fit exactly.
 
     Args:
         weights: from `load_weights`.
@@ -90,26 +89,26 @@ def fit(weights: Weights, params: Mapping, batch_stats: Mapping) -> tuple[dict, 
         batch_stats: likewise.
 
     Returns:
-        `(params, batch_stats, whether the head is in them)`, in the types of the network. A head
+        `(params, batch_stats, whether they include the head)`, in the types of the network. A head
         of another kind or size is left out.
 
     Raises:
-        UserError: naming what the file lacks, has beyond the network, has in another shape, or has
-            in numbers that are not finite.
+        UserError: naming arrays that are missing, unknown to the network, of another shape, or not
+            finite.
     """
     expected = jax.eval_shape(layout.to_torchvision, params["backbone"], batch_stats["backbone"])
     found = weights.arrays
     problems = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"lacks {_first_three(missing)}")
     if beyond := [name for name in found if name not in expected]:
-        problems.append(f"has {_some(beyond)}, which the network does not have")
+        problems.append(f"has {_first_three(beyond)}, which the network does not have")
     other = [n for n in expected if n in found and found[n].shape != expected[n].shape]
     if other:
         shapes = [f"{n} {found[n].shape} and not {expected[n].shape}" for n in other]
-        problems.append(f"has {_some(shapes)}")
+        problems.append(f"has {_first_three(shapes)}")
     if broken := [n for n in found if not np.isfinite(found[n].astype(np.float32)).all()]:
-        problems.append(f"has numbers that are not finite in {_some(broken)}")
+        problems.append(f"has numbers that are not finite in {_first_three(broken)}")
     if problems:
         raise UserError(
             f"{weights.path} does not fit the network of the config: it {'; '.join(problems)}; the "
@@ -118,16 +117,18 @@ def fit(weights: Weights, params: Mapping, batch_stats: Mapping) -> tuple[dict, 
         )
     new_params, new_stats = ({"backbone": x} for x in layout.from_torchvision(found))
     heads = (params.get("head", {}), batch_stats.get("head", {}))
-    with_head = weights.head is not None and all(map(_alike, weights.head, heads))
-    if with_head:
-        new_params["head"] = weights.head[0]
-        if weights.head[1]:
-            new_stats["head"] = weights.head[1]
-    return _as_type(new_params, params), _as_type(new_stats, batch_stats), with_head
+    head = weights.head
+    if head is not None and not all(map(_alike, head, heads)):
+        head = None
+    if head is not None:
+        new_params["head"] = head[0]
+        if head[1]:
+            new_stats["head"] = head[1]
+    return _as_type(new_params, params), _as_type(new_stats, batch_stats), head is not None
 
 
 def _prefix(names: Mapping[str, Any], path: epath.Path) -> str:
-    """What stands before the names of the one encoder in the file."""
+    """What precedes the names of the one encoder in the file."""
     first, second = "conv1.weight", "layer1.0.conv1.weight"
     found = [n.removesuffix(first) for n in names if n.endswith(first)]
     found = [p for p in found if p + second in names and (not p or p.endswith("."))]
@@ -137,12 +138,12 @@ def _prefix(names: Mapping[str, Any], path: epath.Path) -> str:
     if not found:
         raise UserError(
             f"{path} holds no ResNet with torchvision's names: expected {first} and {second}, "
-            f"found {_some(sorted(names))}"
+            f"found {_first_three(sorted(names))}"
         )
     if len(found) > 1:
         raise UserError(
-            f"{path} holds {len(found)} encoders, {_some([repr(p) for p in found])}: expected one; "
-            "write a file with the one you mean"
+            f"{path} holds {len(found)} encoders, {_first_three([repr(p) for p in found])}: "
+            "expected one; write a file with the one you mean"
         )
     return found[0]
 
@@ -166,15 +167,15 @@ def _of_run(path: epath.Path) -> Weights:
     workdir, step = path, None
     if _is_checkpoint(path):
         workdir, step = path.parent.parent, int(path.name)
-    config = workdir / "config.json"
+    config = workdir / saved_config.FILE
     if not config.exists():
         raise UserError(f"{path} is a directory and holds no run (no config.json): give a workdir")
+    saved = saved_config.read(workdir)
     try:
-        saved = json.loads(config.read_text())
         augmentation = presets.resolve(saved["augment"], saved["data"]["image_size"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config} cannot be read ({error}): restore it") from error
-    place = replicated(make_mesh())
+    sharding = replicated(make_mesh())
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
         step = steps[-1] if steps and step is None else step
@@ -186,7 +187,7 @@ def _of_run(path: epath.Path) -> Weights:
             )
         shapes = checkpoints.shapes(step)
         target = {name: shapes[name] for name in ("params", "batch_stats")}
-        shardings = jax.tree.map(lambda _: place, target)
+        shardings = jax.tree.map(lambda _: sharding, target)
         state = jax.device_get(checkpoints.restore_part(step, target, shardings))
     params, stats = state["params"], state["batch_stats"]
     return Weights(
@@ -227,6 +228,6 @@ def _words(network: Mapping[str, Any]) -> str:
     return f"a ResNet with {depth} ({kind} blocks), width {network['width']}, stem {stem}"
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -1,18 +1,18 @@
-"""What XLA is told for each platform, beyond its defaults."""
+"""Compiler options for each platform, beyond XLA's defaults."""
 
 import functools
 
 import jax
 
-# docs/tpu.md says what each bought, and what others did not.
+# docs/tpu.md says how much each helped, and which others did not.
 TPU_OPTIONS = {
-    # Fast memory for each fusion, twice the default. With 65536 compiling takes twice as long.
+    # Fast memory for each fusion, twice the default; 65536 doubles the time to compile.
     "xla_tpu_scoped_vmem_limit_kib": "32768",
 }
 
 CPU_OPTIONS = {
-    # All that YNNPACK does by default but convolutions: its own use one core where a kernel has
-    # fewer than 128 outputs, Eigen's use all (docs/benchmarks.md).
+    # YNNPACK's defaults without convolutions: its own use one core where a kernel has fewer than
+    # 128 outputs, Eigen's use all cores (docs/benchmarks.md).
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
     ),
@@ -20,11 +20,11 @@ CPU_OPTIONS = {
 
 
 def compiler_options(platform: str, tpu: bool = True) -> dict[str, str] | None:
-    """What to compile a network with; None is XLA's defaults.
+    """The options to compile a network with; None means XLA's defaults.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
-        tpu: False turns all of `TPU_OPTIONS` off, which were chosen for train steps only.
+        tpu: False turns off `TPU_OPTIONS`, which were chosen for train steps only.
     """
     if platform == "tpu":
         return dict(TPU_OPTIONS) if tpu else None
@@ -35,7 +35,7 @@ def compiler_options(platform: str, tpu: bool = True) -> dict[str, str] | None:
 
 @functools.cache
 def _is_known(name: str, value: str) -> bool:
-    """Whether the XLA of this machine's CPU takes an option; an experimental one may go."""
+    """Whether XLA's CPU backend accepts an option; an experimental one may be removed."""
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             jax.jit(lambda: 0).lower().compile(compiler_options={name: value})

@@ -89,7 +89,7 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     assert found["good"]["values"]["pid"] != found["late"]["values"]["pid"] != os.getpid()
     said = capsys.readouterr().err
     assert f"4 of 12 ok, 7 failed, 1 left: {tmp_path / ledger.TABLE}" in said
-    assert "the same command goes on: too_long is next, and begun with 10000 s or more" in said
+    assert "the same command continues: too_long is next and needs 10000 s" in said
     table = (tmp_path / ledger.TABLE).read_text().splitlines()
     assert table[0].startswith(found["good"]["hardware"])
     assert [line.split(" | ")[1] for line in table[4:]] == list(found)
@@ -188,7 +188,7 @@ def test_the_last_words_are_those_of_the_error():
     assert last_words(f"Traceback\n  File x\n{words}\n----\n{notice}") == words
     assert last_words("error: no index\n") == "error: no index"
     assert last_words("told to stop: saved\n\n") == "told to stop: saved"
-    assert last_words("") == "it said nothing"
+    assert last_words("") == "no output"
 
 
 def test_the_processes_can_always_use_a_cpu(monkeypatch):

@@ -13,11 +13,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import main
-from common import config, fields
+from common import config
 from common.cli import command_line, modes
 from common.data.augment import presets
 from common.errors import UserError
-from common.evaluate import settings
 
 DEMO = f"--config={ROOT / 'configs' / 'simclr_demo.py'}:smoke"
 MOCO = f"--config={ROOT / 'configs' / 'moco_demo.py'}:smoke"
@@ -246,9 +245,9 @@ def test_a_flagfile_counts_as_the_command_line(name, tmp_path):
 
 def tables():
     for method, make in main.METHODS.items():
-        meanings = fields.of_config(method, getattr(make, "MEANINGS", {}))
-        yield method, fields.of_method(method, make), meanings
-    yield "eval", settings.default_config(), fields.EVAL
+        tree = config.base_config(method, make.default_config())
+        yield method, tree, command_line.usage.meanings(method, make)
+    yield "eval", config.eval_config(), {n: f.meaning for n, f in config.EVAL_FIELDS.items()}
 
 
 @pytest.mark.parametrize(("name", "tree", "meanings"), list(tables()), ids=lambda x: str(x)[:9])
@@ -262,9 +261,9 @@ def test_every_field_has_a_meaning_and_there_are_none_too_many(name, tree, meani
 
 
 def test_examples_are_of_fields_and_are_read_as_they_are_shown():
-    known = {name for _, tree, _ in tables() for name in fields.defaults(tree)}
-    for name, example in fields.EXAMPLES.items():
-        assert name in known
+    examples = {name: field.example for name, field in config.FIELDS.items() if field.example}
+    assert len(examples) > 3
+    for name, example in examples.items():
         text = ",".join(map(str, example))
         assert value_of(f"--config.{name}={text}", f"config.{name}") == example
 
@@ -294,7 +293,7 @@ def test_the_help_lists_modes_flags_and_fields_in_80_columns(flag, printed):
     assert starts >= {"train", "plan", "prepare", "import", "replay", *modes.MODES}
     assert starts >= {"--config", "--workdir", "--mode", "--topology", "--coordinator"}
     for _, tree, _ in tables():
-        names = set(fields.defaults(tree))
+        names = set(config.flat(tree))
         assert {n for n in names if not n.startswith("augment_view2.")} <= starts
     assert "  batch_size=256" in text and "images of the global batch" in text
     assert "  moco.queue_length=65536" in text and "  simclr.temperature=0.1" in text

@@ -78,7 +78,6 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
 EVERY_MODE = """
 import pathlib, sys
 from common.cli import modes
-from common.evaluate import settings
 from main import METHODS
 for mode, changes in {
     "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},
@@ -86,7 +85,7 @@ for mode, changes in {
     "knn": {}, "embed": {}, "export": {},
     "transfer": {"logistic.num_values": 2, "logistic.max_iterations": 5},
 }.items():
-    c = settings.default_config()
+    c = eval_config()
     c.update_from_flattened_dict(changes)
     modes.run(mode, sys.argv[1], c, METHODS)
 """

@@ -19,11 +19,12 @@ from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import batches, linear_mode, pretrained
 from common.optim import steps_of
-from common.run import formats
+from common.run import formats, saved_config
 from common.run.workdir import claim
 from common.sharding import make_mesh
-from common.train import replay, summary
-from common.train.loop import same_data
+from common.train import replay
+from common.train.position import Position
+from common.train.prepare import open_evaluation
 
 
 def refused(words, call, *args):
@@ -81,16 +82,16 @@ def hold(workdir):
 def test_a_config_json_that_is_torn(tmp_path):
     (tmp_path / "config.json").write_text('{"method": ')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    refused(["config.json is not JSON (", "restore it, or give another --workdir"], hold, tmp_path)
+    refused(["config.json is not JSON (", "or give another --workdir"], hold, tmp_path)
     words = ["config.json is not JSON (", "restore it from a copy"]
-    refused(words, pretrained.read_config, tmp_path, tiny.METHODS)
+    refused(words, saved_config.load, tmp_path, tiny.METHODS)
 
 
 @pytest.mark.parametrize("saved", ['{"method": "byol"}', "{}", "[1]"])
 def test_a_run_of_another_method(tmp_path, saved):
     (tmp_path / "config.json").write_text(saved)
     words = ["is of the method ", "expected one of simclr, moco"]
-    refused(words, pretrained.read_config, tmp_path, tiny.METHODS)
+    refused(words, saved_config.load, tmp_path, tiny.METHODS)
 
 
 def test_a_replay_without_its_checkpoint(workdir, tmp_path):
@@ -140,8 +141,8 @@ def test_the_batch_of_a_classifier():
 
 def test_a_run_goes_on_with_its_own_data_only():
     source = open_source(data_config("fake", fake_examples=20), "train")
-    same_data({"num_examples": 20}, source)
-    refused("20 images, and had 19 when this run", same_data, {"num_examples": 19}, source)
+    Position(num_examples=20).check_same_data(source)
+    refused("20 images, and had 19", Position(num_examples=19).check_same_data, source)
 
 
 @pytest.mark.parametrize("wrong", [{"fake_examples": 0}, {"fake_classes": -1}])
@@ -153,8 +154,9 @@ def test_random_images_of_no_number(wrong):
 
 
 def test_a_test_split_that_is_not_there():
-    c = tiny.config("simclr", data__source="embedded", data__test_split="val")
-    refused(["no split 'val'", "Set data.test_split='' to train without"], summary.open_test, c)
+    data = tiny.config("simclr", data__source="embedded", data__test_split="val").data
+    words = ["no split 'val'", "Set data.test_split='' to train without"]
+    refused(words, open_evaluation, data, None)
 
 
 def test_a_streamed_set_needs_no_shards(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
+from common.config import section
 from common.data.augment import centre, device_ops, draws, on_device, pixel_ops, presets
 from common.data.augment import on_host as ah
 from common.errors import UserError
@@ -20,7 +21,7 @@ IDS = np.arange(20_000)
 
 
 def recipe(preset="simclr", size=32, **fields):
-    return dataclasses.replace(presets.resolve(presets.default_config(preset), size), **fields)
+    return dataclasses.replace(presets.resolve(section("augment", preset=preset), size), **fields)
 
 
 def noise(n=6, height=32, width=32, seed=0):
@@ -108,7 +109,7 @@ def test_presets_have_the_published_values():
 
 
 def test_overrides_and_strength():
-    config = presets.default_config("simclr")
+    config = section("augment")
     config.strength, config.hue, config.blur, config.size = 0.5, 0.3, 0.0, 20
     config.mean = (0.1, 0.2, 0.3)
     a = presets.resolve(config, 32)
@@ -125,8 +126,8 @@ def test_second_view_falls_back_to_the_first():
     from ml_collections import ConfigDict
 
     config = ConfigDict({"data": {"image_size": 32}})
-    config.augment = presets.default_config("cifar")
-    config.augment_view2 = presets.default_config(None)
+    config.augment = section("augment", preset="cifar")
+    config.augment_view2 = section("augment_view2")
     config.augment.grey = 0.1
     first, second = presets.resolve_views(config)
     assert first == second and first.grey == 0.1
@@ -155,11 +156,11 @@ def test_bad_presets_and_ranges():
         mean=(1.0,), rotate_degrees=200.0, solarise_threshold=2.0, brightness=-1.0, kernel="cv",
     )  # fmt: skip
     for field, value in bad.items():
-        config = presets.default_config("simclr")
+        config = section("augment")
         config[field] = value
         with pytest.raises(UserError, match=rf"augment\.{field}=.* is not allowed; expected "):
             presets.resolve(config, 32)
-    config = presets.default_config("simclr")
+    config = section("augment")
     config.strength = -1.0
     with pytest.raises(UserError, match=r"augment.strength is -1.0; expected a number"):
         presets.resolve(config, 32)

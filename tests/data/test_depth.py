@@ -19,7 +19,7 @@ from common.data.sources import shards, subset
 from common.data.sources.base import ArraySource
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.evaluate import knn, pretrained, settings
+from common.evaluate import knn, pretrained
 
 
 def saved(values, kind="TIFF"):
@@ -231,7 +231,7 @@ def test_other_data_are_read_by_rules_of_their_own(tmp_path, monkeypatch):
 
     def read(source, value_range="0:4095", labels="none", **given):
         data = config(own, value_range=value_range, labels=labels)
-        s = settings.default_config()
+        s = configs.eval_config()
         s.update(given)
         pretrained.set_source(s, data, source)
         return data.value_range, data.labels, data.source
@@ -245,7 +245,7 @@ def test_other_data_are_read_by_rules_of_their_own(tmp_path, monkeypatch):
 
 
 def test_what_is_given_counts_for_any_data():
-    data, s = config("folder:a", value_range="0:4095"), settings.default_config()
+    data, s = config("folder:a", value_range="0:4095"), configs.eval_config()
     s.value_range, s.labels = "0:1", "folders"
     for source in ("folder:a", "folder:b"):
         pretrained.set_source(s, data, source)

@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from common.config import section
 from common.data.images import codecs
 from common.data.sources import folder_tree, slices
-from common.data.sources.opening import default_config, open_source
+from common.data.sources.opening import open_source
 from common.errors import UserError
 
 
@@ -33,7 +34,7 @@ def make(root, tree):
 
 
 def opened(root, role="train", **fields):
-    c = default_config(f"folder:{root}")
+    c = section("data", source=f"folder:{root}")
     c.update(fields)
     return open_source(c, role)
 

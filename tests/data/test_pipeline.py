@@ -11,23 +11,24 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_sources import picture, write_tfds
 
+from common.config import section
 from common.data.augment import draws, presets
 from common.data.feed import pipeline
 from common.data.sources.base import ArraySource
-from common.data.sources.opening import default_config, open_source
+from common.data.sources.opening import open_source
 from common.errors import UserError
 
 
 def config(source="embedded", batch_size=8, image_size=12, preset="light", seed=3, **data):
     """A whole config; the "light" preset only crops, flips and solarises, which compiles faster."""
     c = ConfigDict({"seed": seed, "batch_size": batch_size})
-    c.data = default_config(source, image_size)
+    c.data = section("data", source=source, image_size=image_size)
     for name, value in data.items():
         c.data[name] = value
-    c.augment = presets.default_config("moco_v1" if preset == "light" else preset)
+    c.augment = section("augment", preset="moco_v1" if preset == "light" else preset)
     if preset == "light":
         c.augment.update({"jitter": 0.0, "grey": 0.0, "solarise": 0.3})
-    c.augment_view2 = presets.default_config(None)
+    c.augment_view2 = section("augment_view2")
     return c
 
 
@@ -228,14 +229,14 @@ def test_tensorflow_is_imported_on_use_only():
     code = (
         "import sys, numpy as np\n"
         "from ml_collections import ConfigDict\n"
-        "from common.data.augment import presets\n"
+        "from common.config import section\n"
         "from common.data.feed import pipeline\n"
         "from common.data.sources import opening\n"
-        "c = ConfigDict(dict(seed=0, batch_size=4, data=opening.default_config('fake')))\n"
-        "c.augment = presets.default_config()\n"
+        "c = ConfigDict(dict(seed=0, batch_size=4, data=section('data', source='fake')))\n"
+        "c.augment = section('augment')\n"
         "s = opening.open_source(c.data, 'train')\n"
         "next(pipeline.train_batches(s, c, rows=np.arange(4)))\n"
-        "s = opening.open_source(opening.default_config(), 'test')\n"
+        "s = opening.open_source(section('data'), 'test')\n"
         "next(pipeline.eval_batches(s, 4, 28, np.arange(4)))\n"
         "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
     )
@@ -514,7 +515,7 @@ def test_stream_matches_the_set_in_memory(stream_dir):
     memory = open_source(memory_config.data, "train")
     assert memory.kind == "pixels"
     # MoCo's crops: of TensorFlow's, only the distribution is the same.
-    c.augment = memory_config.augment = presets.default_config("moco_v1")
+    c.augment = memory_config.augment = section("augment", preset="moco_v1")
     streamed, expected = train(source, c, 12), train(memory, memory_config, 12)
     for batch in streamed:
         np.testing.assert_array_equal(batch["labels"], memory.labels[batch["ids"]])

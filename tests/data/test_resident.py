@@ -204,13 +204,14 @@ def test_mistakes(folder, tmp_path):
 SCRIPT = """
 import sys, tiny, jax
 from common.data.sources import shards
+from common.evaluate.online import make_evaluator
 from common.train.loop import train
 from simclr_jax.method import SimCLR
 c = tiny.config("simclr", data__source="embedded", data__augment_on="device", steps_per_dispatch=2,
                 data__image_size=12, duration="3 steps", evaluate__knn_examples=40)
 shards.prepare(c, sys.argv[1] + "/shards")
 c.data.source = "shards:" + sys.argv[1] + "/shards"
-train(SimCLR, c, sys.argv[1] + "/run")
+train(SimCLR, c, sys.argv[1] + "/run", make_evaluator)
 assert not {"tensorflow", "tensorflow_datasets"} & set(sys.modules)
 """
 
@@ -225,7 +226,7 @@ def test_a_whole_run_from_shards_needs_no_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], text=True,
                           env=env | {"PYTHONPATH": path}, capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "on the device, which holds the data set" in done.stderr
+    assert "on the device, which holds the dataset" in done.stderr
     work = tmp_path / "run"
     summary = json.loads((work / "summary.json").read_text())
     assert summary["steps"] == 3 and 0 <= summary["knn_top1"] <= 1

@@ -11,7 +11,7 @@ from PIL import Image
 from test_sources import config as data_config
 from test_sources import picture, write
 
-from common.data.augment import presets
+from common.config import section
 from common.data.feed import pipeline
 from common.data.sources import shards
 from common.data.sources.base import listed
@@ -22,8 +22,8 @@ from common.errors import UserError
 def config(source, batch_size=4, image_size=12, **data):
     c = ConfigDict({"seed": 3, "batch_size": batch_size})
     c.data = data_config(source, image_size=image_size, **data)
-    c.augment = presets.default_config("moco_v1")
-    c.augment_view2 = presets.default_config(None)
+    c.augment = section("augment", preset="moco_v1")
+    c.augment_view2 = section("augment_view2")
     return c
 
 

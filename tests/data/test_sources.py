@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.config import section
 from common.data.sources import embedded, make_embedded
-from common.data.sources.opening import default_config, open_source
+from common.data.sources.opening import open_source
 from common.errors import UserError
 
 
 def config(source, **fields):
     """A `data` section."""
-    c = default_config(source)
+    c = section("data", source=source)
     for name, value in fields.items():
         c[name] = value
     return c

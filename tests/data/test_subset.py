@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from common.config import section
 from common.data.feed import pipeline
 from common.data.sources import subset
 from common.data.sources.base import ArraySource
-from common.data.sources.opening import default_config, open_source
+from common.data.sources.opening import open_source
 from common.errors import UserError
 
 
@@ -73,7 +74,7 @@ def test_an_example_is_chosen_by_its_id_whatever_others_are_labelled():
 
 
 def test_selected_examples_are_those_of_the_source():
-    c = default_config("embedded")
+    c = section("data")
     base = open_source(c, "test")
     ids = np.array([1999, 3, 700])
     part = subset.select(base, ids)
@@ -116,7 +117,7 @@ def test_labels_that_only_reading_tells_are_read_in_pieces(monkeypatch):
 
 
 def test_fake_views_of_selected_examples_are_those_of_the_source():
-    base = open_source(default_config("fake", 8), "train")
+    base = open_source(section("data", source="fake", image_size=8), "train")
     ids = np.array([7, 30, 2])
     part = subset.select(base, ids)
     # the second view of the last example is the first one's, as in the set itself

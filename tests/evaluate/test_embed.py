@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from common import config as configs
+from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, pretrained, settings
+from common.evaluate import embed_mode, feature_files, pretrained
 from common.evaluate.page import build, feature_map, history, inline
 from common.evaluate.pretrained import Pretrained
 
@@ -30,7 +31,7 @@ CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
 
 
 def eval_settings(**changes) -> ConfigDict:
-    c = settings.default_config()
+    c = configs.eval_config()
     c.features = "untrained"
     for name, value in changes.items():
         section, _, last = name.rpartition("__")
@@ -172,6 +173,7 @@ def test_page_reports_the_numbers(labelled):
     (curves,) = (a["src"] for t, a in page.elements if a.get("alt", "").startswith("Training loss"))
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curves.partition(",")[2]))))
     assert drawn.shape[1] > 2 * drawn.shape[0] and drawn.std() > 0  # two axes side by side
+    assert f"of jax-contrastive {version.in_words()} with jax {jax.__version__}." in text
     nested = [
         {"source": "folder:/home/me/photos", "top1": 0.5},
         {"source": "embedded", "top1": 1.0},

@@ -171,7 +171,7 @@ def test_settings_of_knn_reach_it(opened, monkeypatch):
 def test_scores_while_training_leave_out_rows_without_a_label():
     """kNN and the probe, on the test split by the votes of train."""
     c = tiny.config("simclr", evaluate__knn_k=5)
-    model = probe.make_probe(c, CLASSES, 8)
+    model = probe.make_probe(c.probe, CLASSES, 8)
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(WIDTH, CLASSES)).astype(np.float32)
     trained = model.init(jax.random.key(0), WIDTH)

@@ -52,7 +52,7 @@ def source(n, seed, labels=None, split="train"):
 
 def evaluator(bank, test, devices=4, **changes):
     c = tiny.config("simclr", **changes)
-    probe = probes.make_probe(c, CLASSES, 8)
+    probe = probes.make_probe(c.probe, CLASSES, 8)
     return Evaluator(
         c.evaluate, make_mesh(jax.devices()[:devices]), Pixels(), probe, bank, test,
         batch_size=c.batch_size, image_size=c.data.image_size,

@@ -14,10 +14,10 @@ import pytest
 import tiny
 from test_resnet import BLOCKS
 
+from common import version
 from common.cli import modes
-from common.config import as_dict
+from common.config import as_dict, eval_config
 from common.errors import UserError
-from common.evaluate import settings
 from common.models import layout, resnet
 from common.run import formats
 from common.run.checkpoint import Checkpoints
@@ -38,7 +38,7 @@ def workdir(path, c, devices=2, seed=0):
 
 def export(path, **changes):
     """`--mode=export`; `changes` as in `tiny.config`."""
-    s = settings.default_config()
+    s = eval_config()
     for name, value in changes.items():
         section, *rest = name.split("__")
         if rest:
@@ -222,6 +222,7 @@ def test_export_of_a_run(tmp_path, capsys):
     }  # fmt: skip
     assert {name: metadata[name] for name in expected} == expected
     assert metadata["versions"]["jax"] == jax.__version__
+    assert {name: metadata[name] for name in ("version", "commit")} == version.fields()
     assert "not part of conv1" in metadata["input"]
 
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

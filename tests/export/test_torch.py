@@ -11,7 +11,8 @@ from test_export import export, variables, workdir
 from common.errors import UserError
 from common.models import layout, resnet
 from common.run import formats
-from common.train import first_state, weights
+from common.train import weights
+from common.train.import_weights import import_weights
 
 pytestmark = [pytest.mark.torch, pytest.mark.optimised]
 
@@ -158,7 +159,7 @@ def test_the_authors_checkpoint_starts_a_run(tmp_path):
     checkpoint = {"epoch": 200, "arch": "resnet50", "state_dict": state | queue}
     torch.save(checkpoint | {"optimizer": optimizer}, tmp_path / "moco.pth.tar")
     c = tiny.config("moco", init_from=str(tmp_path / "moco.pth.tar"), model__bn_groups=4)
-    record = first_state.import_weights(tiny.METHODS["moco"], c, tmp_path / "run")
+    record = import_weights(tiny.METHODS["moco"], c, tmp_path / "run")
     assert record["head"] and all(not n.startswith("module.encoder_q") for n in record["unused"])
     found = weights.load_weights(tmp_path / "run")
     query = encoders["module.encoder_q"]

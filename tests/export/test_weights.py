@@ -17,15 +17,18 @@ import safetensors.numpy
 import tiny
 from test_export import STEP, export, variables, workdir
 
+from common.config import eval_config
 from common.errors import UserError
-from common.evaluate import pretrained, settings
-from common.method import root_keys
+from common.evaluate import pretrained
+from common.evaluate.online import make_evaluator
 from common.models import layout
 from common.run import formats
 from common.run.checkpoint import Checkpoints
-from common.sharding import make_mesh, state_shardings
+from common.sharding import make_mesh
 from common.train import first_state, weights
+from common.train import import_weights as import_mode
 from common.train import loop as loop
+from common.train.import_weights import import_weights
 
 NETWORK = {"stages": (1, 1), "width": 4, "stem": "cifar"}  # of `tiny.config`
 D = 8
@@ -164,10 +167,8 @@ def test_a_run_and_its_export(tmp_path, method):
 
 def init_state(c, devices=4):
     method = tiny.build(c, devices)
-    key, _ = root_keys(c.seed)
-    shardings = state_shardings(method.setup.mesh, jax.eval_shape(method.init, key))
-    state = first_state.init_state(tiny.METHODS[c.method], method, method.setup, key, shardings)
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    state = first_state.draw_state(method.run)
+    assert jax.tree.map(lambda x: x.sharding, state) == method.run.shardings
     return state
 
 
@@ -238,14 +239,14 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     path = save(tmp_path / "w.safetensors", arrays)
     c = tiny.config("simclr", init_from=str(path), optimizer__warmup="2 epochs")
     run = tmp_path / "run"
-    record = first_state.import_weights(tiny.METHODS["simclr"], c, run)
+    record = import_weights(tiny.METHODS["simclr"], c, run)
     said = capsys.readouterr().out
     assert "holds the weights as step 0" in said and said.endswith("with the same --config.\n")
     (line,) = (run / "results.jsonl").read_text().splitlines()
     assert json.loads(line) == record
     assert record["unused"] == ["fc.bias", "fc.weight"] and len(record["sha256"]) == 64
     assert json.loads((run / "config.json").read_text())["init_from"] == str(path)
-    opened = pretrained.load(run, settings.default_config(), tiny.METHODS)
+    opened = pretrained.load(run, eval_config(), tiny.METHODS)
     assert opened.step == 0
     params, stats = jax.device_get((opened.state.params, opened.state.batch_stats))
     got = layout.to_torchvision(params["backbone"], stats["backbone"])
@@ -258,7 +259,7 @@ def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     with Checkpoints(run, None) as checkpoints:
         assert checkpoints.latest_step == 0
     with pytest.raises(UserError, match="has checkpoints already: give a new --workdir"):
-        first_state.import_weights(tiny.METHODS["simclr"], c, run)
+        import_weights(tiny.METHODS["simclr"], c, run)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_an_import_is_not_said_to_be_trainable_with_a_warm_up_that_is_too_long(
 ):
     """Without the data, so only where it is so for epochs of any length."""
     c = tiny.config("simclr", optimizer__warmup=warmup, duration=duration)
-    assert first_state._warms_up_too_long(c) == too_long
+    assert import_mode._warms_up_too_long(c) == too_long
 
 
 def test_images_have_to_be_scaled_as_in_the_run_that_is_imported(tmp_path):
@@ -285,7 +286,7 @@ def test_images_have_to_be_scaled_as_in_the_run_that_is_imported(tmp_path):
         c = tiny.config("simclr", init_from=where, augment__preset="simclr")
         text = r"mean \(0.485, 0.456, 0.406\).*config.augment.mean='\(0.485, 0.456, 0.406\)'"
         with pytest.raises(UserError, match=text):
-            first_state.import_weights(tiny.METHODS["simclr"], c, tmp_path / "new")
+            import_weights(tiny.METHODS["simclr"], c, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -399,12 +400,12 @@ def test_arrays_of_a_wrong_rank_and_unknown_stems_are_named():
 def test_import_needs_weights_and_a_run_needs_a_checkpoint(tmp_path):
     c = tiny.config("simclr")
     with pytest.raises(UserError, match="--mode=import needs the weights"):
-        first_state.import_weights(tiny.METHODS["simclr"], c, tmp_path / "new")
+        import_weights(tiny.METHODS["simclr"], c, tmp_path / "new")
     workdir(tmp_path / "run", c)
     with pytest.raises(UserError, match=r"no such checkpoint in .* \(step 5\): it has 3"):
         weights.load_weights(tmp_path / "run" / "checkpoints" / "5")
     (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot be read \(.*restore it"):
+    with pytest.raises(UserError, match=r"config.json is not JSON \(.*restore it"):
         weights.load_weights(tmp_path / "run")
 
 
@@ -419,8 +420,8 @@ def test_training_starts_from_the_weights(tmp_path, imported):
         optimizer__learning_rate=0.0, evaluate__pictures=False, checkpoint__every="1 step",
     )  # fmt: skip
     if imported:
-        first_state.import_weights(tiny.METHODS["moco"], c, run)
-    summary = loop.train(tiny.METHODS["moco"], c, run, make_mesh(jax.devices()[:2]))
+        import_weights(tiny.METHODS["moco"], c, run)
+    summary = loop.train(tiny.METHODS["moco"], c, run, make_evaluator, make_mesh(jax.devices()[:2]))
     assert summary["steps"] == 3
     found = weights.load_weights(run)
     assert found.metadata["step"] == 3
@@ -430,4 +431,7 @@ def test_training_starts_from_the_weights(tmp_path, imported):
     kernel = moco_v2()["module.encoder_q.fc.2.weight"].T
     np.testing.assert_array_equal(found.head[0]["dense2"]["kernel"], kernel)
     path.unlink()  # needed at the start only
-    assert loop.train(tiny.METHODS["moco"], c, run, make_mesh(jax.devices()[:2])) == summary
+    assert (
+        loop.train(tiny.METHODS["moco"], c, run, make_evaluator, make_mesh(jax.devices()[:2]))
+        == summary
+    )

@@ -4,15 +4,17 @@ import functools
 import logging
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from common.errors import UserError
-from common.method import make_encoder_setup
+from common.method import Setup, make_encoder_setup
 from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
 from moco_jax import queue as queues
@@ -42,11 +44,12 @@ class Oracle:
     """The step without grouped BN, without shuffling code, without a sharded queue."""
 
     def __init__(self, run):
-        c = run.method.setup.config
+        c = run.method.run.config
         self.c, self.groups = c, c.model.bn_groups
         changes = tiny.VARIANTS["moco"] | {"head__kind": c.head.kind} | ONE_GROUP
         single = tiny.config("moco", model__dtype="float64", **changes)
-        self.network = tiny.build(single, 1).setup.network  # statistics of all rows it is given
+        with jax.enable_x64(True):
+            self.network = tiny.build(single, 1).setup.network  # statistics of all rows it is given
         # (query view, key view)
         self.pairs = [(0, 1), (1, 0)] if c.moco.symmetric else [(0, 1)]
 
@@ -89,7 +92,7 @@ class Oracle:
 
 def ema(run, steps):
     """Closed form: m^s k_0 + (1 - m) sum_i m^(s-1-i) theta_i, theta_i from *before* step i."""
-    m, states = run.method.setup.config.moco.momentum, run.states
+    m, states = run.method.run.config.moco.momentum, run.states
 
     def closed(start, *thetas):
         past = [m ** (steps - 1 - i) * theta for i, theta in enumerate(thetas)]
@@ -112,12 +115,12 @@ def test_key_parameters_are_the_closed_form_of_their_average(variant):
 def test_steps_equal_the_dense_oracle(variant):
     """Keys, queue, loss, gradient, both encoders' statistics; each step from the state before."""
     run = tiny.cached_run(variant, 8)
-    oracle, length = Oracle(run), run.method.setup.config.moco.queue_length
+    oracle, length = Oracle(run), run.method.run.config.moco.queue_length
     remembered = list(np.asarray(run.states[0].queue.keys).reshape(-1, 8))  # oldest first
     with jax.enable_x64(True):
         for step in range(3):
             before, after = run.states[step], run.states[step + 1]
-            images = tiny.host_batch(run.method.setup.config, step)["images"].astype(np.float64)
+            images = tiny.host_batch(run.method.run.config, step)["images"].astype(np.float64)
             keys, key_stats = oracle.keys(ema(run, step + 1), before.key_batch_stats, images)
             tiny.assert_close(after.key_batch_stats, jax.device_get(key_stats), 1e-10, 0)
             # the loss sees the queue before this step's keys enter it
@@ -144,17 +147,21 @@ class Plain:
     """A `Setup` whose network is one matrix and whose optimiser moves nothing."""
 
     def __init__(self, c):
-        self.config, self.mesh = c, make_mesh(jax.devices()[:1])
-        self.training = False
+        self.config, self.batch_size = c.moco, c.batch_size
+        self.mesh, self.training = make_mesh(jax.devices()[:1]), False
+        backbone = types.SimpleNamespace(bn_groups=c.model.bn_groups)
+        self.network = types.SimpleNamespace(backbone=backbone)
+        self.tx = optax.set_to_zero()
+        self.schedule, self.probe = lambda step: 0.0, self
+
+    next_state = Setup.next_state
 
     def forward(self, params, batch_stats, images):
         features = images.reshape(len(images), -1) / 255
         return features, features @ params, batch_stats + 1
 
-    def update(self, state, grads):
-        return state.params, grads, {}
-
-    def update_probe(self, state, features, labels):
+    def update(self, state, features, labels):
+        """As the probe's."""
         return {"features": features, "labels": labels}, {}
 
 
@@ -165,7 +172,7 @@ def test_the_loss_of_both_directions_is_their_sum():
     directions = ((0, 1), (1, 0))
     params, key_params = rng.normal(size=(2, 8 * 8 * 3, 8)).astype(np.float32)
     state = moco.MoCoState(
-        step=jnp.int32(1), params=params, batch_stats=jnp.int32(0), opt_state=None,
+        step=jnp.int32(1), params=params, batch_stats=jnp.int32(0), opt_state=optax.EmptyState(),
         key_params=key_params, key_batch_stats=jnp.int32(0),
         queue=queues.init(jax.random.key(0), 40, method.rows, 8), probe=None,
     )  # fmt: skip
@@ -198,7 +205,7 @@ def test_the_loss_of_both_directions_is_their_sum():
 def test_no_gradient_reaches_the_key_encoder_or_the_queue():
     method = tiny.build(tiny.config("moco", model__bn_groups=4), 1)
     state = tiny.place_state(method)
-    batch = tiny.host_batch(method.setup.config, 0)
+    batch = tiny.host_batch(method.run.config, 0)
 
     def loss(key_params, keys):
         new = state.replace(key_params=key_params, queue=queues.Queue(keys=keys))
@@ -300,7 +307,7 @@ def test_init_copies_the_query_encoder_and_fills_the_queue_with_unit_vectors():
 
 def test_features_come_from_the_query_encoder():
     run = tiny.cached_run("moco", 8)
-    state, images = run.states[1], tiny.host_batch(run.method.setup.config, 9)["images"][:, 0]
+    state, images = run.states[1], tiny.host_batch(run.method.run.config, 9)["images"][:, 0]
     with jax.enable_x64(True):
         encode = jax.jit(run.method.encode)
         got = encode(state, images)

@@ -109,7 +109,7 @@ def test_bfloat16_head_gives_float32_embeddings_from_bfloat16_products(kind):
 
 def tiny_network(kind="simclr", layers=2):
     c = tiny.config("simclr", head__kind=kind, head__layers=layers, model__stages=(1,))
-    network = heads.make_network(c)
+    network = heads.make_network(c.model, c.head)
     images = np.random.default_rng(1).normal(size=(3, 8, 8, 3)).astype(np.float32)
     return network, drawn(network, images, False), images
 
@@ -148,6 +148,6 @@ def test_layers_that_are_not_there_are_named_in_the_error(layer):
 
 def test_unknown_heads_and_heads_without_layers_are_refused():
     with pytest.raises(UserError, match=r'head.kind="mlp".*simclr, moco_v1, moco_v2'):
-        heads.make_network(tiny.config("simclr", head__kind="mlp"))
+        tiny_network(kind="mlp")
     with pytest.raises(UserError, match=r"head.layers=0: a head needs at least one"):
-        heads.make_network(tiny.config("simclr", head__layers=0))
+        tiny_network(layers=0)

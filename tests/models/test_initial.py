@@ -13,9 +13,9 @@ from etils import epath
 
 from common import config
 from common.errors import UserError
-from common.evaluate import pretrained
 from common.method import make_encoder_setup
 from common.models import heads, initial, resnet
+from common.run import saved_config
 from common.sharding import make_mesh
 
 
@@ -108,7 +108,8 @@ IMAGE = jnp.zeros((1, 8, 8, 3))
 
 
 def network(**changes):
-    return heads.make_network(tiny.config("moco", model__stages=(1, 1), **changes))
+    c = tiny.config("moco", model__stages=(1, 1), **changes)
+    return heads.make_network(c.model, c.head)
 
 
 def test_a_network_starts_as_its_config_says(marked):
@@ -162,16 +163,18 @@ def test_a_run_is_evaluated_on_the_network_that_it_began_with(tmp_path):
 
     def opened():
         (tmp_path / "config.json").write_text(json.dumps(saved))
-        found = pretrained.read_config(epath.Path(tmp_path), tiny.METHODS)
+        found = saved_config.load(epath.Path(tmp_path), tiny.METHODS)
         return make_encoder_setup(found, make_mesh()).network
 
-    assert opened() == heads.make_network(c)
+    assert opened() == heads.make_network(c.model, c.head)
     for name in ("conv_init", "stem_init", "zero_init_residual"):
         del saved["model"][name]
     del saved["head"]["init"]
-    assert opened() == heads.make_network(tiny.config("moco")) != heads.make_network(c)
+    plain = tiny.config("moco")
+    assert opened() == heads.make_network(plain.model, plain.head)
+    assert opened() != heads.make_network(c.model, c.head)
     begun, newer = config.as_begun(c, saved)
-    assert heads.make_network(begun) == opened()
+    assert heads.make_network(begun.model, begun.head) == opened()
     assert sorted(newer) == [
         "head.init", "model.conv_init", "model.stem_init", "model.zero_init_residual",
     ]  # fmt: skip

@@ -106,9 +106,7 @@ def compiled(batch, size):
         model__width=16, model__stages=(1,), data__image_size=16,
     )  # fmt: skip
     method = tiny.build(c, 1)
-    abstract = jax.eval_shape(method.init, jax.random.key(0))
-    shardings = tiny.state_shardings(method.setup.mesh, abstract)
-    return tiny.compile_step(method, c, method.setup.mesh, abstract, shardings)
+    return tiny.compile_step(method.train_step, method.run)
 
 
 @pytest.mark.optimised
@@ -134,7 +132,7 @@ def config(batch, size, groups):
     ],
 )  # fmt: skip
 def test_number_of_parts(batch, size, groups, devices, parts):
-    assert microbatch.count(config(batch, size, groups), devices) == parts
+    assert microbatch.count(batch, size, groups, devices) == parts
 
 
 @pytest.mark.parametrize(

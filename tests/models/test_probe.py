@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 
+from common.config import section
 from common.errors import UserError
 from common.models import probe
 
@@ -103,7 +103,7 @@ def test_constant_features_stay_finite():
 
 
 def test_switched_off():
-    config = ml_collections.ConfigDict({"probe": probe.default_config()})
+    config = section("probe")
     model = probe.make_probe(config, num_classes=0, total_steps=10)
     state = model.init(jax.random.key(0), D)
     assert state is None
@@ -137,8 +137,8 @@ def test_default_learning_rate_learns_at_any_scale_and_width(schedule, width, sc
         latent = centres[labels] + 0.5 * rng.normal(size=(n, 12))
         return (scale * (latent @ mixing + 4)).astype(np.float32), labels
 
-    config = ml_collections.ConfigDict({"probe": probe.default_config()})
-    config.probe.schedule = schedule
+    config = section("probe")
+    config.schedule = schedule
     model = probe.make_probe(config, 10, 200)
     state = model.init(jax.random.key(0), width)
     update = jax.jit(model.update)
@@ -150,8 +150,8 @@ def test_default_learning_rate_learns_at_any_scale_and_width(schedule, width, sc
 
 
 def test_the_cosine_comes_to_0_at_the_end_of_the_run():
-    config = ml_collections.ConfigDict({"probe": probe.default_config()})
-    config.probe.update(schedule="cosine", momentum=0.0, learning_rate=3.0)
+    config = section("probe")
+    config.update(schedule="cosine", momentum=0.0, learning_rate=3.0)
     tx, weight = probe.make_probe(config, C, total_steps=8).tx, np.zeros(())
     state, rates = tx.init(weight), []
     for _ in range(8):
@@ -161,14 +161,14 @@ def test_the_cosine_comes_to_0_at_the_end_of_the_run():
 
 
 def test_unknown_schedule():
-    config = ml_collections.ConfigDict({"probe": probe.default_config()})
-    config.probe.schedule = "linear"
+    config = section("probe")
+    config.schedule = "linear"
     with pytest.raises(UserError, match="constant, cosine"):
         probe.make_probe(config, 10, 300)
 
 
 def test_a_negative_learning_rate():
-    c = ml_collections.ConfigDict({"probe": probe.default_config()})
-    c.probe.learning_rate = -1.0
+    c = probe.default_config()
+    c.learning_rate = -1.0
     with pytest.raises(UserError, match=r"probe\.learning_rate=-1.0: expected a finite"):
         probe.make_probe(c, C, 10)

@@ -292,7 +292,7 @@ def test_statistics_of_bfloat16_inputs_are_summed_in_float32():
 )
 def test_unknown_networks_are_refused(changes, text):
     with pytest.raises(UserError, match=text):
-        resnet.make_encoder(tiny.config("simclr", **changes))
+        resnet.make_encoder(tiny.config("simclr", **changes).model)
 
 
 def test_groups_that_do_not_divide_the_batch_and_odd_patches_are_refused():

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 
-NOT_SOURCE = ("__pycache__", "runs", "site")  # as in .gitignore
+NOT_SOURCE = ("__pycache__", "build", "runs", "site")  # as in .gitignore
 
 
 def copy_checkout(root: pathlib.Path, target: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.plan import chips, collectives, measure, table, traffic
 from common.plan.plan import data_of, plan
 from common.sharding import AXIS, make_mesh
+from common.train.prepare import Extent
 
 HLO = """
 %async_collective_fusion.7 (p: u8[100]) -> u8[100] {
@@ -106,8 +107,8 @@ def test_plan_of_this_machine(remat, capsys):
     assert row["fits"] is None and row["hbm_gib"] is None and row["tflop"] > 0
     assert "all-reduce" in row["collectives"] and row["remat"] == remat
     assert "topology" in printed.err and "local" in printed.err
-    found = measure.for_mesh(measure.Task(main.METHODS["moco"], c, (8, 4), 10), make_mesh())
-    state = tiny.place_state(main.METHODS["moco"](tiny.make_setup(c, make_mesh(), 8, 4, 10)))
+    found = measure.for_mesh(measure.Task(main.METHODS["moco"], c, Extent(8, 4, 10)), make_mesh())
+    state = tiny.place_state(tiny.prepared(c, classes=10).method)
     share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert found["aliased"] == share
     assert found["peak"] == (
@@ -190,7 +191,7 @@ def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, ca
 
     def found(task, topology):
         if topology == "v6e:4x8":
-            raise UserError("the TPU compiler died on v6e:4x8")
+            raise UserError("the TPU compiler crashed on v6e:4x8")
         return good(task, topology)
 
     monkeypatch.setattr(measure, "for_topology", found)
@@ -303,12 +304,12 @@ def test_a_compiler_that_dies_is_an_error(topology, quick, advice, monkeypatch):
     """Of one line: the check that failed, and what was not tried already."""
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(measure, "_child", die)
-    task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), (8, 4), 3, quick=quick)
+    task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), Extent(8, 4, 3), quick=quick)
     with pytest.raises(UserError) as caught:
         measure.for_topology(task, topology)
     assert str(caught.value) == (
-        f"the TPU compiler died on {topology} (exit status -6, Check failed: bound == 1 || bound "
-        f">= 2 bound = 0): a fault in {advice}, or another version of libtpu"
+        f"the TPU compiler crashed on {topology} (exit status -6, Check failed: bound == 1 || "
+        f"bound >= 2 bound = 0): a fault in {advice}, or another version of libtpu"
     )
 
 

@@ -10,12 +10,13 @@ import pytest
 import tiny
 
 import main
-from benchmarks import running, tpu_figures
+from benchmarks import tpu_figures
 from benchmarks.record import plan
 from common.errors import UserError
 from common.plan import measure
 from common.plan.collectives import Collective
 from common.sharding import make_mesh
+from common.train.prepare import Extent, prepare
 
 pytestmark = [pytest.mark.tpu, pytest.mark.optimised]
 DEVICES, BATCH, DIM = 8, 256, 128
@@ -33,7 +34,7 @@ def config(method, **changes):
 
 
 def compiled(method, topology="v5e:2x4", **changes):
-    task = measure.Task(main.METHODS[method], config(method, **changes), (100, 10), 10)
+    task = measure.Task(main.METHODS[method], config(method, **changes), Extent(100, 10, 10))
     found = measure.for_topology(task, topology)
     found["collectives"] = [Collective(*c) for c in found["collectives"]]
     return found
@@ -100,7 +101,9 @@ def test_one_chip_compiles_sends_nothing_and_overwrites_its_state(method, quick)
         c.batch_size = 32
     found = plan.planned(c, "v5e:1x1", quick=quick)
     assert not found["collectives"]
-    abstract = running.described(c, make_mesh(jax.devices()[:1]))[1]
+    abstract = prepare(
+        main.METHODS[c.method], c, make_mesh(jax.devices()[:1]), extent=Extent(100, 10, 10)
+    ).abstract
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     assert found["aliased"] > 0.95 * size
     assert found["peak"] < 4 * 2**30

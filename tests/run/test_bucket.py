@@ -15,6 +15,7 @@ from common.cli import command_line, modes
 from common.data.sources import shards
 from common.data.sources.opening import open_source
 from common.errors import UserError
+from common.evaluate.online import make_evaluator
 from common.run import files
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh
@@ -97,7 +98,9 @@ def test_a_run_in_a_bucket_is_that_of_a_disk(tmp_path, monkeypatch):
             super().__init__(tmp_path / "checkpoints", keep, **options)
 
     def run(c, workdir):
-        return loop.train(main.METHODS[c.method], c, workdir, make_mesh(jax.devices()[:2]))
+        return loop.train(
+            main.METHODS[c.method], c, workdir, make_evaluator, make_mesh(jax.devices()[:2])
+        )
 
     with mounted(tmp_path / "store", monkeypatch) as bucket:
         data = small("simclr", data__fake_classes=2, evaluate__pictures=True)

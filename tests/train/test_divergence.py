@@ -14,10 +14,12 @@ from test_end_to_end import TOTAL, lines, small
 
 import main
 from common.errors import UserError
+from common.evaluate.online import make_evaluator
 from common.run.writer import NonFiniteLossError
 from common.sharding import make_mesh
 from common.train import divergence, replay
 from common.train import loop as loop
+from common.train.prepare import Extent
 from simclr_jax.method import SimCLR
 
 
@@ -42,8 +44,7 @@ class Toy:
 @pytest.mark.parametrize(("x", "y"), [(np.nan, 0.0), (np.inf, 0.0), (0.0, np.nan)])
 def test_a_step_that_would_spoil_the_state_leaves_it(x, y):
     """A bad loss, or a good one and a bad update; the next good step goes on from there."""
-    method = divergence.SkipNonFinite(Toy())
-    step = jax.jit(method.train_step)
+    step = jax.jit(divergence.skip_nonfinite(Toy().train_step))
     state = State(jnp.int32(4), jnp.ones(3), jnp.int32(0))
     got, metrics = step(state, {"x": jnp.full(2, x), "y": jnp.full(3, y)}, None)
     assert metrics["skipped"] == 1 and got.step == 5 and got.count == 0
@@ -51,12 +52,12 @@ def test_a_step_that_would_spoil_the_state_leaves_it(x, y):
     got, metrics = step(got, {"x": jnp.ones(2), "y": jnp.full(3, 2.0)}, None)
     assert metrics["skipped"] == 0 and got.step == 6 and got.count == 1
     np.testing.assert_array_equal(got.w, np.full(3, 3.0))
-    assert method.chance == 0.1
 
 
 def watch(workdir, mode="stop", total=1000, limit=3, skipped=0):
     c = types.SimpleNamespace(on_nonfinite=mode, max_skipped=limit, seed=5)
-    return divergence.Watch(c, epath.Path(workdir), Toy(), total, skipped)
+    run = types.SimpleNamespace(config=c, method=Toy(), extent=Extent(total, 10))
+    return divergence.Watch(run, epath.Path(workdir), skipped=skipped)
 
 
 IDS = np.array([3, 1])
@@ -67,10 +68,10 @@ def test_the_first_bad_step_is_named_and_its_reproduction_kept(tmp_path):
     w.saved = 2
     state = {"params": {"a": jnp.ones(2), "b": jnp.array([1.0, np.nan])}, "z": jnp.array(np.inf)}
     for step, loss in ((3, 1.0), (4, np.nan), (5, np.nan)):
-        w.took(step, {"loss": jnp.float32(loss), "other": None}, IDS[None])
-    w.settle(2, state)
+        w.add(step, {"loss": jnp.float32(loss), "other": None}, IDS[None])
+    w.check_all(state, but=2)
     with pytest.raises(NonFiniteLossError, match=r"^loss is nan at step 4: .*params/b of 2; `main"):
-        w.settle(0, state)
+        w.check_all(state)
     record = json.loads((tmp_path / "nonfinite" / "step_4.json").read_text())
     assert (record["checkpoint"], record["seed"], record["bad_arrays"]) == (2, 5, ["params/b", "z"])
     with np.load(tmp_path / "nonfinite" / "step_4.process_0.npz", allow_pickle=False) as file:
@@ -82,17 +83,17 @@ def test_a_bad_loss_inside_a_dispatch_names_its_step(tmp_path):
     """Of a dispatch that took 2 of at most 3 steps, the rest is not looked at."""
     w, ids = watch(tmp_path), np.array([[3, 1], [0, 2]])
     each = {"loss": jnp.array([1.0, 2.0, np.nan])}
-    w.took(5, metrics := {"loss": each["loss"][1], "each": each}, ids)
+    w.add(5, metrics := {"loss": each["loss"][1], "each": each}, ids)
     assert "each" not in metrics
-    w.settle(0, {})
-    w.took(7, {"each": {"loss": jnp.array([1.0, np.inf, np.nan])}}, ids)
+    w.check_all({})
+    w.add(7, {"each": {"loss": jnp.array([1.0, np.inf, np.nan])}}, ids)
     with pytest.raises(NonFiniteLossError, match=r"^loss is inf at step 8: "):
-        w.settle(0, {})
+        w.check_all({})
     with np.load(tmp_path / "nonfinite" / "step_8.process_0.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["ids"], [0, 2])
 
 
-def test_skipped_steps_are_counted_and_only_so_many_in_a_row_borne(tmp_path, caplog):
+def test_skipped_steps_are_counted_and_only_so_many_in_a_row_tolerated(tmp_path, caplog):
     w = watch(tmp_path, "skip", skipped=4)
     assert w.counts() == {"skipped_steps": 4} and watch(tmp_path).counts() == {}
     for step, bad in enumerate([1, 1, 0, 1, 1], start=1):
@@ -131,7 +132,7 @@ class Poisoned(SimCLR):
 
 
 def poisoned(c, workdir):
-    return loop.train(Poisoned, c, workdir, make_mesh(jax.devices()[:1]))
+    return loop.train(Poisoned, c, workdir, make_evaluator, make_mesh(jax.devices()[:1]))
 
 
 @pytest.mark.slow  # `test_replay.py` does it with a method that compiles in no time

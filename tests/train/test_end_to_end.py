@@ -13,13 +13,17 @@ from PIL import Image
 from test_writer import read_events
 
 import main
+from common.data.sources.opening import open_source
 from common.errors import UserError
+from common.evaluate.online import make_evaluator
 from common.optim import steps_of
 from common.run import jsonl
 from common.run.checkpoint import Checkpoints
 from common.run.writer import TIMING_KEYS
-from common.sharding import make_mesh, state_shardings
+from common.sharding import make_mesh
 from common.train import loop as loop
+from common.train.position import Position
+from common.train.prepare import Extent, prepare
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
@@ -61,16 +65,17 @@ def small(method, folder=None, **changes):
 
 
 def run(c, workdir, devices=2):
-    return loop.train(main.METHODS[c.method], c, workdir, make_mesh(jax.devices()[:devices]))
+    return loop.train(
+        main.METHODS[c.method], c, workdir, make_evaluator, make_mesh(jax.devices()[:devices])
+    )
 
 
 def saved(c, workdir, step, classes=2):
     """The state of a checkpoint, on one device."""
-    mesh = make_mesh(jax.devices()[:1])
-    setup = loop.make_setup(c, mesh, steps_of(c.duration, 2), 2, classes)
-    abstract = jax.eval_shape(main.METHODS[c.method](setup).init, jax.random.key(0))
+    extent = Extent(steps_of(c.duration, 2), 2, classes)
+    prepared = prepare(main.METHODS[c.method], c, make_mesh(jax.devices()[:1]), extent=extent)
     with Checkpoints(workdir, c.checkpoint.keep) as checkpoints:
-        return checkpoints.restore(step, abstract, state_shardings(mesh, abstract))[0]
+        return checkpoints.restore(step, prepared.abstract, prepared.shardings)[0]
 
 
 def lines(workdir, name=jsonl.FILE):
@@ -198,12 +203,11 @@ def test_data_that_has_grown_is_not_continued(folder, tmp_path, monkeypatch):
 
 
 def test_other_files_of_the_same_number_are_not_continued(folder):
-    source = loop.open_source(small("simclr", folder).data, "train")
-    noted = {"num_examples": 20, "listing": source.listing}
-    loop.same_data(noted, source)
-    loop.same_data({"num_examples": 20}, source)  # by code that did not note them
+    source = open_source(small("simclr", folder).data, "train")
+    Position(num_examples=20, listing=source.listing).check_same_data(source)
+    Position.of({"num_examples": 20}).check_same_data(source)  # by code that did not list them
     with pytest.raises(UserError, match="20 images as before, but files were renamed, or added"):
-        loop.same_data(noted | {"listing": "another"}, source)
+        Position(num_examples=20, listing="another").check_same_data(source)
 
 
 @pytest.mark.slow

@@ -11,16 +11,18 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
+from common.evaluate.modes import MODES
 from test_end_to_end import lines
 
-from common.cli.modes import MODES
 from common.data.sources.opening import open_source
+from common.evaluate.online import make_evaluator
 from common.plan import measure
 from common.sharding import make_mesh
 from common.train import loop as loop
 from common.train import replay
-from common.train.divergence import FOLDER
-from common.train.first_state import import_weights
+from common.train.divergence import FOLDER, Watch
+from common.train.import_weights import import_weights
+from common.train.prepare import Extent
 
 pytestmark = pytest.mark.slow
 
@@ -141,15 +143,15 @@ def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, t
 
 def interrupt_once(monkeypatch):
     """Ends the run when step 3 is done, as Ctrl-C would."""
-    real = loop.Watch.check
+    real = Watch.check
 
     def check(self, step, *rest):
         real(self, step, *rest)
         if step >= 3:
-            monkeypatch.setattr(loop.Watch, "check", real)
+            monkeypatch.setattr(Watch, "check", real)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Watch, "check", check)
+    monkeypatch.setattr(Watch, "check", check)
 
 
 @pytest.mark.parametrize("row", covering(OPTIONS | {"devices": (1, 2)}), ids=name_of)
@@ -163,8 +165,8 @@ def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch
     make_method = tiny.METHODS[row["method"]]
     interrupt_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(make_method, c, tmp_path, mesh)
-    summary = loop.train(make_method, c, tmp_path, mesh)
+        loop.train(make_method, c, tmp_path, make_evaluator, mesh)
+    summary = loop.train(make_method, c, tmp_path, make_evaluator, mesh)
     losses = {r["step"]: r["loss"] for r in lines(tmp_path) if "loss" in r}
     assert summary["steps"] == 4 and list(losses)[-1] == 4
     assert np.isfinite(list(losses.values())).all()
@@ -182,5 +184,6 @@ def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch
     assert float(said.split("loss ")[-1].split(",")[0]) == pytest.approx(losses[4], rel=1e-5)
 
     source = open_source(c.data, "train")
-    task = measure.Task(make_method, c, (4, source.num_examples // 16), source.num_classes)
+    extent = Extent(4, source.num_examples // 16, source.num_classes)
+    task = measure.Task(make_method, c, extent)
     assert measure.for_mesh(task, mesh)["flops"] > 0

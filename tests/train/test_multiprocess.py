@@ -33,22 +33,24 @@ def interrupted(c, workdir, mesh=None):
     """Trains until step 3 is done and dies: the last checkpoint is of step 2."""
     import tiny
 
-    from common.train import loop as loop
+    from common.evaluate.online import make_evaluator
+    from common.train import loop
+    from common.train.divergence import Watch
 
-    real = loop.Watch.check
+    real = Watch.check
 
     def fail_at_three(self, step, *rest):
         real(self, step, *rest)
         if step == 3:
             raise KeyboardInterrupt
 
-    loop.Watch.check = fail_at_three
+    Watch.check = fail_at_three
     try:
-        loop.train(tiny.METHODS[c.method], c, workdir, mesh)
+        loop.train(tiny.METHODS[c.method], c, workdir, make_evaluator, mesh)
     except KeyboardInterrupt:
         return
     finally:
-        loop.Watch.check = real
+        Watch.check = real
     raise AssertionError("not interrupted")
 
 
@@ -66,7 +68,8 @@ def told(workdir, index):
 
     import tiny
 
-    from common.train import loop as loop
+    from common.evaluate.online import make_evaluator
+    from common.train import loop
     from common.train.preemption import PreemptedError
 
     real, taken = loop.to_global, iter(range(1, 10_000))
@@ -80,7 +83,7 @@ def told(workdir, index):
 
     loop.to_global = slow
     try:
-        loop.train(tiny.METHODS["moco"], long_config(), workdir)
+        loop.train(tiny.METHODS["moco"], long_config(), workdir, make_evaluator)
     except PreemptedError as error:
         return str(error)
     finally:

@@ -67,17 +67,17 @@ class OfLargeWeights(toy.Toy):
         return state, metrics | {"loss": metrics["loss"] + large}
 
 
-def heavy(weights, make_method, setup, key, shardings):
-    """In the place of `_init_from`: a weight of 100."""
-    state = make_method(setup).init(key)
+def heavy(run, weights):
+    """In the place of `with_weights`: a weight of 100."""
+    state = run.method.init(run.init_key)
     params = jax.tree.map(lambda x: x * 0 + 100, state.params)
-    return jax.device_put(state.replace(params=params), shardings), False
+    return jax.device_put(state.replace(params=params), run.shardings), False
 
 
 @pytest.mark.parametrize("field", ["init_from", "resume_from"])
 def test_a_run_from_given_weights_is_replayed_from_them(field, tmp_path, monkeypatch):
     monkeypatch.setattr(first_state, "load_weights", lambda path: path)
-    monkeypatch.setattr(first_state, "_init_from", heavy)
+    monkeypatch.setattr(first_state, "with_weights", heavy)
     other = tmp_path / "other"
     if field == "resume_from":
         toy.train(toy.config(init_from="weights", duration="1 step"), other)

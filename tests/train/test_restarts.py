@@ -15,12 +15,12 @@ from common import config as configs
 from common.data.sources import fake
 from common.data.sources.fake import FakeSource
 from common.errors import UserError
-from common.evaluate import pretrained
+from common.run import saved_config
 from common.run import workdir as workdirs
 from common.run.writer import NonFiniteLossError
 from common.train import loop as loop
-from common.train import preemption
-from common.train.loop import same_data
+from common.train import milestones, preemption, prepare
+from common.train.position import Position
 from common.train.preemption import PreemptedError
 from simclr_jax.method import SimCLR
 
@@ -29,6 +29,7 @@ def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monk
     """Its lines, its summary, and its time: each step takes 10 s here."""
     clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(milestones, "time", clock)
     to_global = loop.to_global
 
     def slowly(*arguments):
@@ -36,32 +37,30 @@ def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monk
         return to_global(*arguments)
 
     monkeypatch.setattr(loop, "to_global", slowly)
-    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     c = toy.config(evaluate__every="2 steps")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    summary = toy.train(c, whole)
+    summary = toy.train(c, whole, make_evaluator=toy.scored(toy.SCORES))
     assert (summary["seconds"], summary["knn_top1_at_init"]) == (70.0, 0.0)
     said = capsys.readouterr().err
     assert "7 of 0.0 GFLOP (2 an epoch)" in said and "resuming" not in said
-    toy.train_until(5, c, broken)
-    toy.train_until(7, c, broken, start=3)
+    toy.train_until(5, c, broken, make_evaluator=toy.scored(toy.SCORES))
+    toy.train_until(7, c, broken, start=3, make_evaluator=toy.scored(toy.SCORES))
     assert "resuming  after step 3 of 7" in capsys.readouterr().err
-    resumed = toy.train(c, broken)
+    resumed = toy.train(c, broken, make_evaluator=toy.scored(toy.SCORES))
     assert toy.untimed(resumed) == toy.untimed(summary) and lines(broken) == lines(whole)
     assert toy.weight(broken, TOTAL) == toy.weight(whole, TOTAL)
     assert resumed["seconds"] == 70.0
     # one step gives no rate, so the saved one is kept
     assert resumed["images_per_second"] == toy.progress(broken, 6)["images_per_second"]
     monkeypatch.setattr(loop, "compile_step", None)  # a finished run must not compile again
-    assert toy.train(c, broken) == resumed
+    assert toy.train(c, broken, make_evaluator=toy.scored(toy.SCORES)) == resumed
 
 
 def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path, monkeypatch):
     """SIGTERM arrives in step 4, twice, after which scores are due."""
-    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     c = toy.config(evaluate__every="4 steps")
     whole, told = tmp_path / "whole", tmp_path / "told"
-    summary = toy.train(c, whole)
+    summary = toy.train(c, whole, make_evaluator=toy.scored(toy.SCORES))
 
     def tell(n):
         for _ in range(2 * (n == 4)):
@@ -69,11 +68,13 @@ def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path,
 
     handler = signal.getsignal(signal.SIGTERM)
     with toy.before_each_step(tell), pytest.raises(PreemptedError):
-        toy.train(c, told)
+        toy.train(c, told, make_evaluator=toy.scored(toy.SCORES))
     assert signal.getsignal(signal.SIGTERM) is handler
     assert toy.saved_steps(told) == [3, 4]
     assert [r["step"] for r in lines(told) if "knn_top1" in r] == [0]
-    assert toy.untimed(toy.train(c, told)) == toy.untimed(summary)
+    assert toy.untimed(toy.train(c, told, make_evaluator=toy.scored(toy.SCORES))) == toy.untimed(
+        summary
+    )
     assert lines(told) == lines(whole)
 
 
@@ -123,7 +124,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypa
         begun = workdirs.as_begun(c, tmp_path)
     assert (begun.seed, begun.augment_view2.crop) == (0, "torch") and c.seed == 3
     assert "began before there was a field seed: it goes on as it began, with seed=0" in caplog.text
-    assert pretrained.read_config(tmp_path, {"simclr": toy.Toy}).seed == 0
+    assert saved_config.load(tmp_path, {"simclr": toy.Toy}).seed == 0
     toy.train(c, tmp_path)
     assert workdirs.as_begun(c, tmp_path / "new") is c
     other = toy.config()
@@ -133,7 +134,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypa
 
 def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
     """Position, and how many processes had read a streamed set."""
-    asked, train_batches = [], loop.pipeline.train_batches
+    asked, train_batches = [], prepare.pipeline.train_batches
 
     def wrapped(*arguments, **options):
         asked.append((options["start_step"], options["saved_readers"]))
@@ -141,7 +142,7 @@ def test_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
         batches.readers = 3
         return batches
 
-    monkeypatch.setattr(loop.pipeline, "train_batches", wrapped)
+    monkeypatch.setattr(prepare.pipeline, "train_batches", wrapped)
     c = toy.config()
     toy.train_until(5, c, tmp_path)
     toy.train(c, tmp_path)
@@ -201,10 +202,10 @@ def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, c
     with pytest.raises(UserError, match=r"another config: data.labels \(was 'auto', now 'none'\)"):
         toy.train(c, copy)
     c.data.labels = "auto"
-    monkeypatch.setattr(loop, "same_data", lambda p, *rest: same_data(p | {"listing": ""}, *rest))
-    with pytest.raises(UserError, match="it did not note its files, so that nobody can tell whet"):
-        toy.train(c, copy)
-    monkeypatch.setattr(loop, "same_data", same_data)
+    with monkeypatch.context() as patch:  # as shards of before: they did not list their files
+        patch.setattr(Position, "of", lambda r: Position(num_examples=r["num_examples"]))
+        with pytest.raises(UserError, match="its checkpoints do not list its files, so whether"):
+            toy.train(c, copy)
     (tmp_path / "elsewhere" / "train" / "a" / "0.png").rename(tmp_path / "elsewhere/train/a/x.png")
     with pytest.raises(UserError, match="files were renamed, or added and removed"):
         toy.train(c, copy)

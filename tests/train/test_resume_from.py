@@ -12,48 +12,49 @@ from etils import epath
 
 from common.config import check_same_run
 from common.errors import UserError
+from common.method import Method
 from common.optim import make_optimizer
 from common.run.checkpoint import Checkpoints
 from common.sharding import batch_sharding, make_mesh, replicated
 from common.train import resume_from
 
 
-class Plain:
+class Plain(Method):
     """A method without a wish."""
 
 
 def place(seed, width=4, out=3, optimizer="sgd", **fields):
-    """(config, state): the parts of a real state that matter here, on two devices."""
+    """The parts of a real state that matter here, on two devices."""
     c = tiny.config("simclr", optimizer__name=optimizer)
+    tx, _ = make_optimizer(c.optimizer, c.batch_size, total_steps=8, steps_per_epoch=4)
     rng, mesh = np.random.default_rng(seed), make_mesh(jax.devices()[:2])
     params = {"backbone": {"kernel": rng.normal(size=(3, width)).astype(np.float32)},
               "head": {"kernel": rng.normal(size=(width, out)).astype(np.float32)}}  # fmt: skip
     state = {
         "step": np.int32(seed),
         "params": params,
-        "opt_state": make_optimizer(c, 8, 4)[0].init(jax.tree.map(jnp.asarray, params)),
+        "opt_state": tx.init(jax.tree.map(jnp.asarray, params)),
         **fields,
     }
     shardings = jax.tree.map(lambda _: replicated(mesh), state)
     if "queue" in fields:
         shardings["queue"] = batch_sharding(mesh)
-    return c, jax.device_put(state, shardings)
+    return jax.device_put(state, shardings)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The workdir of a run, and its state."""
     workdir = tmp_path_factory.mktemp("other")
-    _, state = place(6, queue=np.arange(8.0, dtype=np.float32))
+    state = place(6, queue=np.arange(8.0, dtype=np.float32))
     with Checkpoints(workdir, 2) as checkpoints:
         checkpoints.save(6, state, {})
     return workdir, tiny.named_leaves(state)
 
 
-def adopt(c, state, workdir, text, method=None, **changes):
-    with c.unlocked():
-        c.update(resume_from=text, **changes)
-    got = resume_from.adopt(c, epath.Path(workdir), method or Plain(), state)
+def adopt(state, workdir, text, method=None, optimizer=False):
+    method = method or Plain(None)
+    got = resume_from.adopt(text, epath.Path(workdir), method, state, optimizer=optimizer)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
     return tiny.named_leaves(got)
@@ -61,9 +62,9 @@ def adopt(c, state, workdir, text, method=None, **changes):
 
 def test_the_same_network_takes_all_but_step_and_momentum(other, tmp_path, capsys):
     workdir, want = other
-    c, state = place(1, queue=np.zeros(8, np.float32))
+    state = place(1, queue=np.zeros(8, np.float32))
     before = tiny.named_leaves(state)
-    got = adopt(c, state, tmp_path, str(workdir))
+    got = adopt(state, tmp_path, str(workdir))
     assert got.keys() == want.keys() and any("opt_state" in n for n in want)
     for name in want:
         source = before if name.startswith(("['step']", "['opt_state']")) else want
@@ -77,25 +78,25 @@ def test_the_same_network_takes_all_but_step_and_momentum(other, tmp_path, capsy
 
 
 def test_started_again_it_takes_the_same_step(tmp_path):
-    c, state = place(1)
+    state = place(1)
     for step in (6, 9):
         with Checkpoints(tmp_path / "other", 2) as checkpoints:
-            checkpoints.save(step, place(step)[1], {})
+            checkpoints.save(step, place(step), {})
         (tmp_path / f"run{step}").mkdir()
-        first = adopt(c, state, tmp_path / "run6", str(tmp_path / "other"))
-        want = tiny.named_leaves(place(6)[1])
+        first = adopt(state, tmp_path / "run6", str(tmp_path / "other"))
+        want = tiny.named_leaves(place(6))
         np.testing.assert_array_equal(first["['params']['backbone']['kernel']"],
                                       want["['params']['backbone']['kernel']"])  # fmt: skip
-    newest = adopt(c, state, tmp_path / "run9", str(tmp_path / "other"))
+    newest = adopt(state, tmp_path / "run9", str(tmp_path / "other"))
     assert not np.array_equal(newest["['params']['backbone']['kernel']"],
                               want["['params']['backbone']['kernel']"])  # fmt: skip
 
 
 def test_another_head(other, tmp_path, capsys):
     workdir, want = other
-    c, state = place(1, out=5)
+    state = place(1, out=5)
     before = tiny.named_leaves(state)
-    got = adopt(c, state, tmp_path, f"{workdir}@6")
+    got = adopt(state, tmp_path, f"{workdir}@6")
     name = "['params']['{}']['kernel']"
     np.testing.assert_array_equal(got[name.format("backbone")], want[name.format("backbone")])
     np.testing.assert_array_equal(got[name.format("head")], before[name.format("head")])
@@ -118,12 +119,12 @@ def test_a_momentum_encoder_follows_weights_of_a_run_without_one():
 
 @pytest.mark.parametrize(("name", "kept"), [("sgd", 0), ("adamw", 1)])
 def test_with_the_optimiser_its_counter_of_the_schedule_starts_anew(name, kept, tmp_path):
-    c, state = place(0, optimizer=name)
+    state = place(0, optimizer=name)
     counters = [n for n in tiny.named_leaves(state) if n.endswith(".count")]
     assert len(counters) == 1 + kept
     with Checkpoints(tmp_path / "other", 2) as checkpoints:
         checkpoints.save(5, jax.tree.map(lambda x: x + 5, state), {})
-    got = adopt(c, state, tmp_path, str(tmp_path / "other"), resume_optimizer=True)
+    got = adopt(state, tmp_path, str(tmp_path / "other"), optimizer=True)
     assert sorted(int(got[n]) for n in counters) == [0] + [5] * kept
     moments = [n for n in got if "opt_state" in n and got[n].ndim]
     assert moments and all((got[n] == 5).all() for n in moments)
@@ -131,11 +132,11 @@ def test_with_the_optimiser_its_counter_of_the_schedule_starts_anew(name, kept, 
 
 def test_what_cannot_be_resumed_from(other, tmp_path):
     workdir, _ = other
-    c, state = place(0, width=8)
+    state = place(0, width=8)
 
     def said(text, where=tmp_path):
         with pytest.raises(UserError) as caught:
-            adopt(c, state, where, text)
+            adopt(state, where, text)
         return str(caught.value)
 
     assert "no checkpoints in" in said(f"{tmp_path}/nowhere")
@@ -154,10 +155,10 @@ def test_a_damaged_source_is_one_line(other, tmp_path):
     shutil.copytree(other[0], copy)
     path = copy / "checkpoints" / "6" / "progress" / "metadata"
     path.write_text(path.read_text().replace('"params/head/kernel": ', '"params/head/kernel": 1'))
-    c, state = place(0)
+    state = place(0)
     said = r"the checkpoint of step 6 in .* is damaged \(params/head/kernel is not what was saved\)"
     with pytest.raises(UserError, match=said):
-        adopt(c, state, tmp_path, str(copy))
+        adopt(state, tmp_path, str(copy))
 
 
 def test_a_run_of_older_code_is_continued_with_new_fields_off():

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from common.method import Setup, make_setup
-from common.sharding import make_mesh
+from common.method import Setup
 
 STEPS, PIXELS = 6, 8 * 8 * 3
 CASES = {
@@ -28,7 +27,7 @@ class Linear(Setup):
     def init_network(self, key):
         width = self.network.backbone.feature_dim
         rng = np.random.default_rng(0)
-        shapes = {"backbone": (PIXELS, width), "head": (width, self.config.head.dim)}
+        shapes = {"backbone": (PIXELS, width), "head": (width, self.network.head.dim)}
         return {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}, {}
 
     def forward(self, params, batch_stats, images):
@@ -45,8 +44,9 @@ def steps(method):
             method, optimizer__schedule="cosine", optimizer__warmup="3 steps",
             model__dtype="float64", **CASES[method],
         )  # fmt: skip
-        setup = make_setup(c, make_mesh(jax.devices()[:2]), 8, 4, tiny.CLASSES)
-        return tiny.run(tiny.METHODS[method](Linear(**vars(setup))), STEPS)
+        run = tiny.prepared(c, 2)
+        run = tiny.attach(tiny.METHODS[method](Linear(**vars(run.setup))), run)
+        return tiny.run(run.method, STEPS)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -80,7 +80,7 @@ def test_the_probe_sees_each_feature_with_the_label_of_its_image(method):
     """By hand with all first views and then all second ones; the step has another order."""
     run = steps(method)
     setup, before, after = run.method.setup, run.states[0], run.states[1]
-    batch = tiny.host_batch(setup.config, 0)
+    batch = tiny.host_batch(run.method.run.config, 0)
     pixels = (batch["images"] / 255 - np.array(setup.mean)) / np.array(setup.std)
     kernel = before.params["backbone"]["kernel"]
     features = [pixels[:, view].reshape(len(pixels), -1) @ kernel for view in (0, 1)]

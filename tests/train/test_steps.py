@@ -78,7 +78,7 @@ def test_a_plain_jit_of_the_step_compiles_once_too(method):
     before = tiny.avals(state)
     step = jax.jit(chex.assert_max_traces(method.train_step, n=1), donate_argnums=0)
     for i in range(3):
-        batch = tiny.to_global(method.setup.mesh, tiny.host_batch(method.setup.config, i))
+        batch = tiny.to_global(method.setup.mesh, tiny.host_batch(method.run.config, i))
         with jax.transfer_guard("disallow"):
             state, _ = step(state, batch, key)
     assert step._cache_size() == 1
@@ -89,7 +89,7 @@ def test_simclr_step_equals_a_dense_one_in_another_order():
     """NT-Xent as a 2N x 2N matrix, first all first views, then all second ones; float64."""
     run = tiny.cached_run("simclr", 8)
     setup, before, after = run.method.setup, run.states[0], run.states[1]
-    images = tiny.host_batch(setup.config, 0)["images"]
+    images = tiny.host_batch(run.method.run.config, 0)["images"]
     b = len(images)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = (np.concatenate([images[:, 0], images[:, 1]]) / 255 - mean) / std
@@ -146,7 +146,7 @@ def test_signs_of_collapse(spread):
 def test_the_probe_learns_without_moving_the_encoder():
     """Other labels: another probe, the same encoder bit by bit."""
     run = tiny.cached_run("simclr", 8)
-    mesh, batch = run.method.setup.mesh, tiny.host_batch(run.method.setup.config, 0)
+    mesh, batch = run.method.setup.mesh, tiny.host_batch(run.method.run.config, 0)
     batch["labels"] = (batch["labels"] + 1) % tiny.CLASSES
     with jax.enable_x64(True):
         key = jax.device_put(jax.random.key(1), replicated(mesh))

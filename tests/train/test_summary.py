@@ -1,5 +1,6 @@
 """The last lines of a run say what its score is compared with."""
 
+import dataclasses
 import json
 import types
 
@@ -8,20 +9,26 @@ import pytest
 import tiny
 from etils import epath
 
+from common import version
 from common.data.sources.opening import open_source
 from common.run import console
 from common.train import summary
+from common.train.position import Position
+from common.train.prepare import Extent
 
 SCORES = {"knn_top1": 0.7, "knn_top1_at_init": 0.5, "knn_top1_raw_pixels": 0.4}
-PROGRESS = {"results": SCORES, "images_per_second": 1.0, "seconds": 2.0}
+POSITION = Position(results=SCORES, images_per_second=1.0, seconds=2.0)
 
 
 @pytest.mark.parametrize("field", ["init_from", "resume_from", None])
 def test_weights_of_another_run_are_not_called_untrained(tmp_path, capsys, field):
     c = tiny.config("simclr", evaluate__pictures=False, **({field: "runs/other"} if field else {}))
-    got = summary.finish(c, epath.Path(tmp_path), None, None, PROGRESS, "photos (train)", 800)
+    source = types.SimpleNamespace(name="photos", split="train")
+    run = types.SimpleNamespace(config=c, source=source, extent=Extent(800, 10))
+    got = summary.finish(run, epath.Path(tmp_path), None, None, POSITION)
     said = capsys.readouterr().err
     assert got["started_from"] == ("runs/other" if field else None)
+    assert {name: got[name] for name in ("version", "commit")} == version.fields()
     # rerunning the command says the same of the summary that was written
     assert json.loads((tmp_path / "summary.json").read_text()) == got
     summary.finished(epath.Path(tmp_path))
@@ -128,16 +135,18 @@ def test_on_a_terminal_nothing_that_is_said_breaks_inside_a_word(monkeypatch, ca
 def test_the_summary_at_the_start_is_of_all_devices(capsys):
     """XLA counts the operations of one device, and of a loop over micro-batches one turn."""
     c = tiny.config("simclr", batch_size=32, microbatch=8, model__bn_groups=32, data__source="fake")
-    setup = tiny.build(c, 4).setup
     step = types.SimpleNamespace(cost_analysis=lambda: {"flops": 2e9, "bytes accessed": 5.0})
     params = {"backbone": np.zeros((3, 20_000)), "head": np.zeros(40_000)}
     state = types.SimpleNamespace(params=params)
-    source = open_source(c.data, "train")
-    summary.start_up(c, epath.Path("w"), setup.mesh, setup, state, step, source, None, 3, 1200, 128)
+    run = dataclasses.replace(
+        tiny.prepared(c, 4), data=open_source(c.data, "train"), extent=Extent(1200, 128)
+    )
+    summary.start_up(run, epath.Path("w"), state, step, None, 3)
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines())
     assert said["steps"] == "1,200 of 32.0 GFLOP (128 an epoch)"
     assert said["devices"].startswith("4 x cpu in 1 process(es)")
     assert said["batch"].startswith("32 images, 8 a device, 2 views each, 8 px")
     assert "0.06 M parameters, 0.10 M with the head" in said["network"]
     assert said["data"] == "fake (train): 4,096 images, 10 classes"
+    assert said["code"] == f"version {version.in_words()}"
     assert said["resuming"] == "after step 3 of 1,200"

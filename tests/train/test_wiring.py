@@ -13,11 +13,13 @@ from test_end_to_end import TOTAL, lines
 from common.data.sources import fake
 from common.data.sources.fake import FakeSource
 from common.errors import UserError
+from common.evaluate import online
 from common.method import root_keys
 from common.run import workdir as workdirs
+from common.run.checkpoint import Checkpoints
 from common.run.writer import NonFiniteLossError
-from common.train import dispatch
-from common.train import loop as loop
+from common.train import dispatch, loop, milestones
+from common.train.profiling import Profile
 
 
 class Halves(FakeSource):
@@ -43,17 +45,15 @@ def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_pat
     monkeypatch.setattr(fake, "FakeSource", Halves)
     handed = []
 
-    class Evaluator(loop.Evaluator):
-        def __init__(self, *arguments, **sizes):
-            handed.extend(source.split for source in arguments[-2:])
-            super().__init__(*arguments, **sizes)
+    def make_evaluator(run, bank, test):
+        handed.extend(source.split for source in (bank, test))
+        return online.make_evaluator(run, bank, test)
 
-    monkeypatch.setattr(loop, "Evaluator", Evaluator)
     c = toy.config(
         data__test_split="test", data__bank_split=bank_split, data__fake_classes=2,
         duration="1 step", evaluate__every="1 step",
     )  # fmt: skip
-    summary = toy.train(c, tmp_path)
+    summary = toy.train(c, tmp_path, make_evaluator=make_evaluator)
     assert handed == [bank_split or "train", "test"]  # the other way round the scores are the same
     scores = [summary[f"knn_top1{name}"] for name in ("", "_at_init", "_raw_pixels")]
     assert scores == [right] * 3
@@ -62,9 +62,9 @@ def test_the_train_split_votes_unless_there_is_a_bank(bank_split, right, tmp_pat
 @pytest.mark.parametrize(
     ("every", "steps"), [("0 steps", [0, 7]), ("2 steps", [0, 2, 4, 6, 7])], ids=["end", "often"]
 )
-def test_scores_are_made_when_they_are_due_and_at_the_end(every, steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
-    summary = toy.train(toy.config(evaluate__every=every, checkpoint__every="0 steps"), tmp_path)
+def test_scores_are_made_when_they_are_due_and_at_the_end(every, steps, tmp_path):
+    c = toy.config(evaluate__every=every, checkpoint__every="0 steps")
+    summary = toy.train(c, tmp_path, make_evaluator=toy.scored(toy.SCORES))
     found = {r["step"]: r["knn_top1"] for r in lines(tmp_path) if "knn_top1" in r}
     assert found == {step: toy.SCORES[step] for step in steps}
     names = ("knn_top1", "probe_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
@@ -73,20 +73,20 @@ def test_scores_are_made_when_they_are_due_and_at_the_end(every, steps, tmp_path
     assert toy.saved_steps(tmp_path) == [TOTAL]
 
 
-def test_checkpoints_stay_as_the_config_says(tmp_path, monkeypatch):
+def test_checkpoints_stay_as_the_config_says(tmp_path):
     """The newest, the first of each 4 steps, and the best."""
-    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     c = toy.config(
         evaluate__every="1 step", checkpoint__every="1 step", checkpoint__keep=1,
         checkpoint__keep_every="2 epochs", checkpoint__keep_best=1,
     )  # fmt: skip
-    toy.train(c, tmp_path)
+    toy.train(c, tmp_path, make_evaluator=toy.scored(toy.SCORES))
     assert toy.saved_steps(tmp_path) == [2, 4, 7]
 
 
 def test_a_run_of_one_step_has_the_rate_of_that_step(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(milestones, "time", clock)
 
     def wait(n):
         clock.now += 10
@@ -118,7 +118,7 @@ def test_a_save_that_failed_shows_at_the_next_line(tmp_path, monkeypatch):
         if checkpoints._writing == 3:
             raise UserError("cannot write")
 
-    monkeypatch.setattr(loop.Checkpoints, "check", check)
+    monkeypatch.setattr(Checkpoints, "check", check)
     with toy.before_each_step(lambda n: None) as taken, pytest.raises(UserError, match="write"):
         toy.train(toy.config(log_every=1), tmp_path)
     assert len(taken) == 4
@@ -196,7 +196,7 @@ def test_a_dispatch_ends_where_something_is_due(most, tmp_path, monkeypatch):
     """A line (1, 7), scores (4), a checkpoint (6), and the edges of a trace of step 3."""
     firsts = []
 
-    class Traced(loop.Profile):
+    class Traced(Profile):
         def step(self, first):
             firsts.append(first)
             return contextlib.nullcontext()
@@ -205,13 +205,12 @@ def test_a_dispatch_ends_where_something_is_due(most, tmp_path, monkeypatch):
         return jnp.stack([images, images], axis=1)
 
     monkeypatch.setattr(loop, "Profile", Traced)
-    monkeypatch.setattr(loop, "Evaluator", toy.scored(toy.SCORES))
     monkeypatch.setattr(dispatch.on_device, "views", views)  # those take long to compile
     c = toy.config(
         data__augment_on="device", steps_per_dispatch=most, profile="3:3", log_every=7,
         evaluate__every="4 steps", checkpoint__every="6 steps",
     )  # fmt: skip
-    toy.train(c, tmp_path)
+    toy.train(c, tmp_path, make_evaluator=toy.scored(toy.SCORES))
     assert firsts == ([1, 2, 3, 4, 5, 7] if most > 1 else [1, 2, 3, 4, 5, 6, 7])
     assert [r["step"] for r in lines(tmp_path) if "loss" in r] == [1, 7]
     assert [r["step"] for r in lines(tmp_path) if "knn_top1" in r] == [0, 4, 7]

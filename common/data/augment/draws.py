@@ -237,7 +237,7 @@ def _torch_box(a: Augmentation, height: int, width: int, u_area: np.ndarray, u_r
 
 
 def _central_box(a: Augmentation, height: int, width: int) -> np.ndarray:
-    """torchvision's way out: the largest central box within the ratios."""
+    """What torchvision falls back to: the largest central box within the ratios."""
     h, w = height, width
     if width / height < a.ratio_min:
         h = min(height, max(1, round(width / a.ratio_min)))

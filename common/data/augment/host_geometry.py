@@ -61,7 +61,7 @@ def crop_resize(
 
 
 def _two_sided(rows: tf.Tensor, images: tf.Tensor, cols: tf.Tensor) -> tf.Tensor:
-    """rows @ image @ cols.T for every image [n, 3, h, w]."""
+    """`rows @ image @ cols.T` for every image [n, 3, h, w]."""
     n, channels, height, width = tf.unstack(tf.shape(images))
     wide = tf.reshape(images, [n, channels * height, width])
     wide = tf.linalg.matmul(wide, cols, transpose_b=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from common.errors import UserError
 
@@ -145,31 +145,11 @@ PRESETS: dict[str, dict] = {
 _SCALED = ("brightness", "contrast", "saturation", "hue")
 
 
-def default_config(preset: str | None = "simclr") -> ConfigDict:
-    """Config of one view: a preset's name and a placeholder for everything it decides.
-
-    Args:
-        preset: name in `PRESETS`; None for `config.augment_view2`, which then follows view 1.
-
-    Returns:
-        ConfigDict with `preset`, `strength` (multiplies the preset's brightness, contrast,
-        saturation and hue) and every field of `Augmentation`. None means the preset's value; a
-        number given outright is taken as it is, whatever `strength` says.
-    """
-    config = ConfigDict({"preset": config_dict.placeholder(str)})
-    config.preset = preset
-    config.strength = config_dict.placeholder(float)
-    for field in dataclasses.fields(Augmentation):
-        kind = tuple if field.name in ("mean", "std") else field.type
-        config[field.name] = config_dict.placeholder(kind)
-    return config
-
-
 def resolve(config: ConfigDict, image_size: int, base: Augmentation | None = None) -> Augmentation:
     """Turns a view's config into the values that are used.
 
     Args:
-        config: as made by `default_config`; fields that are None or absent keep the preset's value.
+        config: the `augment` section; fields that are None or absent keep the preset's value.
         image_size: side of the views unless `config.size` says otherwise.
         base: view 1, when this is view 2; used where `config` names no preset.
 

@@ -1,0 +1,1 @@
+"""Decoding: from the bytes of an image file to RGB pixels."""

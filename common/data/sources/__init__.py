@@ -1,0 +1,1 @@
+"""Datasets: folders, TFDS, shards, the embedded one and random images."""

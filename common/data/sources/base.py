@@ -94,7 +94,7 @@ class ArraySource(Source):
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
-    """ "; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
+    """E.g. "; 2 damaged images left out: a, b": the first names only, "" if there are none."""
     if not names:
         return ""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""

@@ -33,6 +33,7 @@ def _random_images(stream: int, count: int, size: int) -> np.ndarray:
 
 
 def open_fake(config: ConfigDict, split: str) -> Source:
+    """Opens a dataset of random images, `data.source="fake"`."""
     n, classes, size = config.fake_examples, config.fake_classes, config.image_size
     if n < 1 or classes < 0:
         raise UserError(

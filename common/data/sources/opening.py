@@ -20,45 +20,6 @@ from common.data.sources import embedded, fake, folder_layout, slices
 from common.data.sources.base import Source
 from common.errors import UserError
 
-
-def default_config(source: str = "embedded", image_size: int = 28) -> ConfigDict:
-    """The config's `data` section.
-
-    Args:
-        source: see the top of this file.
-        image_size: side of the training views and of the evaluation images, in pixels.
-
-    Returns:
-        ConfigDict; the comments below say what each field means.
-    """
-    config = ConfigDict()
-    config.source = source
-    config.train_split = "train"
-    config.test_split = "test"
-    config.bank_split = ""  # whose examples vote in kNN; "" = train_split. STL10: "train"
-    # What the labels are, which only kNN and probes see: "auto" (what the set says; of a folder its
-    # class folders, and a tree that can be read in two ways is refused), "folders" (each folder is
-    # a class, in any case), "none" (there are none)
-    config.labels = "auto"
-    config.dir = ""  # of TensorFlow data sets; "" = TFDS_DATA_DIR, or else TFDS's own default
-    config.image_size = image_size
-    config.cache_gib = 16.0  # images held in memory at most; a larger TFRecord set is streamed
-    config.shuffle_buffer = 16384  # encoded images, for streamed sets only
-    config.on_corrupt = "error"  # or "replace": by the next good image, with a counted warning
-    # Images of more than 8 bits: the values "LOW:HIGH" that become black and white, in all of them
-    # alike; "auto" = decided from a sample of the training images when a run begins
-    config.value_range = "auto"
-    config.jpeg = "exact"  # as Pillow decodes, to the byte; or "fast", off by some levels
-    config.exif_rotation = False  # turn photographs as their EXIF says; ImageFolder does not
-    # Where the views are made: "host" (TensorFlow), "both" (the host decodes, crops and flips, the
-    # rest runs inside the train step) or "device" (all inside the step, with the data set in device
-    # memory: small sets of images of one shape)
-    config.augment_on = "host"
-    config.fake_examples = 4096
-    config.fake_classes = 10
-    return config
-
-
 ROLES = ("train", "test", "bank")
 KINDS = ("embedded", "fake", "folder", "shards", "tfds")
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from common import version
 from common.data.feed.pipeline import images_of
 from common.data.sources.base import Source
 from common.evaluate import knn
@@ -78,6 +79,7 @@ def write(
         **history.curves(run.workdir),
         results=history.results(run.workdir),
         settings=history.settings(run.workdir),
+        code=version.in_words(),
         jax=jax.__version__,
     )
     files.write_text(path, text)

@@ -9,7 +9,7 @@ from etils import epath
 from common import config as configs
 from common.evaluate.feature_files import printable, shortened
 from common.evaluate.page import inline
-from common.run import jsonl, pictures
+from common.run import jsonl, pictures, saved_config
 
 # Fields of results.jsonl that say how a result was measured: shown in other columns, or not at all.
 _PROTOCOL = {
@@ -76,5 +76,5 @@ def _text(value: Any) -> str:
 
 def settings(workdir: epath.Path) -> dict[str, str]:
     """The fields of `config.json` and their values, as text."""
-    saved = json.loads((workdir / "config.json").read_text())
+    saved = saved_config.read(workdir)
     return {name: shortened(_text(value)) for name, value in configs.flatten(saved).items()}
