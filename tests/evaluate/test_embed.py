@@ -212,6 +212,59 @@ def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
     assert evil in page.text
 
 
+def page_of(workdir, n, classes, size=8, kind="pixels") -> Page:
+    """The page of random features of n random images, half of them with two views."""
+    make_run(workdir)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
+    labels = (np.arange(n) % classes).astype(np.int32)
+    class_names = tuple(f"class {i}" for i in range(classes))
+    source = ArraySource(
+        name="random", split="test", kind="pixels", num_examples=n, num_classes=classes,
+        class_names=class_names, labels=labels, image_shape=(size, size), images=images,
+    )  # fmt: skip
+    source.kind = kind
+    about = {"method": "simclr", "features": "trained", "layer": "backbone", "image_size": size}
+    embedded = feature_files.Embedded(
+        rng.normal(size=(n, 6)).astype(np.float32), labels, np.arange(n), source.names(range(n)),
+        class_names, about,
+    )  # fmt: skip
+    ids = np.arange(n // 2 if kind == "pixels" else 0)
+    run = build.Run("an encoder", workdir, size, (ids, np.stack([images[ids]] * 2, axis=1)))
+    build.write(workdir / "report.html", run, source, embedded, 100, 0)
+    return Page((workdir / "report.html").read_text())
+
+
+def pictures_on(page) -> list[Image.Image]:
+    """Those of single images, in order; the curves are not among them."""
+    sources = [a["src"] for t, a in page.elements if t == "img" and "Training" not in a["alt"]]
+    return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
+
+
+def test_page_of_large_images_shows_small_ones(tmp_path):
+    """9 images of 300 px: 8 rows of a query and 7 neighbours, and 4 originals with two views."""
+    found = pictures_on(page_of(tmp_path / "run", 9, 2, size=300))
+    assert [(p.format, p.size) for p in found] == [("JPEG", (224, 224))] * (8 * 8 + 4 * 3)
+    (sheet,) = re.findall(r"url\(data:([^)]*)", (tmp_path / "run" / "report.html").read_text())
+    sheet = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
+    assert sheet.size == (3 * 48, 3 * 48)
+
+
+def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
+    page = page_of(tmp_path / "run", 50, 25)
+    assert "25 classes are too many for distinct colours" in page.text
+    classes = [a.get("class") for _, a in page.elements]
+    assert "scale" in classes and "legend" not in classes
+
+
+@pytest.mark.parametrize(("n", "kind"), [(1, "pixels"), (12, "stream")])
+def test_page_without_neighbours_to_show(n, kind, tmp_path):
+    """One image has none, and the images of a streamed split cannot be read again."""
+    page = page_of(tmp_path / "run", n, 2, kind=kind)
+    assert not pictures_on(page)
+    assert sum(tag == "circle" for tag, _ in page.elements) == n
+
+
 def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     write_images(tmp_path / "photos", ["b.png", b"\xff.png", "a.png"])
     make_run(tmp_path / "run")

@@ -145,6 +145,23 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     assert (names, path) == (("a", "b", "c"), "here")
 
 
+@pytest.mark.parametrize("missing", ["test", "classes"])
+def test_nothing_is_scored_without_a_test_split_or_classes(missing, monkeypatch):
+    bank, test = source(N, 1), source(21, 2)
+    bank.num_classes *= missing != "classes"
+    score = evaluator(bank, None if missing == "test" else test)
+    monkeypatch.setattr(online.features, "of_source", None)  # nothing is encoded either
+    assert score(State(None)) == score.raw_pixels() == {}
+
+
+@pytest.mark.parametrize("streamed", ["bank", "test"])
+def test_no_picture_of_images_that_cannot_be_read_again(streamed):
+    splits = {"bank": source(N, 1), "test": source(21, 2)}
+    splits[streamed].kind = "stream"
+    assert not evaluator(**splits).draw_neighbours(State(None), "here")
+    assert not evaluator(splits["bank"], None).draw_neighbours(State(None), "here")
+
+
 @pytest.mark.parametrize(
     ("k", "limit", "labels", "test", "refused"),
     [
