@@ -212,8 +212,8 @@ def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
     assert evil in page.text
 
 
-def page_of(workdir, n, classes, size=8, kind="pixels") -> Page:
-    """The page of random features of n random images, half of them with two views."""
+def page_of(workdir, n, classes, size=8, kind="pixels"):
+    """`(page, images, features)`: random ones, every second image with two views."""
     make_run(workdir)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
@@ -225,14 +225,13 @@ def page_of(workdir, n, classes, size=8, kind="pixels") -> Page:
     )  # fmt: skip
     source.kind = kind
     about = {"method": "simclr", "features": "trained", "layer": "backbone", "image_size": size}
-    embedded = feature_files.Embedded(
-        rng.normal(size=(n, 6)).astype(np.float32), labels, np.arange(n), source.names(range(n)),
-        class_names, about,
-    )  # fmt: skip
-    ids = np.arange(n // 2 if kind == "pixels" else 0)
-    run = build.Run("an encoder", workdir, size, (ids, np.stack([images[ids]] * 2, axis=1)))
+    features, names = rng.normal(size=(n, 6)).astype(np.float32), source.names(np.arange(n))
+    embedded = feature_files.Embedded(features, labels, np.arange(n), names, class_names, about)
+    ids = np.arange(1, n if kind == "pixels" else 0, 2)
+    views = np.stack([images[ids] // 2, images[ids] // 3], axis=1)
+    run = build.Run("an encoder", workdir, size, (ids, views))
     build.write(workdir / "report.html", run, source, embedded, 100, 0)
-    return Page((workdir / "report.html").read_text())
+    return Page((workdir / "report.html").read_text()), images, features
 
 
 def pictures_on(page) -> list[Image.Image]:
@@ -241,9 +240,34 @@ def pictures_on(page) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
 
 
+def test_page_shows_the_nearest_and_the_views_of_each_image(tmp_path):
+    """12 images: 8 queries over the split, each with its 7 nearest by hand; then the pairs."""
+    page, images, features = page_of(tmp_path / "run", 12, 3)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    queries = np.linspace(0, 11, 8).astype(int)
+    rows = np.argsort(-unit[queries] @ unit.T, axis=1)[:, :8]
+    np.testing.assert_array_equal(rows[:, 0], queries)
+    found = np.stack([np.asarray(picture) for picture in pictures_on(page)])
+    np.testing.assert_array_equal(found[:64], images[rows.reshape(-1)])
+    pairs = np.stack([images[1::2], images[1::2] // 2, images[1::2] // 3], axis=1)
+    pairs = pairs.reshape(-1, 8, 8, 3)
+    np.testing.assert_array_equal(found[64:], pairs)
+    framed = [
+        a["class"] for t, a in page.elements if t == "td" and a.get("class") in ("same", "other")
+    ]
+    others = rows[:, 1:].reshape(-1)
+    same = others % 3 == np.repeat(queries, 7) % 3
+    assert framed == ["same" if x else "other" for x in same]
+    points = [a for t, a in page.elements if t == "circle" and "data-label" in a]
+    names = json.loads(page.scripts[0])["names"]
+    assert len(set(names)) == 12 and names != sorted(names)
+    for name, point in zip(names, points, strict=True):
+        assert int(name.split("/")[-1]) % 3 == int(point["data-label"])
+
+
 def test_page_of_large_images_shows_small_ones(tmp_path):
     """9 images of 300 px: 8 rows of a query and 7 neighbours, and 4 originals with two views."""
-    found = pictures_on(page_of(tmp_path / "run", 9, 2, size=300))
+    found = pictures_on(page_of(tmp_path / "run", 9, 2, size=300)[0])
     assert [(p.format, p.size) for p in found] == [("JPEG", (224, 224))] * (8 * 8 + 4 * 3)
     (sheet,) = re.findall(r"url\(data:([^)]*)", (tmp_path / "run" / "report.html").read_text())
     sheet = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
@@ -251,7 +275,7 @@ def test_page_of_large_images_shows_small_ones(tmp_path):
 
 
 def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
-    page = page_of(tmp_path / "run", 50, 25)
+    page, *_ = page_of(tmp_path / "run", 50, 25)
     assert "25 classes are too many for distinct colours" in page.text
     classes = [a.get("class") for _, a in page.elements]
     assert "scale" in classes and "legend" not in classes
@@ -260,7 +284,7 @@ def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
 @pytest.mark.parametrize(("n", "kind"), [(1, "pixels"), (12, "stream")])
 def test_page_without_neighbours_to_show(n, kind, tmp_path):
     """One image has none, and the images of a streamed split cannot be read again."""
-    page = page_of(tmp_path / "run", n, 2, kind=kind)
+    page, *_ = page_of(tmp_path / "run", n, 2, kind=kind)
     assert not pictures_on(page)
     assert sum(tag == "circle" for tag, _ in page.elements) == n
 
