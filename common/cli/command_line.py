@@ -27,7 +27,7 @@ _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,@]+")  # of "folder:gs://bucket/
 _BAD = re.compile(r"flag --([^=]+)=(.*)", re.DOTALL)
 
 
-def define(evaluations: Mapping[str, str], values: flags.FlagValues = flags.FLAGS) -> None:
+def define(evaluations: Iterable[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines all flags.
 
     Args:

@@ -135,10 +135,8 @@ class Finetuner:
 
     def _logits(self, state: Finetuned, images: jax.Array) -> jax.Array:
         """Eval-mode logits `[b, c]` of uint8 images."""
-        features = self.setup.network.apply(
-            {"params": state.params["network"], "batch_stats": state.batch_stats},
-            self.setup.scale(images), self.layer, method="encode",
-        )  # fmt: skip
+        network = state.params["network"]
+        features = self.setup.encode(network, state.batch_stats, images, self.layer)
         return _classify(state.params["classifier"], features)
 
     def train(

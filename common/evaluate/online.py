@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -91,7 +92,7 @@ class Evaluator:
             return {}
         metrics = {"knn_top1": self._knn(bank, queries)}
         if getattr(state, "probe", None) is not None:
-            logits = self.probe.predict(jax.device_get(state.probe), queries.features)
+            logits = self.probe.predict(jax.device_get(state.probe), jnp.asarray(queries.features))
             right = np.asarray(logits).argmax(-1) == queries.labels
             metrics["probe_test_top1"] = float(right[queries.labels >= 0].mean())
         return metrics

@@ -233,7 +233,7 @@ def test_other_data_are_read_by_rules_of_their_own(tmp_path, monkeypatch):
         data = config(own, value_range=value_range, labels=labels)
         s = configs.eval_config()
         s.update(given)
-        pretrained.read_anew(s, data, source)
+        pretrained.set_source(s, data, source)
         return data.value_range, data.labels, data.source
 
     for same in (own, own + "/", "folder:a", "folder:./a/../a"):
@@ -248,7 +248,7 @@ def test_what_is_given_counts_for_any_data():
     data, s = config("folder:a", value_range="0:4095"), configs.eval_config()
     s.value_range, s.labels = "0:1", "folders"
     for source in ("folder:a", "folder:b"):
-        pretrained.read_anew(s, data, source)
+        pretrained.set_source(s, data, source)
         assert (data.value_range, data.labels) == ("0:1", "folders")
 
 

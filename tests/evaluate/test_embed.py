@@ -1,4 +1,4 @@
-"""`--mode=embed`: what is in the files, and what may be in the page."""
+"""`--mode=embed`: the contents of the files, and what may appear in the page."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ def eval_settings(**changes) -> ConfigDict:
 
 
 def make_run(workdir, **changes) -> None:
-    """A workdir as a run leaves it, but for the checkpoint."""
+    """A workdir as a run leaves it, except for the checkpoint."""
     workdir.mkdir()
     c = tiny.config("simclr", **changes)
     (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
@@ -100,7 +100,7 @@ def test_npz_holds_the_features_in_order(labelled):
     assert features.dtype == np.float32 and ids.dtype == np.int64
     assert about["features"] == "untrained" and about["split"] == "test"
     assert (record["examples"], record["labelled"]) == (6, 6)
-    assert len(np.unique(features.round(4), axis=0)) == 6  # six images, none taken for another
+    assert len(np.unique(features.round(4), axis=0)) == 6  # six images, none mistaken for another
 
 
 def test_parquet_holds_the_same(labelled):
@@ -159,11 +159,11 @@ def test_page_escapes_and_is_self_contained(labelled):
             assert attributes.get(name, "data:").startswith("data:")
     assert all(url.startswith("data:") for url in re.findall(r"url\(['\"]?([^)]{5})", text))
     assert "http://" not in text and "https://" not in text
-    assert str(workdir.parent) not in text  # whose disk it was is nobody's business
+    assert str(workdir.parent) not in text  # a page that is shared reveals no disk layout
     assert sum(tag == "circle" and "data-label" in a for tag, a in page.elements) == 6
 
 
-def test_page_says_the_numbers(labelled):
+def test_page_reports_the_numbers(labelled):
     page = Page((labelled[0] / "report.html").read_text())
     text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
@@ -212,6 +212,83 @@ def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
     assert evil in page.text
 
 
+def page_of(workdir, n, classes, size=8, kind="pixels"):
+    """`(page, images, features)`: random ones, every second image with two views."""
+    make_run(workdir)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
+    labels = (np.arange(n) % classes).astype(np.int32)
+    class_names = tuple(f"class {i}" for i in range(classes))
+    source = ArraySource(
+        name="random", split="test", kind="pixels", num_examples=n, num_classes=classes,
+        class_names=class_names, labels=labels, image_shape=(size, size), images=images,
+    )  # fmt: skip
+    source.kind = kind
+    about = {"method": "simclr", "features": "trained", "layer": "backbone", "image_size": size}
+    features, names = rng.normal(size=(n, 6)).astype(np.float32), source.names(np.arange(n))
+    embedded = feature_files.Embedded(features, labels, np.arange(n), names, class_names, about)
+    ids = np.arange(1, n if kind == "pixels" else 0, 2)
+    views = np.stack([images[ids] // 2, images[ids] // 3], axis=1)
+    run = build.Run("an encoder", workdir, size, (ids, views))
+    build.write(workdir / "report.html", run, source, embedded, 100, 0)
+    return Page((workdir / "report.html").read_text()), images, features
+
+
+def pictures_on(page) -> list[Image.Image]:
+    """Those of single images, in order; the curves are not among them."""
+    sources = [a["src"] for t, a in page.elements if t == "img" and "Training" not in a["alt"]]
+    return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
+
+
+def test_page_shows_the_nearest_and_the_views_of_each_image(tmp_path):
+    """12 images: 8 queries over the split, each with its 7 nearest by hand; then the pairs."""
+    page, images, features = page_of(tmp_path / "run", 12, 3)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    queries = np.linspace(0, 11, 8).astype(int)
+    rows = np.argsort(-unit[queries] @ unit.T, axis=1)[:, :8]
+    np.testing.assert_array_equal(rows[:, 0], queries)
+    found = np.stack([np.asarray(picture) for picture in pictures_on(page)])
+    np.testing.assert_array_equal(found[:64], images[rows.reshape(-1)])
+    pairs = np.stack([images[1::2], images[1::2] // 2, images[1::2] // 3], axis=1)
+    pairs = pairs.reshape(-1, 8, 8, 3)
+    np.testing.assert_array_equal(found[64:], pairs)
+    framed = [
+        a["class"] for t, a in page.elements if t == "td" and a.get("class") in ("same", "other")
+    ]
+    others = rows[:, 1:].reshape(-1)
+    same = others % 3 == np.repeat(queries, 7) % 3
+    assert framed == ["same" if x else "other" for x in same]
+    points = [a for t, a in page.elements if t == "circle" and "data-label" in a]
+    names = json.loads(page.scripts[0])["names"]
+    assert len(set(names)) == 12 and names != sorted(names)
+    for name, point in zip(names, points, strict=True):
+        assert int(name.split("/")[-1]) % 3 == int(point["data-label"])
+
+
+def test_page_of_large_images_shows_small_ones(tmp_path):
+    """9 images of 300 px: 8 rows of a query and 7 neighbours, and 4 originals with two views."""
+    found = pictures_on(page_of(tmp_path / "run", 9, 2, size=300)[0])
+    assert [(p.format, p.size) for p in found] == [("JPEG", (224, 224))] * (8 * 8 + 4 * 3)
+    (sheet,) = re.findall(r"url\(data:([^)]*)", (tmp_path / "run" / "report.html").read_text())
+    sheet = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
+    assert sheet.size == (3 * 48, 3 * 48)
+
+
+def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
+    page, *_ = page_of(tmp_path / "run", 50, 25)
+    assert "25 classes are too many for distinct colours" in page.text
+    classes = [a.get("class") for _, a in page.elements]
+    assert "scale" in classes and "legend" not in classes
+
+
+@pytest.mark.parametrize(("n", "kind"), [(1, "pixels"), (12, "stream")])
+def test_page_without_neighbours_to_show(n, kind, tmp_path):
+    """One image has none, and the images of a streamed split cannot be read again."""
+    page, *_ = page_of(tmp_path / "run", n, 2, kind=kind)
+    assert not pictures_on(page)
+    assert sum(tag == "circle" for tag, _ in page.elements) == n
+
+
 def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
     write_images(tmp_path / "photos", ["b.png", b"\xff.png", "a.png"])
     make_run(tmp_path / "run")
@@ -232,7 +309,7 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
 
 
 def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
-    """Rows, labels and names of the others stay theirs; the damaged ones are named everywhere."""
+    """The others keep their rows, labels and names; the damaged ones are listed everywhere."""
     names = [f"{i}.png" for i in range(7)]
     for k in (0, 1):
         write_images(tmp_path / "photos" / "test" / f"kind{k}", names, seed=k)

@@ -1,4 +1,4 @@
-"""Crops and flips to train on labels with, wherever the run made its views."""
+"""Crops and flips for training on labels, wherever the run augments its images."""
 
 import io
 import itertools
@@ -112,7 +112,7 @@ def test_pictures_of_files_for_a_run_on_images_in_device_memory():
 
 @pytest.fixture
 def no_tensorflow(monkeypatch):
-    """Here it has been imported by other tests; the modules that use it cannot be got at."""
+    """Other tests have imported it, so the modules that use it are made unavailable."""
     from common.data import augment, feed, images
 
     for room, name in ((feed, "feed"), (images, "tensorflow_host"), (augment, "on_host")):

@@ -55,7 +55,7 @@ def records(workdir):
 
 @pytest.fixture
 def events(monkeypatch):
-    """Names of what happened, in order: splits read, fits made, choices taken."""
+    """Names of events in order: splits read, fits, choices."""
     seen = []
 
     def spy(owner, name, word):
@@ -177,8 +177,8 @@ def test_results_line_and_sentence(workdir, capsys, monkeypatch):
     assert {name: line[name] for name in wanted} == wanted
 
 
-def test_knn_goes_by_its_settings(opened):
-    """Each changes the score here, and the train split votes."""
+def test_knn_uses_its_settings(opened):
+    """Each of them changes the score here; the train split votes."""
     (bank, labels, _), (queries, wanted, _) = (
         opened.extract(opened.open(split)) for split in ("train", "test")
     )
@@ -302,7 +302,7 @@ def test_mistakes(opened, workdir, tmp_path):
     fails("layer 'head9' is unknown: choose one of backbone, head1", layer="head9")
     fails("less than one image a class", finetune__fraction=0.01)
     fails("needs a network", features="pixels")
-    fails("eval.finetune.epochs=-1 is no step", finetune__epochs=-1)
+    fails("eval.finetune.epochs=-1 is less than one step", finetune__epochs=-1)
     fails("raw pixels: use cached", mode="linear_eval", features="pixels",
           linear__variant="augmented")  # fmt: skip
     fails('"cashed" is unknown.*"cached"', mode="linear_eval", linear__variant="cashed")
@@ -317,7 +317,7 @@ def test_mistakes(opened, workdir, tmp_path):
     fails("no checkpoint yet: train first", run=unlabelled)
 
 
-def test_data_sets_of_transfer(tmp_path):
+def test_datasets_of_transfer(tmp_path):
     own = transfer_mode.Dataset("fake", "a", "b")
 
     def parse(text):

@@ -1,4 +1,4 @@
-"""Evaluation of a set that is too large for memory: labels are hidden instead of rows left out."""
+"""Evaluation of a dataset too large for memory: labels are hidden instead of leaving rows out."""
 
 import io
 import itertools
@@ -40,15 +40,15 @@ def opened(folder, monkeypatch, tmp_path):
 
 @pytest.fixture
 def ids(monkeypatch):
-    """Places in their source of all examples of training batches, batch by batch."""
-    seen, inner = [], pipeline.train_batches
+    """Indices into their source of all examples of training batches, batch by batch."""
+    seen, inner = [], pipeline.Batches.take
 
-    def spied(*args, **options):
-        for batch in inner(*args, **options):
-            seen.append(batch["ids"])
-            yield batch
+    def spied(self, steps):
+        ids, batch = inner(self, steps)
+        seen.extend(ids)
+        return ids, batch
 
-    monkeypatch.setattr(pipeline, "train_batches", spied)
+    monkeypatch.setattr(pipeline.Batches, "take", spied)
     return seen
 
 
@@ -69,7 +69,7 @@ def labels_of(pairs, steps):
 
 
 class Tuner:
-    """Stands in for `Finetuner`, and notes the labels it is given."""
+    """Replaces `Finetuner`, and records the labels it is given."""
 
     def __init__(self, *_):
         pass
@@ -86,7 +86,7 @@ class Tuner:
 
 @pytest.mark.parametrize(("fraction", "hidden"), [(0.8, True), (0.4, False)])
 def test_finetune_hides_the_labels_it_may_not_use(opened, ids, monkeypatch, fraction, hidden):
-    """Above half of the set it reads all of it; below, the chosen images go into memory."""
+    """Above half of the dataset all of it is read; below, the chosen images are kept in memory."""
     monkeypatch.setattr(finetune, "Finetuner", Tuner)
     run = opened(finetune__fraction=fraction, finetune__epochs=2, finetune__batch_size=10)
     everything = opened(cache_gib=1.0).open("train").labels

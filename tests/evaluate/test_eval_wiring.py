@@ -1,10 +1,11 @@
 """Which rows each mode of evaluation fits, chooses by and scores, and which label goes with which.
 
-Solvers are replaced by ones that note what they were given.
+Solvers are replaced by ones that record what they were given.
 """
 
 import dataclasses
 import itertools
+import json
 
 import flax
 import jax
@@ -46,7 +47,7 @@ class Probed(State):
 
 @dataclasses.dataclass
 class Solver:
-    """Stands in for both solvers, and notes what they are given.
+    """Replaces both solvers, and records what they are given.
 
     Attributes:
         fits: `(ids, labels, mean, scale)` of each fit; the last two are None for L-BFGS.
@@ -98,7 +99,7 @@ def solver(monkeypatch):
 
 
 def check_chosen_on_held_out_rows(solver, width=1.0):
-    """Fitted on some rows, chosen by the others, fitted to all; SGD standardised by the fitted."""
+    """Fitted on some rows, chosen on the others, then to all; SGD standardises by those fitted."""
     features, labels = table("train")
     (first, _, *_), (second, *_) = solver.fits
     ((held, _),) = solver.choices
@@ -215,6 +216,27 @@ def test_embed_writes_the_test_split_or_the_one_asked_for(opened, name, tmp_path
         np.testing.assert_allclose(found["features"], table(name)[0])
         np.testing.assert_array_equal(found["labels"], table(name)[1])
         np.testing.assert_array_equal(found["ids"], np.arange(SIZES[name]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stem"),
+    [({"features": "pixels"}, "-pixels"), ({"layer": "head1"}, "-head1")],
+    ids=["pixels", "layer"],
+)
+def test_embed_of_another_encoder_or_layer_has_files_of_its_own(opened, changes, stem, tmp_path):
+    run = opened(embed__report=False, **changes)
+    if "features" in changes:
+        run.__dict__.pop("encoder")  # it is of the backbone
+    metrics, _ = embed_mode.run(run)
+    assert metrics["files"] == [f"features-fake-test{stem}.npz"]
+    with np.load(tmp_path / metrics["files"][0]) as found:
+        if "layer" in changes:
+            np.testing.assert_allclose(found["features"], table("test", WIDTH)[0])
+        else:
+            images = split("test").views(np.arange(SIZES["test"]), 8)
+            np.testing.assert_array_equal(found["features"], images.reshape(len(images), -1))
+        about = json.loads(str(found["about"]))
+    assert about.get("layer") == (None if "features" in changes else "head1")
 
 
 def test_embed_of_some_examples_spreads_them_over_the_split(opened, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from common.data.augment import presets
 from common.data.sources import subset
 from common.evaluate import batches, finetune, finetune_mode, linear
 from common.method import make_encoder_setup
+from common.run.writer import NonFiniteLossError
 from common.sharding import make_mesh, to_global
 
 
@@ -34,7 +36,7 @@ def opened(monkeypatch, tmp_path):
 
 
 class Tuner:
-    """Stands in for `Finetuner`, and notes what it is given."""
+    """Replaces `Finetuner`, and records what it is given."""
 
     def __init__(self, config, mesh, layer, num_classes, tx):
         self.given = {"layer": layer, "tx": tx}
@@ -104,6 +106,14 @@ def test_labels_train_on_crops_and_flips_of_the_run_and_nothing_else():
     assert all(getattr(before, name) > 0 for name in want)
     for view in presets.resolve_views(made):
         assert view == dataclasses.replace(before, size=8, **want)  # as large as test images
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_fine_tuning_stops_at_a_loss_that_is_not_finite(loss):
+    losses = iter([1.0, 0.5, loss, 0.1, 0.1])
+    tuner = types.SimpleNamespace(step=lambda state, *batch: (state, next(losses)))
+    with pytest.raises(NonFiniteLossError, match=r"is (nan|inf) at step 3: .*learning_rate"):
+        finetune.Finetuner.train(tuner, None, itertools.repeat((None, None)), 5, batch_size=4)
 
 
 class Matrix:

@@ -91,7 +91,7 @@ def test_the_loss_on_the_progress_line_is_that_of_its_step(monkeypatch):
     assert all(step == loss for step, loss in shown)
 
 
-def test_sgd_comes_to_where_scikit_learn_is():
+def test_sgd_converges_to_scikit_learns_solution():
     x, y = data()
     mesh, decay = make_mesh(jax.devices()[:1]), 0.02
     mean, scale = linear.standardiser(x)
@@ -144,7 +144,7 @@ def test_logistic_regression_is_at_its_minimum(classes):
         assert np.abs(error.sum(0)).max() < 0.002 * len(y)
 
 
-def test_logistic_regression_says_when_it_stopped_early_and_warns_nobody():
+def test_logistic_regression_reports_that_it_stopped_early_without_a_warning():
     x, y = data()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The evaluator of a run: which examples it takes, and that its scores are those of an oracle."""
+"""The evaluator of a run: which examples it uses, and its scores against an oracle."""
 
 import logging
 
@@ -38,7 +38,7 @@ jax.tree_util.register_pytree_node(State, lambda s: ((s.probe,), None), lambda _
 
 
 def source(n, seed, labels=None, split="train"):
-    """Noisy pictures of three kinds, sorted by label, as a folder is."""
+    """Noisy pictures of three classes, sorted by label, as a folder is."""
     rng = np.random.default_rng(seed)
     known = np.sort(rng.integers(0, CLASSES, n)).astype(np.int32)
     kinds = np.random.default_rng(9).integers(0, 256, (CLASSES, 8, 8, 3))
@@ -110,7 +110,7 @@ def test_a_bank_of_some_examples_has_all_classes_on_any_hardware(devices, batch)
 
 
 def test_a_split_without_labels_of_a_set_with_classes(caplog):
-    """STL10's unlabelled images, or ImageNet's test set: no score, and one word about it."""
+    """STL10's unlabelled images, or ImageNet's test set: no score, and a warning."""
     none = np.full(N, -1, np.int32)
     for bank, test in ((source(N, 1, none), source(21, 2)), (source(N, 1), source(N, 2, none))):
         score = evaluator(bank, test)
@@ -143,6 +143,23 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     np.testing.assert_array_equal(found, bank.images[nearest])
     np.testing.assert_array_equal(neighbour_labels, bank.labels[nearest])
     assert (names, path) == (("a", "b", "c"), "here")
+
+
+@pytest.mark.parametrize("missing", ["test", "classes"])
+def test_nothing_is_scored_without_a_test_split_or_classes(missing, monkeypatch):
+    bank, test = source(N, 1), source(21, 2)
+    bank.num_classes *= missing != "classes"
+    score = evaluator(bank, None if missing == "test" else test)
+    monkeypatch.setattr(online.features, "of_source", None)  # nothing is encoded either
+    assert score(State(None)) == score.raw_pixels() == {}
+
+
+@pytest.mark.parametrize("streamed", ["bank", "test"])
+def test_no_picture_of_images_that_cannot_be_read_again(streamed):
+    splits = {"bank": source(N, 1), "test": source(21, 2)}
+    splits[streamed].kind = "stream"
+    assert not evaluator(**splits).draw_neighbours(State(None), "here")
+    assert not evaluator(splits["bank"], None).draw_neighbours(State(None), "here")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def deep(folder, most):
 
 
 def test_other_data_have_a_value_range_of_their_own(runs, tmp_path, capsys):
-    """One for all their splits, said in one line; `--eval` may give it, and `on_corrupt`."""
+    """One for all their splits, reported in one line; `--eval` may give it, and `on_corrupt`."""
     source = deep(tmp_path / "x", 1000)
     splits = {"train_split": "train", "test_split": "test"}
     opened = opened_run.load(
@@ -145,7 +145,7 @@ def test_a_run_is_opened_whatever_its_training_needs(tmp_path):
 
 
 def test_a_tilde_is_the_home_wherever_a_path_is_given(runs, tmp_path, monkeypatch):
-    """A shell leaves that of `--workdir=~/runs` to us."""
+    """A shell does not expand that of `--workdir=~/runs`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").symlink_to(runs[0])
     assert opened_run.load("~/run").workdir == tmp_path / "run"

@@ -122,7 +122,7 @@ def test_there_and_back_is_exact(network):
 
 
 def test_each_array_of_a_batch_norm_has_pytorchs_name():
-    """All four have one shape, and a name that is wrong both ways comes back as it went."""
+    """All four have one shape, and a round trip would hide a name that is wrong both ways."""
     params, batch_stats = variables(stages=(1,), width=4, stem="cifar")
     arrays = layout.to_torchvision(params, batch_stats)
     norms = {
@@ -177,7 +177,7 @@ assert not any(name.split(".")[0] in ("common", "flax") for name in sys.modules)
 
 
 def test_export_of_a_run(tmp_path, capsys):
-    """Files, metadata, the note in results.jsonl; the function, reloaded, is the live encoder."""
+    """Files, metadata, the line in results.jsonl; the reloaded function equals the encoder."""
     c = tiny.config("moco", model__bn_groups=4, model__stem="patch2")
     method, state = workdir(tmp_path / "run", c)
     record = export(tmp_path / "run")
@@ -243,7 +243,7 @@ def test_export_of_a_run(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The workdir of one run for tests that do not mind each other's exports."""
+    """The workdir of one run for tests that do not interfere with each other's exports."""
     path = tmp_path_factory.mktemp("export") / "run"
     workdir(path, tiny.config("simclr"))
     return path

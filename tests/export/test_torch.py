@@ -114,7 +114,7 @@ def test_pytorchs_in_ours(case, suffix, tmp_path):
 
 
 def test_a_linear_evaluation_classifies_in_pytorch(tmp_path):
-    """uint8 images through the scaling that the metadata tells, the network, and `fc`."""
+    """uint8 images through the scaling of the metadata, the network, and `fc`."""
     import safetensors.torch
     import torch
     import torch_resnet

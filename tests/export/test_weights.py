@@ -1,4 +1,4 @@
-"""Weights of others and of our own: what is read, what is left, where it ends up, what is refused.
+"""Weights from elsewhere and our own: what is read, left out, placed where, and refused.
 
 PyTorch's own files are in `test_torch.py`.
 """
@@ -35,7 +35,7 @@ D = 8
 
 
 def encoder(seed=0):
-    """Arrays of an encoder as torchvision has them."""
+    """Arrays of an encoder as torchvision names them."""
     drawn = variables(**NETWORK)
     rng = np.random.default_rng(seed)
     return {n: rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
@@ -332,7 +332,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, kind):
 
 
 class Trap:
-    """Unpickling one leaves a mark."""
+    """Unpickling one leaves a trace."""
 
     def __reduce__(self):
         return (exec, ("import pathlib; pathlib.Path('sprung').touch()",))
