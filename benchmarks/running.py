@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.scaling import METHODS
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.opening import open_source
 from common.method import Method, make_setup, root_keys
 from common.sharding import local_rows, make_mesh, replicated, state_shardings, to_global
@@ -35,7 +36,7 @@ class Running:
         on_device = c.data.augment_on == "device"
         self.data = resident.load(source, self.mesh) if on_device else {}
         rows = local_rows(self.mesh, c.batch_size)
-        self.batches = pipeline.train_batches(source, c, rows=rows)
+        self.batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=rows)
         self.method, abstract, shardings = described(c, self.mesh)
         self.compiled = compile_step(self.method, c, self.mesh, abstract, shardings, self.data)
         init_key, key = root_keys(c.seed)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 from common.data.feed import pipeline, resident, survey
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -65,7 +66,9 @@ def train(
     mesh = mesh or make_mesh()
     rows = local_rows(mesh, config.batch_size)
     train_source = open_source(config.data, "train")
-    config, seen = survey.settle(config, train_source)
+    value_range, seen = survey.decide_value_range(config.data, train_source)
+    config = config.copy_and_resolve_references()
+    config.data.value_range = value_range
     for line in seen:
         console.say(line)
     test_source = summary.open_test(config)
@@ -73,6 +76,7 @@ def train(
     if config.data.bank_split:
         bank_source = open_source(config.data, "bank")
     Evaluator.check(config, bank_source, test_source)
+    recipe = FeedRecipe.of(config)
     per_epoch = pipeline.steps_per_epoch(train_source, config.batch_size)
     total = steps_of(config.duration, per_epoch, name="duration")
     if total < 1:
@@ -127,7 +131,7 @@ def train(
         )  # fmt: skip
         batches = pipeline.train_batches(
             train_source,
-            config,
+            recipe,
             rows=rows,
             start_step=progress["position"],
             process_index=jax.process_index(),

@@ -1,5 +1,6 @@
 """`--mode=replay`: the step that stopped a run, taken again from the checkpoint before it."""
 
+import dataclasses
 import json
 import traceback
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
 from common.evaluate.pretrained import read_config
@@ -84,7 +86,7 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
             state = resume_from.adopt(config, epath.Path(workdir), method, state, note=False)
     batches = pipeline.train_batches(
         source,
-        config,
+        FeedRecipe.of(config),
         rows=local_rows(mesh, config.batch_size),
         start_step=progress["position"],
         process_index=jax.process_index(),
@@ -96,8 +98,8 @@ def replay(workdir: str, methods: Mapping[str, Callable[[Setup], Method]]) -> di
         state, _ = as_taken(state, take()[1], key)
     ids, batch = take()
     before = not_finite(state)
-    alone = config.copy_and_resolve_references()
-    alone.steps_per_dispatch = 1  # of a loop over steps nothing would be known but where it is
+    # of a loop over steps nothing would be known but where it is
+    alone = dataclasses.replace(FeedRecipe.of(config), steps_per_dispatch=1)
     program = dispatch.program(method.train_step, alone, mesh)
     where = _first_nan(program, state, batch, key) if jax.process_count() == 1 else ""
     state, metrics = step_fn(state, batch, key)

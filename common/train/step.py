@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from common.data.feed.recipe import FeedRecipe
 from common.method import Method
 from common.sharding import replicated
 from common.train import dispatch
@@ -60,10 +61,11 @@ def trace_step(
     def place(s: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
-    batch = dispatch.batch_shapes(config, mesh, data)
+    recipe = FeedRecipe.of(config)
+    batch = dispatch.batch_shapes(recipe, mesh, data)
     key = place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     step = jax.jit(
-        dispatch.program(method.train_step, config, mesh),
+        dispatch.program(method.train_step, recipe, mesh),
         donate_argnames=("state",),
         out_shardings=(shardings, replicated(mesh)),
     )

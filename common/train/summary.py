@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import optim
-from common.data.augment import presets
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -82,7 +82,7 @@ def start_up(
         "network": f"{name} width {model.width * model.width_multiplier}, "
         f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
-        f"2 views each, {presets.resolve_views(config)[0].size} px",
+        f"2 views each, {FeedRecipe.of(config).size} px",
         "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
@@ -115,10 +115,10 @@ def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
 
 def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
-    with config.copy_and_resolve_references().unlocked() as small:
-        small.batch_size = n
-        if config.data.augment_on == "device" and not resident.has_one_shape(source):
-            small.data.augment_on = "host"  # --eval.source names other images than the run's
+    small = dataclasses.replace(FeedRecipe.of(config), batch_size=n)
+    if small.augment_on == "device" and not resident.has_one_shape(source):
+        # --eval.source names other images than the run's
+        small = dataclasses.replace(small, augment_on="host")
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
     batches = pipeline.train_batches(source, small, rows=np.arange(n))

@@ -124,26 +124,29 @@ def test_overrides_and_strength():
 def test_second_view_falls_back_to_the_first():
     from ml_collections import ConfigDict
 
-    config = ConfigDict({"data": {"image_size": 32}})
-    config.augment = presets.default_config("cifar")
+    config = ConfigDict({"augment": presets.default_config("cifar")})
     config.augment_view2 = presets.default_config(None)
     config.augment.grey = 0.1
-    first, second = presets.resolve_views(config)
+
+    def views():
+        return presets.resolve_views(config.augment, config.augment_view2, 32)
+
+    first, second = views()
     assert first == second and first.grey == 0.1
     config.augment_view2.solarise = 0.2
-    first, second = presets.resolve_views(config)
+    first, second = views()
     assert second == dataclasses.replace(first, solarise=0.2) and first.solarise == 0
     config.augment_view2.preset = "moco_v2"
-    assert presets.resolve_views(config)[1].crop == "torch"
+    assert views()[1].crop == "torch"
     # one network sees both views, so they share what it subtracts and divides by
-    assert presets.resolve_views(config)[1].mean == first.mean == (0, 0, 0)
+    assert views()[1].mean == first.mean == (0, 0, 0)
     config.augment_view2.std = (0.2, 0.2, 0.2)
     with pytest.raises(UserError, match=r"augment_view2.std .*both views. Set augment.std"):
-        presets.resolve_views(config)
+        views()
     config.augment_view2.std = None
     config.augment_view2.size = 16
     with pytest.raises(UserError, match="sizes 32 and 16"):
-        presets.resolve_views(config)
+        views()
 
 
 def test_bad_presets_and_ranges():

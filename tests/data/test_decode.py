@@ -11,6 +11,7 @@ from PIL import Image
 from test_sources import config, picture, write
 
 from common.data.feed import corrupt, feed
+from common.data.feed.recipe import FeedRecipe
 from common.data.images import decode
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import tf, traced
@@ -154,7 +155,7 @@ def test_a_folder_of_everything(tmp_path):
     c = tiny_config(source, tmp_path)
     from common.data.feed import pipeline
 
-    batch = next(pipeline.train_batches(source, c, rows=np.arange(len(kinds))))
+    batch = next(pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(len(kinds))))
     assert batch["images"].shape == (len(kinds), 2, 8, 8, 3)
 
 

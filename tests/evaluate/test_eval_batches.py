@@ -12,6 +12,7 @@ from PIL import Image
 from test_resident import setting
 
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources import embedded, subset
 from common.data.sources.base import ArraySource
 from common.data.sources.embedded import open_embedded
@@ -146,4 +147,5 @@ def test_labels_train_a_run_from_device_memory_without_tensorflow(
     metrics, _ = finetune_mode.run(opened)
     assert metrics["num_train"] == metrics["num_test"] == 48 and 0 <= metrics["top1"] <= 1
     with pytest.raises(ImportError):  # a run on the host could not
-        next(pipeline.train_batches(opened.open("train"), run_of("host")[0], rows=np.arange(8)))
+        recipe = FeedRecipe.of(run_of("host")[0])
+        next(pipeline.train_batches(opened.open("train"), recipe, rows=np.arange(8)))

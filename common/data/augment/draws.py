@@ -1,8 +1,6 @@
-"""All random numbers of the host pipeline: the order of an epoch and what happens to each view.
+"""The random numbers of the augmentation: what is done to each view of each example.
 
-Every number is a hash of (seed, epoch, example id, view, slot), nothing is drawn in sequence. So an
-example's views are the same whatever the batch size, the number of processes or the step at which
-a run was resumed, and they stay the same when NumPy or TensorFlow change their generators.
+Every number is a hash of (seed, epoch, example id, view, slot), see `common/data/order.py`.
 """
 
 import itertools
@@ -10,9 +8,9 @@ import itertools
 import numpy as np
 
 from common.data.augment.presets import Augmentation
+from common.data.order import GOLDEN, hash64, mix
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _VIEW = 1, 2  # streams: the order of an epoch, the draws of a view
+_VIEW = 2  # a stream of `hash64`
 
 # Where each draw of a view lies in its row of uniform numbers. New draws go to the end: a slot
 # that moves would change every run's augmentation.
@@ -30,36 +28,6 @@ PARAMETERS = 17
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue", "none")
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.float32)
 OBJECT_COVERED = 0.1  # SimCLR's min_object_covered, the object being the whole image
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash64(*words: int | np.ndarray) -> np.ndarray:
-    """Hashes integers (broadcast against each other) to uint64."""
-    state = np.zeros((1,), np.uint64)  # an array: NumPy warns of overflow in scalars only
-    for word in words:
-        word = np.atleast_1d(np.asarray(word, np.int64)).astype(np.uint64)
-        state = _mix((state + _GOLDEN) ^ _mix(word + _GOLDEN))
-    return state
-
-
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits the examples.
-
-    Args:
-        seed: of the run.
-        epoch: >= 0.
-        n: number of examples.
-
-    Returns:
-        int64 [n], a permutation of 0..n-1 that depends on (seed, epoch) only.
-    """
-    return np.argsort(hash64(_ORDER, seed, epoch, np.arange(n)), kind="stable")
 
 
 def uniforms(
@@ -80,7 +48,7 @@ def uniforms(
     """
     key = hash64(_VIEW, seed, epoch, view, ids)[:, None]
     slots = np.arange(first + 1, first + count + 1, dtype=np.uint64)[None]
-    bits = _mix(key + slots * _GOLDEN) >> np.uint64(40)
+    bits = mix(key + slots * GOLDEN) >> np.uint64(40)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 

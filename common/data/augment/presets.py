@@ -207,11 +207,14 @@ def resolve(config: ConfigDict, image_size: int, base: Augmentation | None = Non
     return Augmentation(**values)
 
 
-def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
-    """Both views' augmentations from a whole config.
+def resolve_views(
+    augment: ConfigDict, augment_view2: ConfigDict | None, image_size: int
+) -> tuple[Augmentation, Augmentation]:
+    """The augmentations of both views.
 
     Args:
-        config: with `data.image_size`, `augment` and (optional) `augment_view2`.
+        augment, augment_view2: view 1's config, and what view 2 changes of it, if anything.
+        image_size: as in `resolve`.
 
     Returns:
         Augmentations of view 1 and view 2, equal unless `augment_view2` sets something. Mean and
@@ -220,15 +223,14 @@ def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
     Raises:
         UserError: as `resolve`, views of two sizes, or a mean or std of view 2.
     """
-    first = resolve(config.augment, config.data.image_size)
-    other = config.get("augment_view2") or {}
+    first, other = resolve(augment, image_size), augment_view2 or {}
     for name in ("mean", "std"):
         if other.get(name) is not None:
             raise UserError(
                 f"augment_view2.{name} is {tuple(other[name])}; expected None: one network sees "
                 f"both views. Set augment.{name}."
             )
-    second = resolve(other, config.data.image_size, base=first)
+    second = resolve(other, image_size, base=first)
     second = dataclasses.replace(second, mean=first.mean, std=first.std)
     if first.size != second.size:
         raise UserError(

@@ -1,13 +1,12 @@
 """Images that cannot be decoded: named to the user, or replaced and counted."""
 
 import concurrent.futures
-import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from absl import logging
 
-from common.data.images import decode
+from common.data.images.decode import fault_of
 from common.data.images.tensorflow_host import tf
 from common.data.sources.base import Source
 from common.errors import UserError
@@ -106,30 +105,3 @@ def warn(source: Source, index: int, stand_in: str, reason: str) -> None:
             "corrupt image %s (%s) %s (%d of %d images so far)", source.describe(index), reason,
             what, count, source.num_examples,
         )  # fmt: skip
-
-
-def fault_of(payload: bytes, is_path: bool = False) -> str:
-    """What is wrong with a file, or with the bytes of one; "" if it is a whole image."""
-    try:
-        data = tf.io.read_file(payload) if is_path else tf.constant(payload)
-    except tf.errors.OpError as error:
-        return _short(error)
-    size = int(tf.strings.length(data))
-    if not size:
-        return "the file is empty"
-    try:
-        decode.decode(data)
-    except (tf.errors.OpError, ValueError) as error:  # the second out of Pillow
-        return _short(error)
-    return ""
-
-
-def _short(error: Exception) -> str:
-    """One line of TensorFlow's many."""
-    if isinstance(error, tf.errors.NotFoundError):
-        return "no such file"
-    if isinstance(error, tf.errors.PermissionDeniedError):
-        return "permission denied"
-    # less the names of its operations
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", getattr(error, "message", str(error))).strip()
-    return " ".join(text.split())[:120] or "unreadable"

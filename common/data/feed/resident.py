@@ -4,15 +4,13 @@ Every device holds the whole set and takes its own rows out of it, so that nothi
 CIFAR-10 is 150 MB. No TensorFlow.
 """
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common.data.augment import draws, on_device
 from common.data.augment.presets import Augmentation
+from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.sources.base import Source
 from common.errors import UserError
 from common.sharding import replicated
@@ -112,8 +110,7 @@ class ResidentBatches:
 
     Args:
         source: of the training split.
-        config: the whole config.
-        augmentations: of view 1 and view 2.
+        recipe: of the run.
         plan: step -> (epoch, ids [b]) of this process.
         steps: in an epoch.
         position: of the first batch.
@@ -125,14 +122,12 @@ class ResidentBatches:
     def __init__(
         self,
         source: Source,
-        config: ConfigDict,
-        augmentations: tuple[Augmentation, Augmentation],
-        plan: Callable[[int], tuple[int, np.ndarray]],
+        recipe: FeedRecipe,
+        plan: Plan,
         steps: int,
         position: int,
     ) -> None:
-        self._shape, self._augmentations, self._plan = source.image_shape, augmentations, plan
-        self._seed, self._most = config.seed, config.steps_per_dispatch
+        self._shape, self._recipe, self._plan = source.image_shape, recipe, plan
         self.steps_per_epoch, self.position = steps, position
 
     def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -146,17 +141,18 @@ class ResidentBatches:
             float32 [b, steps_per_dispatch, 2, draws.PARAMETERS] with boxes, both 0 after the first
             `steps`, and `steps` int32.
         """
+        most = self._recipe.steps_per_dispatch
         planned = [self._plan(self.position + i) for i in range(steps)]
         epochs, ids = np.array([epoch for epoch, _ in planned]), np.stack([i for _, i in planned])
         b = ids.shape[1]
-        parameters = np.zeros((b, self._most, 2, draws.PARAMETERS), np.float32)
+        parameters = np.zeros((b, most, 2, draws.PARAMETERS), np.float32)
         for epoch in np.unique(epochs):  # of many steps at once: a call costs as much as 1,000 rows
             chosen = np.flatnonzero(epochs == epoch)
             drawn, _ = draws.draw_pair(
-                self._augmentations, self._seed, int(epoch), ids[chosen].ravel(), self._shape
+                self._recipe.views, self._recipe.seed, int(epoch), ids[chosen].ravel(), self._shape
             )
             parameters[:, chosen] = drawn.reshape(len(chosen), b, *drawn.shape[1:]).swapaxes(0, 1)
-        padded = np.zeros((b, self._most), np.int32)
+        padded = np.zeros((b, most), np.int32)
         padded[:, :steps] = ids.T
         self.position += steps
         return ids, {"ids": padded, "parameters": parameters, "steps": np.int32(steps)}

@@ -31,29 +31,27 @@ _SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # kinds that have 8 bits at m
 _PNG = b"\x89PNG"
 
 
-def settle(
+def decide_value_range(
     config: ConfigDict, source: Source, known: str = UPPER_8
-) -> tuple[ConfigDict, list[str]]:
-    """The config with `data.value_range` decided, and what there is to say of the set.
+) -> tuple[str, list[str]]:
+    """What `data.value_range` stands for, and what the user should know about the images.
 
     Args:
-        config: a whole config; it is not changed.
+        config: the `data` section; it is not changed.
         source: the images that decide; its `decoding` is decided too.
         known: a range that others have, see `look`.
 
     Returns:
-        The config (of a set that is held as pixels as it was: there is nothing to decide), and
+        The value range ("auto" still for images held as pixels: there is nothing to decide), and
         lines for the user.
     """
     lines = look(source, known)
-    if config.data.value_range == AUTO != source.decoding.value_range:
-        config = config.copy_and_resolve_references()
-        config.data.value_range = source.decoding.value_range
-    return config, lines
+    decided = source.decoding.value_range
+    return decided if config.value_range == AUTO else config.value_range, lines
 
 
-def decide(source: Source) -> None:
-    """Decides a value range that nobody has decided yet: where a set is used without `settle`."""
+def ensure_decided(source: Source) -> None:
+    """Decides a value range that is still "auto", where `decide_value_range` was not called."""
     if source.decoding.value_range == AUTO and source.kind not in ("pixels", "views"):
         for line in look(source):
             logging.info("%s", line)
@@ -206,9 +204,7 @@ def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
     A streamed set has no random access: its first images are taken.
     """
     if source.kind == "stream":
-        from common.data.feed import stream
-
-        files = [image for _, image, _ in itertools.islice(stream.in_order(source), _DEEP[1])]
+        files = [image for _, image, _ in itertools.islice(source.in_order(), _DEEP[1])]
         return files, files.__getitem__
     payload = source.read(_spread(source.num_examples, SAMPLE))[0]
     if source.kind != "path":

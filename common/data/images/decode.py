@@ -8,6 +8,7 @@ for.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -105,6 +106,33 @@ def pillow(data: bytes, how: Decoding = decoding.DEFAULT) -> np.ndarray:
         ValueError: what is no whole image, or too large a one.
     """
     return _opened(data, lambda image: _to_rgb(image, how))
+
+
+def fault_of(payload: bytes, is_path: bool = False) -> str:
+    """What is wrong with a file, or with the bytes of one; "" if it is a whole image."""
+    try:
+        data = tf.io.read_file(payload) if is_path else tf.constant(payload)
+    except tf.errors.OpError as error:
+        return _short(error)
+    size = int(tf.strings.length(data))
+    if not size:
+        return "the file is empty"
+    try:
+        decode(data)
+    except (tf.errors.OpError, ValueError) as error:  # the second out of Pillow
+        return _short(error)
+    return ""
+
+
+def _short(error: Exception) -> str:
+    """One line of TensorFlow's many."""
+    if isinstance(error, tf.errors.NotFoundError):
+        return "no such file"
+    if isinstance(error, tf.errors.PermissionDeniedError):
+        return "permission denied"
+    # less the names of its operations
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", getattr(error, "message", str(error))).strip()
+    return " ".join(text.split())[:120] or "unreadable"
 
 
 def deep_values(data: bytes) -> np.ndarray | None:

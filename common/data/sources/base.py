@@ -1,6 +1,7 @@
 """What every source of images has: its size, its labels, and `read`."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -51,6 +52,14 @@ class Source:
         """Images of the examples [b], as `kind` says; corrupt ones, once known, are replaced."""
         return self.read(self.stand_ins(ids))[0]
 
+    def views(self, ids: np.ndarray, size: int) -> np.ndarray:
+        """Of kind "views": uint8 [b, size, size, 3], of another size than `image_shape`."""
+        raise NotImplementedError
+
+    def in_order(self) -> Iterator[tuple[int, bytes, int]]:
+        """Of kind "stream": one pass over (id, encoded image, label), nothing decoded."""
+        raise NotImplementedError
+
     def stand_ins(self, ids: np.ndarray) -> np.ndarray:
         """Puts the ids of the replacements in the place of corrupt examples."""
         if not self.replaced:
@@ -83,11 +92,11 @@ class Source:
         return len(self.replaced)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class ArraySource(Source):
     """Images in memory: pixels [n, h, w, 3], or encoded bytes [n]."""
 
-    images: np.ndarray = None
+    images: np.ndarray
 
     def read(self, ids):
         return self.images[ids], self.labels[ids]

@@ -3,25 +3,22 @@
 import unicodedata
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from common.data.sources.base import Source
 from common.data.sources.folder_tree import some
-from common.data.sources.opening import kind_of, part_of
 from common.errors import UserError
 
 
-def align(source: Source, config: ConfigDict) -> None:
+def align(source: Source, names: tuple[str, ...]) -> None:
     """Numbers the labels of a test set or a bank as the training split does.
 
     Args:
-        source: with class names; it is changed. Without a training split it is left as it is.
-        config: the config's `data` section.
+        source: with class names; it is changed.
+        names: of the classes 0, 1, ... that it is compared with; with none it is left as it is.
 
     Raises:
         UserError: a class that is not among those of the training split and the bank.
     """
-    names = _of_reference(config)
     if not names or names == source.class_names:
         return
     exact = {name: i for i, name in enumerate(names)}
@@ -43,33 +40,3 @@ def align(source: Source, config: ConfigDict) -> None:
     source.class_names, source.num_classes = names, len(names)
     if missing:
         source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)
-
-
-def _of_reference(config: ConfigDict) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ...: those of "train", then what only the bank has."""
-    names = ()
-    for split in dict.fromkeys((config.train_split, config.bank_split or config.train_split)):
-        try:
-            found = _of_split(config, split)
-        except UserError:  # there need be no training set to make features of the test set
-            continue
-        names += tuple(name for name in found if name not in names)
-    return names
-
-
-def _of_split(config: ConfigDict, split: str) -> tuple[str, ...]:
-    """The class names of a split, as cheaply as its kind allows; () where it has none."""
-    kind, path = kind_of(config.source)
-    if kind == "folder":
-        from common.data.sources import folder_source
-
-        return folder_source.class_names(path, part_of(kind, path, split)[0], config.labels)
-    if kind == "shards":
-        from common.data.sources import shards
-
-        return shards.class_names(path, part_of(kind, path, split)[0])
-    if kind == "tfds":
-        from common.data.sources import tfds_source
-
-        return tfds_source.class_names(path, split, config)
-    return ()

@@ -16,7 +16,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.data.images import decoding
-from common.data.sources import embedded, fake, folder_layout, slices
+from common.data.sources import (
+    class_names,
+    embedded,
+    fake,
+    folder_layout,
+    folder_source,
+    shards,
+    slices,
+    subset,
+)
 from common.data.sources.base import Source
 from common.errors import UserError
 
@@ -100,10 +109,8 @@ def open_source(config: ConfigDict, split: str) -> Source:
         source.num_classes, source.class_names = 0, ()
         source.labels = np.full(source.num_examples, -1, np.int32)
     source.on_corrupt, source.decoding = config.on_corrupt, how
-    from common.data.sources import class_names, subset
-
     if role in ("test", "bank") and source.class_names:
-        class_names.align(source, config)
+        class_names.align(source, _class_names(config))
     if bounds is None:
         return source
 
@@ -115,11 +122,8 @@ def part_of(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | No
     """The split to open, and which slice of it to take."""
     if kind == "tfds":  # which slices its own sets
         return split, None
-    if kind == "shards":
-        from common.data.sources import shards
-
-        if shards.holds(path, split):  # a slice that was prepared
-            return split, None
+    if kind == "shards" and shards.holds(path, split):  # a slice that was prepared
+        return split, None
     return slices.parse(split)
 
 
@@ -144,15 +148,36 @@ def _open(kind: str, path: str, split: str, config: ConfigDict, compared: bool) 
         return embedded.open_embedded(split)
     if kind == "fake":
         return fake.open_fake(config, split)
-    # these build on this module
     if kind == "folder":
-        from common.data.sources import folder_source
-
         return folder_source.open_folder(path, split, config.labels)
     if kind == "shards":
-        from common.data.sources import shards
-
         return shards.open_shards(path, split, config)
-    from common.data.sources import tfds_source
+    from common.data.sources import tfds_source  # TensorFlow, only where it is used
 
     return tfds_source.open_tfds(path, split, config, sure=compared)
+
+
+def _class_names(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ...: those of "train", then what only the bank has."""
+    names = ()
+    for split in dict.fromkeys((config.train_split, config.bank_split or config.train_split)):
+        try:
+            found = _class_names_of(config, split)
+        except UserError:  # there need be no training set to make features of the test set
+            continue
+        names += tuple(name for name in found if name not in names)
+    return names
+
+
+def _class_names_of(config: ConfigDict, split: str) -> tuple[str, ...]:
+    """The class names of a split, as cheaply as its kind allows; () where it has none."""
+    kind, path = kind_of(config.source)
+    if kind == "folder":
+        return folder_source.class_names(path, part_of(kind, path, split)[0], config.labels)
+    if kind == "shards":
+        return shards.class_names(path, part_of(kind, path, split)[0])
+    if kind == "tfds":
+        from common.data.sources import tfds_source  # TensorFlow, only where it is used
+
+        return tfds_source.class_names(path, split, config)
+    return ()

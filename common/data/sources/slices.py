@@ -9,11 +9,11 @@ import re
 
 import numpy as np
 
-from common.data.augment import draws
+from common.data.order import hash64
 from common.errors import UserError
 
 _LARGE = 10**6
-_STREAM = 103  # of `draws.hash64`
+_STREAM = 103  # of `hash64`
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<first>[^:\[\]]*):(?P<last>[^:\[\]]*)\]")
 _BOUND = re.compile(r"\s*(?P<value>-?\d+)\s*(?P<percent>%?)\s*")
 
@@ -44,7 +44,7 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
             f"the slice {split!r} is empty ({first} to {last} of {n} examples): expected e.g. "
             "train[:80%]"
         )
-    order = np.argsort(draws.hash64(_STREAM, np.arange(n)), kind="stable")
+    order = np.argsort(hash64(_STREAM, np.arange(n)), kind="stable")
     return np.sort(order[first:last])
 
 
