@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
-from common.data.augment import centre, device_ops, draws, on_device, pixel_ops, presets
+from common.data.augment import device_ops, draws, on_device, pixel_ops, presets, resize
 from common.data.augment import on_host as ah
+from common.data.augment.colour import jitter_steps
 from common.errors import UserError
 
 tf = ah.tf
@@ -37,6 +38,9 @@ def planes(images):
     return np.moveaxis(images, 3, 1).astype(np.float32) / 255
 
 
+MODULES = {"host": pixel_ops, "device": device_ops}
+
+
 class Ops:
     """The image operations of the host or of the device, on NumPy arrays."""
 
@@ -55,13 +59,18 @@ class Ops:
 @functools.cache
 def compiled(on, name, arguments):
     """An operation of the arrays that stand in for the Nones among its arguments."""
-    function = getattr({"host": pixel_ops, "device": device_ops}[on], name)
+    function = getattr(MODULES[on], name)
 
     def call(*arrays):
         left = iter(arrays)
         return function(*(next(left) if x is None else x for x in arguments))
 
     return jax.jit(call) if on == "device" else lambda *x: call(*map(tf.constant, x))
+
+
+@functools.cache  # for `compiled`, which knows them by their identity
+def steps_of(a, on):
+    return jitter_steps(a, MODULES[on])
 
 
 @pytest.fixture(params=["host", "device"])
@@ -283,7 +292,7 @@ def test_jitter_follows_each_images_own_order(ops, style):
     factors = rng.uniform(0.3, 1.7, (5, 4)).astype(np.float32)
     factors[:, 3] = rng.uniform(-0.2, 0.2, 5)
     x = planes(images)
-    found = ops.jitter(x, orders, factors, a)
+    found = ops.jitter(x, orders, factors, steps_of(a, ops.on))
     steps = (
         lambda v, f: ops.adjust_brightness(v, f, "multiply"),
         lambda v, f: ops.adjust_contrast(v, f, style),
@@ -297,7 +306,7 @@ def test_jitter_follows_each_images_own_order(ops, style):
             value = steps[op](value, factors[i : i + 1, min(op, 3)])
             assert 0 <= value.min() and value.max() <= 1
         np.testing.assert_allclose(found[i], value[0], atol=1e-6)
-    other = ops.jitter(x, orders[[1, 1, 2, 3, 4]], factors, a)
+    other = ops.jitter(x, orders[[1, 1, 2, 3, 4]], factors, steps_of(a, ops.on))
     assert np.abs(found[0] - other[0]).max() > 0.02
 
 
@@ -384,7 +393,7 @@ def test_operations_come_in_the_documented_order(ops, preset, grey_first):
         x = np.clip(x, 0, 1)
     x = ops.rotate(x, p[:, draws.ANGLE])
     steps = [
-        lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], a),
+        lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], steps_of(a, ops.on)),
         lambda x: np.broadcast_to(ops.greyscale(x, a.color_style), x.shape),
     ]
     for step in reversed(steps) if grey_first else steps:
@@ -664,7 +673,7 @@ def test_centre(height, width, size, ops):
     if ops == "host":
         found = ah.centre(tf.constant(image), shorter, size).numpy()
     else:
-        found = centre.centre(image[None], size)[0]
+        found = resize.centre(image[None], size)[0]
     scale = shorter / min(height, width)
     tall, wide = round(height * scale), round(width * scale)
     resized = np.asarray(Image.fromarray(image).resize((wide, tall), Image.BILINEAR))

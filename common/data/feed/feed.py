@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from common.data.augment import draws, on_host, presets
-from common.data.augment.centre import resize_to
+from common.data.augment.resize import resize_to
 from common.data.feed import corrupt, survey
 from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.images import decode

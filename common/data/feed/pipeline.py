@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from common.data.augment import draws
-from common.data.augment.centre import centre
+from common.data.augment.resize import centre
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.feed.resident import ResidentBatches

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import os
+import types
 import weakref
 from collections.abc import Callable, Generator
 
@@ -45,6 +46,12 @@ traced = functools.partial(tf.function, autograph=False)
 # Pixels a side; chosen, not measured: compiling and each call cost something, whatever the size.
 FUSE_FROM = 64
 plain = tf.autograph.experimental.do_not_convert  # what is given to `Dataset.map`
+
+# TensorFlow's functions by NumPy's names, for arithmetic that is written once for both.
+xp = types.SimpleNamespace(
+    arange=tf.range, maximum=tf.maximum, where=tf.where, sum=tf.reduce_sum, exp=tf.exp,
+    sqrt=tf.sqrt, rint=tf.round, clip=tf.clip_by_value,
+)  # fmt: skip
 
 _open_iterators: weakref.WeakSet[Generator] = weakref.WeakSet()
 
