@@ -40,8 +40,8 @@ def crop_resize(
     Returns:
         float32 [n * views, 3, size, size]; bicubic may overshoot the range of `images`.
     """
-    n, _, *shape = images.shape
-    matrices = crop_matrices(boxes, flips, tuple(shape), augmentation, jnp)
+    n, _, height, width = images.shape
+    matrices = crop_matrices(boxes, flips, (height, width), augmentation, jnp)
     rows, cols = (m.reshape(n, -1, *m.shape[1:]) for m in matrices)
     # one image is read once for all of its views
     tall = jnp.einsum("nvih,nchw->nvciw", rows, images, precision=_EXACT)

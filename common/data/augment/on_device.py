@@ -107,7 +107,7 @@ def views(
         uint8 [b, 2, size, size, 3], sharded along b.
     """
 
-    def some(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def make(rows: tuple[jax.Array, ...]) -> jax.Array:
         return to_bytes(function(*rows, augmentations))
 
     def local(*rows: jax.Array) -> jax.Array:
@@ -115,8 +115,8 @@ def views(
         least = -(-n * 2 * 3 * augmentations[0].size ** 2 // PIECE)
         parts = next(p for p in range(least, n + 1) if n % p == 0)
         if parts == 1:
-            return some(rows)
-        made = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
+            return make(rows)
+        made = jax.lax.map(make, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
         return made.reshape(n, *made.shape[2:])
 
     spec = PartitionSpec(AXIS)

@@ -83,8 +83,9 @@ class Augmentation:
 
 def crop_only(augmentation: Augmentation) -> Augmentation:
     """The part of a recipe that ends with the flip."""
-    off = dict.fromkeys(("rotate", "jitter", "grey", "blur", "solarise"), 0.0)
-    return dataclasses.replace(augmentation, **off)
+    return dataclasses.replace(
+        augmentation, rotate=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0
+    )
 
 
 _PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarise", "rotate")

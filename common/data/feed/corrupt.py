@@ -77,7 +77,8 @@ def _search(
     A set that has one bad image in a million loses the time of one batch. Each search costs a new
     start of the pipeline, though, so the more are known to be bad, the further a search goes.
     """
-    bad, more = {}, len(source.replaced)
+    bad: dict[int, str] = {}
+    more = len(source.replaced)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         for ids in batches:
             places = np.unique(source.stand_ins(ids)).tolist()

@@ -82,8 +82,9 @@ def train_batches(
             steps,
         )  # fmt: skip
     if source.kind == "stream":
-        from common.data.feed import stream
+        from common.data.feed import stream  # TensorFlow, only where it is used
 
+        assert isinstance(source, stream.StreamSource)
         return stream.train_batches(
             source, recipe, steps, rows, start_step, process_index, process_count
         )
@@ -160,6 +161,7 @@ def eval_batches(
     if source.kind == "stream":
         from common.data.feed import stream
 
+        assert isinstance(source, stream.StreamSource)
         batches = stream.eval_batches(
             source, batch_size, image_size, rows, process_index, process_count
         )

@@ -4,6 +4,8 @@ Every device holds the whole set and takes its own rows out of it, so that nothi
 CIFAR-10 is 150 MB. No TensorFlow.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -34,7 +36,7 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
     """
     if reason := obstacle(source, mesh):
         raise UserError(reason)
-    shapes = shapes_of(source.num_examples, source.image_shape)
+    shapes = shapes_of(source.num_examples, source.shape)
     images, labels = source.read(np.arange(source.num_examples))
     arrays = {"data_images": images, "data_labels": labels}
     return {
@@ -53,7 +55,7 @@ def obstacle(source: Source, mesh: Mesh) -> str:
             f"data.augment_on=device needs images of one shape, held as pixels, and "
             f"{source.name} ({source.split}) has files of any shape: choose both or host"
         )
-    shapes = shapes_of(source.num_examples, source.image_shape)
+    shapes = shapes_of(source.num_examples, source.shape)
     size = sum(x.dtype.itemsize * x.size for x in shapes.values())
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if memory and size > _SHARE * memory:
@@ -130,7 +132,7 @@ class ResidentBatches:
         self._shape, self._recipe, self._plan = source.image_shape, recipe, plan
         self.steps_per_epoch, self.position = steps, position
 
-    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def take(self, steps: int) -> tuple[np.ndarray, dict[str, Any]]:
         """What the program of the next steps takes.
 
         Args:

@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def look(source: Source, known: str = UPPER_8) -> list[str]:
     return lines + _of_contrast(what, _map(spread, places), hint)
 
 
-def range_of(lows: list, highs: list, whole_numbers: bool) -> tuple[str, bool]:
+def range_of(lows: Sequence, highs: Sequence, whole_numbers: bool) -> tuple[str, bool]:
     """The range "LOW:HIGH" for images of more than 8 bits, from the least and most value of each.
 
     Integers from 0 on: the fewest of the usual numbers of bits that hold them. Floats: 0 to 1 or 0
@@ -169,12 +169,12 @@ def _of_rotation(what: str, source: Source, heads: list[bytes]) -> list[str]:
 
 
 def _of_contrast(what: str, spreads: list[int | None], hint: str) -> list[str]:
-    spreads = [x for x in spreads if x is not None]
-    flat = sum(x < FLAT for x in spreads)
-    if flat < max(2, _MANY * len(spreads)):
+    known = [x for x in spreads if x is not None]
+    flat = sum(x < FLAT for x in known)
+    if flat < max(2, _MANY * len(known)):
         return []
     return [
-        f"{what}: {flat} of {len(spreads)} images that were looked at are nearly one colour "
+        f"{what}: {flat} of {len(known)} images that were looked at are nearly one colour "
         f"(within {FLAT} of 256 levels): look at the files{hint}"
     ]
 

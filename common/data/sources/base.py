@@ -87,6 +87,12 @@ class Source:
         return ""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """`image_shape` of a source whose images share one."""
+        assert self.image_shape, f"the images of {self.name} have no common shape"
+        return self.image_shape
+
+    @property
     def corrupt_count(self) -> int:
         """How many corrupt images have been replaced so far."""
         return len(self.replaced)

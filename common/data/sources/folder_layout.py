@@ -60,7 +60,8 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
     layout = _Layout(labels)
     root = layout.split(base, split)
     folders, tree = layout.classes(root), layout.tree
-    paths, classes = [], []
+    paths: list[str] = []
+    classes: list[int] = []
     if folders:
         for number, folder in enumerate(folders):
             paths += tree.walk(folder)
@@ -164,7 +165,7 @@ class _Layout:
     def _synonym(self, base: epath.Path, split: str) -> epath.Path | None:
         """The folder of another name for a split, or of one that stands in for it."""
         kind = self.kind(split)
-        for wanted in (kind, _STAND_IN.get(kind)):
+        for wanted in (kind, _STAND_IN.get(kind or "")):
             found = [f for f in self.tree.folders(base) if wanted and self.kind(f.name) == wanted]
             if len(found) > 1 and not self.legacy:
                 raise UserError(

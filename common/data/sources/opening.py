@@ -159,7 +159,7 @@ def _open(kind: str, path: str, split: str, config: ConfigDict, compared: bool) 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
     """Names of the classes 0, 1, ...: those of "train", then what only the bank has."""
-    names = ()
+    names: tuple[str, ...] = ()
     for split in dict.fromkeys((config.train_split, config.bank_split or config.train_split)):
         try:
             found = _class_names_of(config, split)

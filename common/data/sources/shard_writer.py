@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -43,7 +44,7 @@ def write(config: ConfigDict, directory: str | epath.PathLike) -> dict:
         raise UserError(f"{directory} is not empty: give a new directory to write shards into")
     splits = {role: config[f"{role}_split"] for role in ("train", "test", "bank")}
     opened = {role: open_source(config, role) for role, name in splits.items() if name}
-    index = {"version": VERSION, "name": opened["train"].name, "splits": {}}
+    index: dict[str, Any] = {"version": VERSION, "name": opened["train"].name, "splits": {}}
     directory.mkdir(parents=True, exist_ok=True)
     for source in opened.values():
         for line in source.account:
@@ -99,7 +100,7 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
         )
     ids = np.arange(source.num_examples)
     if source.kind in ("pixels", "views"):
-        sizes = np.full(len(ids), int(np.prod(source.image_shape)) * 3)
+        sizes = np.full(len(ids), int(np.prod(source.shape)) * 3)
     elif source.kind == "path":
         paths = map(os.fsdecode, source.read(ids)[0])
         sizes = np.array([_length(epath.Path(path)) for path in paths])
@@ -117,7 +118,7 @@ def _length(path: epath.Path) -> int:
         return 0
 
 
-def _arrays(source: Source, ids: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+def _arrays(source: Source, ids: np.ndarray) -> tuple[dict[str, Any], list[str]]:
     """What a shard holds, and the names of the images that are left out of it."""
     payload, labels = source.read(ids)
     names = source.names(ids)

@@ -53,10 +53,10 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
             "data.train_split and data.test_split."
         )
     found = index["splits"][split]
-    names = [shard["file"] for shard in found["shards"]]
-    if outside := [n for n in names if "/" in n or "\\" in n or n.startswith("..")]:
+    file_names = [shard["file"] for shard in found["shards"]]
+    if outside := [n for n in file_names if "/" in n or "\\" in n or n.startswith("..")]:
         raise UserError(f"{path} names the file {outside[0]!r}: expected names without a folder")
-    paths = [directory / name for name in names]
+    paths = [directory / name for name in file_names]
     if absent := [p.name for p in paths if not p.exists()]:
         raise UserError(
             f"{path} lacks {len(absent)} of {len(paths)} shards, e.g. {absent[0]}: copy them too"
@@ -115,10 +115,12 @@ def _index(path: str) -> dict:
 
 def _load_all(paths: list[epath.Path], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All shards in order, in place: images are held once, but for the few shards in flight."""
-    images, labels, names, done = None, [], [], 0
+    images, done = np.empty(0), 0
+    labels: list[np.ndarray] = []
+    names: list[np.ndarray] = []
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         for part, part_labels, part_names in pool.map(_load, paths):
-            if images is None:
+            if not labels:
                 images = np.empty((n, *part.shape[1:]), part.dtype)
             images[done : done + len(part)] = part
             done += len(part)

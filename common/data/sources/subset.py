@@ -6,6 +6,7 @@ is a part of a larger one.
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +49,14 @@ def select(source: Source, ids: np.ndarray) -> Source:
     A streamed set has no random access: its encoded images are read into memory.
     """
     ids = np.asarray(ids, np.int64)
-    common = dict(
+    common: dict[str, Any] = dict(
         name=source.name, split=source.split, num_examples=len(ids),
         num_classes=source.num_classes, class_names=source.class_names,
         on_corrupt=source.on_corrupt, decoding=source.decoding, account=source.account,
     )  # fmt: skip
     if source.kind == "stream":
-        images, labels = _from_stream(source, ids)
-        return ArraySource(kind="encoded", labels=labels, images=images, **common)
+        images, found = _from_stream(source, ids)
+        return ArraySource(kind="encoded", labels=found, images=images, **common)
     labels = None if source.labels is None else source.labels[ids]
     return Subset(
         kind=source.kind, labels=labels, image_shape=source.image_shape, base=source, ids=ids,

@@ -42,7 +42,8 @@ class Features:
             )
         self.image = "image" if "image" in images else images[0]
         self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-        self.by_value, self.account = False, ()
+        self.by_value = False
+        self.account: tuple[str, ...] = ()
         if self.label is None and labelled:
             self._look_for_values(info.features, labels)
         feature = info.features[self.label] if self.label and not self.by_value else None
@@ -79,7 +80,7 @@ class Features:
 
 
 def classes_of(
-    values: np.ndarray, feature: str, sure: bool
+    values: np.ndarray, feature: str | None, sure: bool
 ) -> tuple[np.ndarray, tuple[str, ...], str]:
     """Labels that are integers or text: int32 [n], names of the classes, and a line about them.
 
@@ -87,17 +88,17 @@ def classes_of(
     are measurements or ids, not classes; but `sure` says that they are classes.
     """
     # objects, since integers of 64 bits with and without a sign have no type in common
-    values = [v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for v in values]
-    labelled = np.array([v != "" if isinstance(v, str) else v >= 0 for v in values], bool)
-    counts = collections.Counter(itertools.compress(values, labelled))
+    decoded = [v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for v in values]
+    labelled = np.array([v != "" if isinstance(v, str) else v >= 0 for v in decoded], bool)
+    counts = collections.Counter(itertools.compress(decoded, labelled))
     found = sorted(counts)
-    numbers = np.full(len(values), -1, np.int32)
+    numbers = np.full(len(decoded), -1, np.int32)
     rare = sum(n == 1 for n in counts.values())
     if not found or (not sure and len(found) > _MANY_VALUES and 2 * rare >= len(found)):
-        line = f"no labels: {feature!r} has {len(found):,} values for {len(values):,} images"
+        line = f"no labels: {feature!r} has {len(found):,} values for {len(decoded):,} images"
         return numbers, (), line
     number = {value: i for i, value in enumerate(found)}
-    numbers[labelled] = [number[v] for v in itertools.compress(values, labelled)]
+    numbers[labelled] = [number[v] for v in itertools.compress(decoded, labelled)]
     names = tuple(map(str, found))
     more = ", ..." if len(names) > 5 else ""
     return numbers, names, f"classes are the values of {feature!r}: {', '.join(names[:5])}{more}"

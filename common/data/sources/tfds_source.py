@@ -138,16 +138,16 @@ def _labelled(split: str, config: ConfigDict) -> bool:
 def _builder(name: str, folder: str):
     import tensorflow_datasets as tfds
 
-    folder = str(files.path(folder)) if folder else None
-    where = folder or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
+    data_dir = str(files.path(folder)) if folder else None
+    where = data_dir or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
     fix = (
         "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
         f"`tfds build {name}` (`python -m tensorflow_datasets.scripts.cli.main build {name}`)."
     )
     try:
-        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(f"no data set tfds:{name} (looked in {where}). {fix}") from error
+        raise UserError(f"no dataset tfds:{name} (looked in {where}). {fix}") from error
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(f"cannot open tfds:{name}: {first_line(error)} {fix}") from error
     if not builder.info.splits:
