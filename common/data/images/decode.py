@@ -16,11 +16,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.data.images import codecs, decoding, orientation
+from common.data.images import decoding, orientation
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import tf
 
-codecs.register_heif()
+decoding.register_heif()
 
 # Twice Pillow's limit, where it too takes a file for a decompression bomb: 537 MB as pixels.
 MAX_PIXELS = 178_956_970

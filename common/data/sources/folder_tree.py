@@ -7,10 +7,10 @@ import stat
 from absl import logging
 from etils import epath
 
-from common.data.images import codecs
+from common.data.images import decoding
 from common.errors import UserError
 
-# What runs took for images that began before there were `codecs`.
+# What runs took for datasets before there was `readable_suffixes`.
 _LEGACY_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
@@ -27,7 +27,7 @@ class Tree:
 
     Args:
         legacy: list what runs saw that began before folders of the system were left out and before
-            all of `codecs.readable_suffixes` were read.
+            all of `decoding.readable_suffixes` were read.
 
     Attributes:
         suffixes: file name extensions of images.
@@ -35,7 +35,7 @@ class Tree:
     """
 
     def __init__(self, legacy: bool = False) -> None:
-        self.suffixes = _LEGACY_SUFFIXES if legacy else codecs.readable_suffixes()
+        self.suffixes = _LEGACY_SUFFIXES if legacy else decoding.readable_suffixes()
         self.left_out: collections.Counter[str] = collections.Counter()
         self._junk = set() if legacy else _JUNK_FOLDERS
         self._listings: dict[str, tuple[list[str], list[epath.Path], list[str]]] = {}
@@ -71,7 +71,7 @@ class Tree:
     def left_out_in_words(self) -> str:
         """E.g. "3 .csv, 12 .heic", or "" where nothing was left out."""
         parts = (f"{n:,} {plural(what, n)}" for what, n in sorted(self.left_out.items()))
-        heif = any(suffix in self.left_out for suffix in codecs.HEIF)
+        heif = any(suffix in self.left_out for suffix in decoding.HEIF)
         return ", ".join(parts) + (" (for HEIC: pip install pillow-heif)" if heif else "")
 
     def _has_image(self, folder: epath.Path, above: tuple[str, ...] = ()) -> bool:
