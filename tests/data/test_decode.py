@@ -76,13 +76,13 @@ SIDES = (60_000).to_bytes(4, "big") * 2
 HUGE = EXACT["png"][:8] + chunk(b"IHDR", SIDES + b"\x08\x02\x00\x00\x00") + chunk(b"IDAT")
 BAD = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>404</html>", "no image of a kind that is known"),
+    "text": (b"<html>404</html>", "not an image in any known format"),
     "cut jpeg": (EXACT["jpeg"][:300], "JPEG"),
     "cut png": (EXACT["png"][:300], "PNG"),
     "cut gif": (EXACT["gif"][:300], ""),
     "cut webp": (EXACT["webp"][:100], ""),
     "a png that says it has 3.6 billion pixels": (HUGE, "3600000000 pixels"),
-    "zeros": (bytes(500), "no image of a kind that is known"),
+    "zeros": (bytes(500), "not an image in any known format"),
 }
 
 

@@ -102,7 +102,7 @@ def test_a_set_of_any_depth_gives_the_bytes_it_was_made_of(make, kind, value_ran
     (line,) = survey.look(source)
     assert source.decoding.value_range == value_range
     assert f"data.value_range={value_range})" in line and "6 were looked at" in line
-    assert ("what is outside is cut off" in line) == (value_range == "-128:127")
+    assert ("values outside are clipped" in line) == (value_range == "-128:127")
     np.testing.assert_array_equal(shown(source), want)
     how = open_source(config(f"folder:{tmp_path}", value_range="upper8"), "train").decoding
     before = np.stack([decode.decode(tf.constant(saved(x, kind)), how) for x in make(BYTES)])

@@ -66,6 +66,6 @@ def torch_try(a: Augmentation, height: Any, width: Any, u: Any, xp: Any) -> tupl
 
 
 def central_sides(a: Augmentation, height: Any, width: Any, xp: Any) -> tuple[Any, Any]:
-    """torchvision's way out: height and width of the largest central box within the ratios."""
+    """torchvision's fallback: height and width of the largest central box within the ratios."""
     h = xp.clip(xp.rint(width / a.ratio_min), 1.0, height)
     return h, xp.clip(xp.rint(height * a.ratio_max), 1.0, width)

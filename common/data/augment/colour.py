@@ -1,4 +1,4 @@
-"""What follows crop, resize and flip, and in which order: said once for the host and the device.
+"""What follows crop, resize and flip, and in which order: one definition for host and device.
 
 `pixel_ops.py` (TensorFlow) and `device_ops.py` (JAX) have the operations.
 """
@@ -14,7 +14,7 @@ _GREY = {"tf": (0.2989, 0.5870, 0.1140), "pil": (0.299, 0.587, 0.114)}
 
 
 class Operations(Protocol):
-    """The operations, on images float32 [n, 3, h, w] with numbers of its own for each image."""
+    """The operations, on images float32 [n, 3, h, w], with separate parameters for each."""
 
     def clip(self, images: Any) -> Any: ...
     def rotate(self, images: Any, angles: Any) -> Any: ...

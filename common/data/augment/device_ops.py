@@ -1,7 +1,7 @@
-"""Image operations in JAX, on a batch with numbers of its own for each image.
+"""Image operations in JAX, on a batch, with separate parameters for each image.
 
 What `pixel_ops.py` does in TensorFlow, for inside the train step. Images are float32 [n, 3, h, w]
-in [0, 1]. Nothing here is random (`draws.py` is), and no image knows of another: sharded along n,
+in [0, 1]. Nothing here is random (`draws.py` is), and images are independent: sharded along n,
 nothing is communicated. Where images need different things, all of them are computed and one is
 chosen, and what reads pixels elsewhere is a matrix product: an accelerator does both faster than
 it gathers.
@@ -135,7 +135,7 @@ def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
 def jitter(
     images: jax.Array, orders: jax.Array, factors: jax.Array, steps: tuple[Callable, ...]
 ) -> jax.Array:
-    """Applies the four colour operations, in an order of its own for each image.
+    """Applies the four colour operations, in a separate order for each image.
 
     Args:
         images: float32 [n, 3, h, w].

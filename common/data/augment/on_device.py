@@ -79,7 +79,7 @@ def _planes(images: jax.Array) -> jax.Array:
 
 
 def _pair(make: Callable[..., jax.Array], parameters: jax.Array, both: Pair) -> jax.Array:
-    """Both views: in one go where they share a recipe, image-major so that rows stay in place."""
+    """Both views: in one go where they share a recipe, image-major so that no row moves."""
     if both[0] == both[1]:
         made = make(parameters.reshape(-1, parameters.shape[-1]), both[0], slice(None))
         return made.reshape(-1, 2, *made.shape[1:])

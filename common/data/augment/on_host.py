@@ -97,7 +97,7 @@ def augment_encoded(
         crops: float32 [2, draws.CROP_DRAWS].
         augmentations: of view 1 and view 2.
         whole: decode all of the image, so that any damage in it is seen.
-        how: the rules by which its data set is decoded.
+        how: the rules by which its dataset is decoded.
 
     Returns:
         uint8 [2, size, size, 3].
@@ -121,7 +121,7 @@ def augment_encoded(
             boxes = boxes_for(shape)
             needed = _around(boxes)
         # One column more on each side: libjpeg smooths colours between columns, and at the edge of
-        # a window it does not know the next one.
+        # a window the next one is missing.
         start = tf.maximum(needed[:2] - [0, 1], 0)
         end = tf.minimum(needed[:2] + needed[2:] + [0, 1], shape)
         # Of the columns all are decoded where more than half are needed: that takes less time
@@ -176,7 +176,7 @@ def draw_box(
 ) -> tf.Tensor:
     """Draws a crop box for an image whose size is known only now.
 
-    The distribution is that of `draws.crop_boxes`; the boxes are other ones.
+    The distribution is that of `draws.crop_boxes`; the boxes of crop="tf" differ.
 
     Args:
         augmentation: the recipe.
@@ -221,7 +221,7 @@ def centre(image: tf.Tensor, shorter: int, size: int) -> tf.Tensor:
     Returns:
         uint8 [size, size, 3].
     """
-    # Of a strip, 20,000 times 1 say, only the middle is resized: all of it would fill the memory.
+    # Of a strip (20,000 x 1, say) only the middle is resized: all of it would fill the memory.
     tall, wide = tf.unstack(tf.shape(image)[:2])
     longest = MAX_RATIO * tf.minimum(tall, wide)
     h, w = tf.minimum(tall, longest), tf.minimum(wide, longest)

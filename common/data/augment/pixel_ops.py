@@ -1,4 +1,4 @@
-"""Image operations in TensorFlow, on a batch with numbers of its own for each image.
+"""Image operations in TensorFlow, on a batch, with separate parameters for each image.
 
 Images are float32 [n, 3, h, w] in [0, 1]: with the channels first, every operation runs over
 contiguous planes. Nothing here is random (`draws.py` is).
@@ -144,7 +144,7 @@ def _value_and_chroma(channels: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
 def jitter(
     images: tf.Tensor, orders: tf.Tensor, factors: tf.Tensor, steps: tuple[Callable, ...]
 ) -> tf.Tensor:
-    """Applies the four colour operations, in an order of its own for each image.
+    """Applies the four colour operations, in a separate order for each image.
 
     Args:
         images: float32 [n, 3, h, w].
@@ -205,7 +205,7 @@ def blur(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.
 
 @fused
 def _blurred(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
-    """`blur` of images that all want it, clipped first: SimCLR's blur is a step of its own."""
+    """`blur` of images that all get it, clipped first, as SimCLR does before its blur."""
     images = tf.clip_by_value(images, 0.0, 1.0)
     radius, edges = colour.blur_radius(augmentation), augmentation.kernel == "pil"
     offsets = tf.range(-radius, radius + 1, dtype=tf.float32)[None]

@@ -44,7 +44,7 @@ class Augmentation:
         solarise: probability of inverting the values at or above `solarise_threshold`.
         solarise_threshold: in [0, 1].
         rotate: probability of a rotation, uniform in [-rotate_degrees, rotate_degrees].
-        rotate_degrees: in [0, 180]; what comes into sight is black.
+        rotate_degrees: in [0, 180]; uncovered pixels are black.
         mean, std: subtracted and divided by on the device, for pixels in [0, 1].
     """
 

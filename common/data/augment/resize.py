@@ -1,4 +1,4 @@
-"""Resizing as matrix products, said once for NumPy, JAX and TensorFlow; and the centre of images.
+"""Resizing as matrix products, one definition for NumPy, JAX and TensorFlow; and centre crops.
 
 `xp` is `numpy`, `jax.numpy` or `tensorflow_host.xp`, which has TensorFlow's functions under NumPy's
 names.

@@ -8,7 +8,7 @@ from common.data.sources.base import Source
 
 
 class Batches:
-    """Iterator over batches that knows its place.
+    """Iterator over batches, with its position in the data.
 
     Attributes:
         steps_per_epoch: full batches in an epoch.

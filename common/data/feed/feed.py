@@ -186,7 +186,7 @@ def _guarded(
     start: tf.Variable,
     end: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields from `data`; when an image cannot be read, names it or goes on without it."""
+    """Yields from `data`; names an image that cannot be read, or continues without it."""
     failure = tf.errors.OpError  # a name of our own: modules may be gone when a generator is closed
     while True:
         step = int(start.numpy())

@@ -56,7 +56,7 @@ def train_batches(
         recipe: of the run.
         rows: [b_local] rows of the global batch that this process holds, in its order.
         start_step: position in the data; nothing before it is decoded.
-        process_index, process_count: who reads which share of a streamed set; else unused.
+        process_index, process_count: which part of a streamed dataset to read; else unused.
         saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
           another order, the rest of the epoch begun is skipped, with a warning.
 
@@ -146,7 +146,7 @@ def eval_batches(
         rows: [b_local] rows of the global batch that this process holds.
         limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
           class. (Of a streamed set, which has no random access, the first batches of each process.)
-        process_index, process_count: who reads which share of a streamed set; else unused.
+        process_index, process_count: which part of a streamed dataset to read; else unused.
 
     Returns:
         Iterator of {"images": uint8 [b_local, h, w, 3], "labels": int32 [b_local], "mask": bool

@@ -1,4 +1,4 @@
-"""A data set that lives in device memory, and what the host still sends: ids and draws.
+"""A dataset that lives in device memory, and what the host still sends: ids and draws.
 
 Every device holds the whole set and takes its own rows out of it, so that nothing is communicated:
 CIFAR-10 is 150 MB. No TensorFlow.
@@ -21,7 +21,7 @@ _SHARE = 0.5  # of a device's memory, at most; the rest is for the network
 
 
 def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a data set on every device.
+    """Puts a dataset on every device.
 
     Args:
         source: images of one shape, held as pixels.
@@ -49,7 +49,7 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def obstacle(source: Source, mesh: Mesh) -> str:
-    """Why `load` cannot put a data set on the devices, in one line; "" if it can."""
+    """Why `load` cannot put a dataset on the devices, in one line; "" if it can."""
     if not has_one_shape(source):
         return (
             f"data.augment_on=device needs images of one shape, held as pixels, and "
@@ -108,7 +108,7 @@ def views(
 
 
 class ResidentBatches:
-    """Which examples come next and what is to happen to them; `pipeline.Batches` says the rest.
+    """Which examples come next and what is to happen to them; see `batches.Batches`.
 
     Args:
         source: of the training split.

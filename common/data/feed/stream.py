@@ -1,6 +1,6 @@
 """TFRecord sets that do not fit in memory.
 
-Process p of P reads the p-th of P equal parts of the set, shuffled anew in each epoch: files in
+Process p of P reads the p-th of P equal parts of the set, reshuffled in each epoch: files in
 random order, several at a time, through a shuffle buffer. The order depends on (seed, epoch, P).
 Examples keep their global ids, so their augmentation is the same as in memory. Resuming inside an
 epoch reads past the records that have been seen without decoding them.
@@ -162,7 +162,7 @@ def _run(
     finish: Callable[[tf.data.Dataset], tf.data.Dataset],
     done: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of `pairs` after the first `done`; goes on without corrupt images, or names one.
+    """Batches of `pairs` after the first `done`; continues without corrupt images, or names one.
 
     Args:
         source: its `replaced` holds the corrupt examples known so far.

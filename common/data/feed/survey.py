@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from common.data.images.decoding import AUTO, SIXTEEN_BITS, UPPER_8, Decoding
 from common.data.sources.base import Source
 
-SAMPLE = 256  # images whose beginnings are read, spread evenly
+SAMPLE = 256  # images whose first bytes are read, spread evenly
 _HEAD = 131072  # bytes: EXIF is a segment of 64 KiB at most, and the size comes after it
 _DEEP, _DEEP_BYTES = (8, 64), 200_000_000  # files whose values are looked at: fewer of large ones
 _DECODED = 32  # images whose contrast is looked at
@@ -27,7 +27,12 @@ _READERS = 8
 _BITS = (8, 10, 12, 14, 16, 24, 31, 32)
 FLAT = 16  # levels between an image's darkest and brightest; with fewer it is nearly constant
 _MANY = 0.1  # share of the sample
-_SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # kinds that have 8 bits at most, by their start
+_SHALLOW = (
+    b"\xff\xd8",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+)  # formats of 8 bits at most, by their start
 _PNG = b"\x89PNG"
 
 
@@ -39,7 +44,7 @@ def decide_value_range(
     Args:
         config: the `data` section; it is not changed.
         source: the images that decide; its `decoding` is decided too.
-        known: a range that others have, see `look`.
+        known: the range of a run that sees other data, see `look`.
 
     Returns:
         The value range ("auto" still for images held as pixels: there is nothing to decide), and
@@ -58,7 +63,7 @@ def ensure_decided(source: Source) -> None:
 
 
 def look(source: Source, known: str = UPPER_8) -> list[str]:
-    """Looks at a sample; decides `source.decoding`, and returns what is to be said, in lines.
+    """Looks at a sample; decides `source.decoding`, and returns lines for the user.
 
     Args:
         source: of any kind.
@@ -126,7 +131,7 @@ def _of_depth(
         places = [places[i] for i in _spread(len(places), int(count))]
     found = [x for x in _map(values, places) if x]
     if not found:
-        _set_range(source, SIXTEEN_BITS)  # what the sample may have missed
+        _set_range(source, SIXTEEN_BITS)  # for deep images that the sample may have missed
         return []
     integers, lows, highs = zip(*found, strict=True)
     chosen, usual = range_of(lows, highs, all(integers))
@@ -140,7 +145,7 @@ def _of_depth(
         f"all of them (data.value_range={chosen})"
     )
     if not usual:
-        line += ", what is outside is cut off; give LOW:HIGH if others have more"
+        line += ", values outside are clipped; give LOW:HIGH if others have more"
     if len(set(integers)) > 1:
         line += f". {integers.count(False)} have floats and the others integers: give LOW:HIGH"
     return [line]
@@ -199,7 +204,7 @@ def _spread(n: int, count: int) -> np.ndarray:
 
 
 def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
-    """The beginnings of some files, and a function of the place of one to all of it.
+    """The first bytes of a sample of files, and a function from position to the whole file.
 
     A streamed set has no random access: its first images are taken.
     """
@@ -219,7 +224,7 @@ def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
 
 
 def _map(function: Callable[[int], Any], places) -> list[Any]:
-    """The results in order; None of a file that cannot be read or decoded: that is said later."""
+    """The results in order; None where a file cannot be read: the error comes later."""
     from common.data.images.tensorflow_host import tf
 
     def tried(i: int) -> Any:

@@ -1,7 +1,7 @@
-"""The bytes of a file to pixels, for every kind of image that people have in their folders.
+"""The bytes of a file to pixels, for every kind of image found in people's folders.
 
-TensorFlow decodes JPEG and PNG, which is nearly all of any data set, quickly and in parallel. What
-it does not know, or only in part (GIF, WebP, TIFF, ...), goes through Pillow, and only that. The
+TensorFlow decodes JPEG and PNG, which is nearly all of any dataset, quickly and in parallel. What
+it cannot read, or only in part (GIF, WebP, TIFF, ...), goes through Pillow, and only that. The
 rules, case by case, are in docs/reliability.md; where libraries differ they follow torchvision's
 ImageFolder: the first frame of an animation, alpha dropped, no rotation by EXIF unless it is asked
 for.
@@ -33,7 +33,7 @@ def decode(data: tf.Tensor, how: Decoding = decoding.DEFAULT) -> tf.Tensor:
 
     Args:
         data: the file.
-        how: the rules of its data set.
+        how: the rules of its dataset.
 
     Raises:
         tf.errors.OpError: (when it runs) what is no whole image, or too large a one.
@@ -157,14 +157,14 @@ def _opened(data: bytes, use: Callable[[Image.Image], T]) -> T:
         data = data.item()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
+            warnings.simplefilter("ignore")  # about odd metadata, and sizes below the limit
             with Image.open(io.BytesIO(data)) as image:  # which also looks at the size
                 return use(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise ValueError("no image of a kind that is known") from None
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
+        raise ValueError("not an image in any known format") from None
+    except Exception as error:  # Pillow's readers can raise anything on a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
@@ -183,7 +183,7 @@ def _to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
 
 
 def upper_8(values: np.ndarray) -> np.ndarray:
-    """What runs did before there was `data.value_range`, each image by itself.
+    """The rule of runs older than `data.value_range`: each image is scaled separately.
 
     Floats are cut off at 0 and 255, and so are integers; those are divided by 256 before, but only
     if one of the image exceeds 255.

@@ -11,7 +11,7 @@ from PIL import features
 from common.errors import UserError
 
 AUTO = "auto"  # decided from a sample when a run begins, see survey.py
-UPPER_8 = "upper8"  # runs before there was the field: a rule for each image by itself
+UPPER_8 = "upper8"  # in runs older than the field: a rule for each image separately
 SIXTEEN_BITS = "0:65535"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})")
@@ -21,7 +21,7 @@ _ALWAYS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
     ".pbm", ".pnm",
 )  # fmt: skip
-# What a build of Pillow may lack. (`features.check` of a name that it does not know warns.)
+# What a build of Pillow may lack. (`features.check` warns about names it does not have.)
 _OPTIONAL = {"webp": (".webp",), "avif": (".avif",), "jpg_2000": (".jp2", ".j2k")}
 HEIF = (".heic", ".heif")
 
@@ -71,7 +71,7 @@ def of(config: ConfigDict) -> Decoding:
     """The decoding of a config's `data` section.
 
     Raises:
-        UserError: a field has a value that it cannot have.
+        UserError: a field has a value out of its range.
     """
     return Decoding(config.value_range, config.jpeg, config.exif_rotation)
 
@@ -120,7 +120,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @functools.cache
 def register_heif() -> bool:
-    """Teaches Pillow HEIC where `pillow-heif` is installed; whether it is."""
+    """Makes Pillow read HEIC where `pillow-heif` is installed; whether it is."""
     try:
         import pillow_heif
     except ImportError:

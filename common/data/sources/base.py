@@ -1,4 +1,4 @@
-"""What every source of images has: its size, its labels, and `read`."""
+"""What every source of images has: a size, labels, and `read`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ class Source:
     Attributes:
         name, split: for messages.
         kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
-          "path" (object [b] of bytes), "views" (pixels that want no augmentation), or "stream" (no
-          random access; see `stream.py`).
+          "path" (object [b] of bytes), "views" (pixels that are not augmented), or "stream" (no
+          random access; see `feed/stream.py`).
         num_examples: >= 1.
         num_classes: 0 when unlabelled.
         class_names: of length num_classes, or empty when the classes have no names.
-        labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
+        labels: int32 [num_examples], -1 unlabelled; None when that takes reading the images.
         image_shape: (h, w) when all images share it, else None.
         on_corrupt: "error" or "replace".
         decoding: how files become pixels.
-        replaced: id of a corrupt image -> id of the image that stands in for it.
-        seen_good: ids that a search for corrupt images could decode; it need not look again.
+        replaced: id of a corrupt image -> id of the image that replaces it.
+        seen_good: ids that a search for corrupt images decoded; not decoded again.
         listing: changes when examples are added, removed or renamed, even if their number stays.
-        account: lines that say how a set was read that could have been read otherwise.
+        account: lines that explain how the dataset was read where there was a choice.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Source:
         raise NotImplementedError
 
     def stand_ins(self, ids: np.ndarray) -> np.ndarray:
-        """Puts the ids of the replacements in the place of corrupt examples."""
+        """The ids, with those of corrupt examples replaced."""
         if not self.replaced:
             return ids
         return np.array([self.replaced.get(int(i), int(i)) for i in ids], np.int64)
@@ -71,7 +71,7 @@ class Source:
         return f"example {index} of {self.name} ({self.split})"
 
     def names(self, ids: np.ndarray) -> np.ndarray:
-        """Names of examples [b] for files that may go elsewhere: no path outside the set."""
+        """Names of examples [b] for files that may be shared: no path outside the dataset."""
         return np.array([str(i) for i in ids])
 
     def summary(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class ArraySource(Source):
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:
-    """ "; 2 damaged images left out: a, b", or "" of no names; of many only the first."""
+    """ "; 2 damaged images left out: a, b", or "" without names; of many only the first."""
     if not names:
         return ""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""

@@ -1,7 +1,7 @@
 """Where images come from: one config string opens a `Source`.
 
     embedded     Fashion-MNIST, ships with this code (10,000 + 2,000 images, 28 x 28)
-    tfds:NAME    any TensorFlow data set of images that is already prepared on this machine
+    tfds:NAME    any TensorFlow dataset of images that is already prepared on this machine
     folder:PATH  a tree of image files, in class folders or not
     shards:PATH  what `--mode=prepare` wrote: any of these as a few large files
     fake         random views, made once: everything but the data can be timed with it
@@ -27,7 +27,7 @@ from common.data.sources import (
     subset,
 )
 from common.data.sources.base import Source
-from common.data.sources.folder_tree import some
+from common.data.sources.folder_tree import first_few
 from common.errors import UserError
 
 
@@ -74,7 +74,7 @@ KINDS = ("embedded", "fake", "folder", "shards", "tfds")
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
-    """Opens a data set.
+    """Opens a dataset.
 
     Classes are compared by name: label i of "test" and "bank" is the i-th class of "train", or of
     the bank where "train" has no labels.
@@ -82,13 +82,13 @@ def open_source(config: ConfigDict, split: str) -> Source:
     Args:
         config: the config's `data` section.
         split: "train", "test" or "bank" (then `config.train_split` etc. say which split of the
-          data set that is), or the name of a split; or a slice of one, such as "train[:80%]".
+          dataset that is), or the name of a split; or a slice of one, such as "train[:80%]".
 
     Returns:
         The source.
 
     Raises:
-        UserError: unknown source, missing data set or split, empty folder, no image in it, a class
+        UserError: unknown source, missing dataset or split, empty folder, no image in it, a class
           in the test set that the others lack.
     """
     role, split = split, config[f"{split}_split"] if split in ROLES else split
@@ -181,14 +181,14 @@ def align_classes(source: Source, names: tuple[str, ...]) -> None:
     if unknown:
         raise UserError(
             f"{source.name} ({source.split}) has the class {unknown[0]!r}, which the training "
-            f"split lacks; expected classes out of {some(names)}. Rename or remove it, or name "
-            "other splits."
+            f"split lacks; expected classes out of {first_few(names)}. Rename or remove it, or "
+            "name other splits."
         )
     source.labels = np.array([*numbers, -1], np.int32)[source.labels]  # -1 stays -1
     missing = [name for i, name in enumerate(names) if i not in numbers]
     source.class_names, source.num_classes = names, len(names)
     if missing:
-        source.account += (f"{len(missing)} of {len(names)} classes missing: {some(missing)}",)
+        source.account += (f"{len(missing)} of {len(names)} classes missing: {first_few(missing)}",)
 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:

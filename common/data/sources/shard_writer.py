@@ -79,8 +79,8 @@ def _write_split(source: Source, directory: epath.Path) -> dict:
         written.append({"file": name, "examples": count})
     if not written:
         raise UserError(
-            f"no image of {source.name} ({source.split}) is whole, {left_out[0]} for one: repair "
-            "the files, then prepare again"
+            f"no image of {source.name} ({source.split}) is whole, {left_out[0]} for example: "
+            "repair the files, then prepare again"
         )
     return {
         "num_examples": sum(shard["examples"] for shard in written),
@@ -95,8 +95,8 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
     """Ids of each shard: as many as make up `SHARD_BYTES`."""
     if source.kind == "stream":
         raise UserError(
-            f"{source.name} is larger than data.cache_gib: it is in files of a good size already; "
-            "raise data.cache_gib if it is to be prepared all the same"
+            f"{source.name} is larger than data.cache_gib: it is in large files already; "
+            "raise data.cache_gib if it is to be prepared anyway"
         )
     ids = np.arange(source.num_examples)
     if source.kind in ("pixels", "views"):
@@ -114,7 +114,7 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
 def _length(path: epath.Path) -> int:
     try:
         return path.stat().length
-    except OSError:  # a link to nowhere, say: `_arrays` says so
+    except OSError:  # a broken link, for example: `_arrays` reports it
         return 0
 
 

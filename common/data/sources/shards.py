@@ -146,7 +146,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class ShardSource(ArraySource):
-    """A set in memory that knows the files its images came from."""
+    """Images in memory, with the names of the files that they came from."""
 
     def __init__(self, names: np.ndarray, **fields) -> None:
         super().__init__(**fields)

@@ -13,17 +13,17 @@ _LABEL_NAMES = ("label", "class", "category", "target")  # of features that need
 
 
 class Features:
-    """Which of a data set's features are the image and the label.
+    """Which of a dataset's features are the image and the label.
 
     Args:
-        info: the data set's description.
+        info: the dataset's description.
         labelled: False ignores the labels there may be.
 
     Attributes:
         image, label: names of the features; `label` is None where nothing is labelled.
         num_classes, class_names: as in `Source`; 0 and () as long as `by_value`.
         by_value: whether the classes are the values, integers or text, that the label has.
-        account: a line where somebody may have expected other labels.
+        account: a line where one might have expected other labels.
 
     Raises:
         UserError: no feature, or more than one, is an image.
@@ -38,7 +38,7 @@ class Features:
             found = f"{len(images)} of them are images" if images else "none of them is an image"
             raise UserError(
                 f"tfds:{info.name} has the features {', '.join(info.features)}, and {found}; "
-                "expected one image feature. Use a data set of single images."
+                "expected one image feature. Use a dataset of single images."
             )
         self.image = "image" if "image" in images else images[0]
         self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None

@@ -54,10 +54,10 @@ class RecordSource(Source):
 
 
 def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> Source:
-    """Opens a prepared data set.
+    """Opens a prepared dataset.
 
     Args:
-        name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
+        name: TFDS's, such as "cifar10" or "imagenet2012:5.1.0".
         split: a split or a slice of one, such as "train" or "train[:10%]".
         config: the config's `data` section.
         sure: labels that are values are classes, however few images there are of each: those of the
@@ -82,7 +82,7 @@ def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> 
         raise UserError(f"the split {split!r} of tfds:{name} is empty; expected images.")
     features = Features(info, labelled=_labelled(split, config))
     shape = features.image_feature.shape[:2]
-    # a sum of splits does not know its bytes
+    # the size in bytes of a sum of splits is unknown
     n = sum(part.num_examples for part in info.splits.values())
     size = sum(part.num_bytes for part in info.splits.values())
     encoded = size * chosen.num_examples / n / _GIB if size else np.inf
