@@ -16,7 +16,7 @@ from absl import app, flags
 
 from common import distributed
 from common.cli import command_line, modes
-from common.data.sources import shards
+from common.data.sources import shard_writer
 from common.errors import UserError, one_of
 from common.evaluate.online import make_evaluator
 from common.method import Method, Setup
@@ -52,7 +52,7 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
     if f.mode == "plan":
         plan(method, f.config, f.topology, f.quick)
     elif f.mode == "prepare":
-        shards.prepare(f.config, f.workdir)
+        shard_writer.write(f.config.data, f.workdir)
     elif f.mode == "import":
         import_weights(method, f.config, f.workdir)
     else:

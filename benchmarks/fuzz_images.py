@@ -93,6 +93,7 @@ def read(folder: pathlib.Path, count: int) -> int:
     """Reads every image of a folder twice; returns how many had to be replaced."""
     from common.config import base_config
     from common.data.feed import feed, pipeline
+    from common.data.feed.recipe import FeedRecipe
     from main import METHODS
 
     c = base_config("simclr", METHODS["simclr"].default_config())
@@ -100,7 +101,7 @@ def read(folder: pathlib.Path, count: int) -> int:
     c.data.image_size, c.batch_size, c.data.exif_rotation = 16, 20, True
     source = open_source(c.data, "train")
     assert source.num_examples == count
-    batches = pipeline.train_batches(source, c, rows=np.arange(20))
+    batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(20))
     for _ in range(count // 20):
         faulthandler.dump_traceback_later(SECONDS, exit=True)  # restarted for each batch
         batch = next(batches)

@@ -60,13 +60,14 @@ def photographs(count: int) -> list[bytes]:
 def pipeline(directory: str, n: int, size: int, preset: str, where: str) -> Callable[[], float]:
     """Pairs a second of the input pipeline, after its prefetched batches."""
     from common.data.feed import pipeline
+    from common.data.feed.recipe import FeedRecipe
 
     config = settings(size, preset, where, f"folder:{directory}", n)
     source = open_source(config.data, "train")
     b = config.batch_size
 
     def once() -> float:
-        return rate(pipeline.train_batches(source, config, rows=np.arange(b)), n, b)
+        return rate(pipeline.train_batches(source, FeedRecipe.of(config), rows=np.arange(b)), n, b)
 
     return once
 
@@ -103,10 +104,11 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
     """Pairs a second of the device's part of the augmentation, on random pixels."""
     import jax
 
-    from common.data.augment import draws, on_device, presets
+    from common.data.augment import draws, on_device
+    from common.data.feed.recipe import FeedRecipe
     from common.sharding import make_mesh, to_global
 
-    pair = presets.resolve_views(settings(size, preset, where, "fake", n))
+    pair = FeedRecipe.of(settings(size, preset, where, "fake", n)).views
     rng, mesh = np.random.default_rng(0), make_mesh(jax.devices()[:1])
     shape = (n, 2, size, size, 3) if where == "both" else (n, size, size, 3)
     function = on_device.augment_colour

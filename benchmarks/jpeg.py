@@ -51,6 +51,7 @@ def measured(files: list[bytes], rounds: int, size: int) -> dict[str, dict]:
     import tensorflow as tf
 
     from common.data.feed import pipeline
+    from common.data.feed.recipe import FeedRecipe
     from common.data.images.decoding import Decoding
 
     def decoder(kind: str) -> Callable[[bytes], np.ndarray]:
@@ -72,7 +73,7 @@ def measured(files: list[bytes], rounds: int, size: int) -> dict[str, dict]:
             config.data.jpeg = kind
             source = open_source(config.data, "train")
             rows = np.arange(config.batch_size)
-            batches[kind] = pipeline.train_batches(source, config, rows=rows)
+            batches[kind] = pipeline.train_batches(source, FeedRecipe.of(config), rows=rows)
             next(batches[kind])  # traces
         for _ in range(rounds):
             for kind in kinds:

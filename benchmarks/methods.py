@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import scaling, side_by_side
-from common.data.augment.presets import resolve_views
+from common.data.feed.recipe import FeedRecipe
 from common.run import pictures
 from configs import moco_cifar10, simclr_cifar10
 
@@ -33,7 +33,7 @@ def config(name: str, batch: int) -> ConfigDict:
     """The config of a method at a batch size, with images as large as its views."""
     c = CONFIGS[name].get_config("cpu")
     c.batch_size = batch
-    c.data.image_size = resolve_views(c)[0].size
+    c.data.image_size = FeedRecipe.of(c).size
     return c
 
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.scaling import METHODS
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.opening import open_source
 from common.sharding import local_rows, make_mesh, to_global
 from common.train.first_state import draw_state
@@ -36,7 +37,7 @@ class Running:
         on_device = c.data.augment_on == "device"
         self.data = resident.load(source, self.mesh) if on_device else {}
         rows = local_rows(self.mesh, c.batch_size)
-        self.batches = pipeline.train_batches(source, c, rows=rows)
+        self.batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=rows)
         run = prepare(METHODS[c.method], c, self.mesh, extent=EXTENT)
         self.method, self.key = run.method, run.root_key
         self.compiled = compile_step(run.method.train_step, run, self.data)

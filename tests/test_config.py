@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from common import config
 from common.cli import command_line, modes
 from common.data.augment import presets
+from common.data.feed.recipe import FeedRecipe
 from common.errors import UserError
 from common.method import make_setup
 from common.sharding import make_mesh
@@ -162,7 +163,7 @@ def test_the_configs_for_two_cores_are_sound(name):
     c = importlib.import_module(f"configs.{name}").get_config("cpu")
     config.check(c)
     assert c.data.source == "tfds:cifar10" and c.model.stages == (1, 1)
-    assert presets.resolve_views(c)[0].size == 24
+    assert FeedRecipe.of(c).size == 24
     method = tiny.METHODS[c.method](make_setup(c, make_mesh(jax.devices()[:1]), 7800, 390, 10))
     state = jax.eval_shape(method.init, jax.random.key(0))
     assert 1e6 < sum(x.size for x in jax.tree.leaves(state.params)) < 2e6

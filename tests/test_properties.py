@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import config as configs
-from common.data.augment.draws import order
-from common.data.feed import pipeline, stream
+from common.data.feed import pipeline
+from common.data.order import order
+from common.data.sources import tfrecords
 from common.data.sources.opening import open_source
-from common.data.sources.tfds_source import Shard
+from common.data.sources.tfrecords import Shard
 from common.errors import UserError
 from common.optim import learning_rate_schedule, steps_of
 from common.run import digests
@@ -95,8 +96,8 @@ def test_processes_share_the_files_of_a_set_without_overlap(takes, count):
     ]
     read = []
     for index in range(count):
-        start, end = stream.part_of(sum(takes), index, count)
-        parts = stream.share(shards, start, end)
+        start, end = tfrecords.process_range(sum(takes), index, count)
+        parts = tfrecords.select_range(shards, start, end)
         assert sum(p.take for p in parts) == end - start
         for p in parts:
             whole = shards[int(p.path)]

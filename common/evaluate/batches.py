@@ -3,6 +3,7 @@
 This is how the papers train linear classifiers and fine-tune (Chen et al. 2020, B.5).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -12,14 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.config import section
 from common.data.augment import presets
 from common.data.feed import pipeline, resident
+from common.data.feed.batches import Batches
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.errors import UserError
 from common.sharding import batch_sharding, local_rows, to_global
-
-_OFF = ("jitter", "grey", "blur", "solarise", "rotate")
 
 
 def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
@@ -39,16 +39,11 @@ def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
     return size
 
 
-def only_crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> ConfigDict:
-    """Returns a copy of a run's config without colour augmentation, at the size of evaluation."""
-    c = config.copy_and_resolve_references()
-    with c.unlocked():
-        c.seed, c.batch_size, c.steps_per_dispatch = seed, batch_size, 1
-        for name in _OFF:
-            c.augment[name] = 0.0
-        c.augment.size = None  # that of evaluation, data.image_size
-        c.augment_view2 = section("augment_view2")  # as view 1
-    return c
+def crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> FeedRecipe:
+    """A run's crops and flips alone, as large as in the test: `data.image_size`."""
+    view = presets.crop_only(presets.resolve(config.augment, config.data.image_size))
+    view = dataclasses.replace(view, size=config.data.image_size)
+    return FeedRecipe(seed, batch_size, (view, view), config.data.augment_on)
 
 
 def batches(
@@ -75,13 +70,13 @@ def batches(
     Yields:
         Global arrays: images uint8 `[b, h, w, 3]` and labels int32 `[b]`, -1 where there is none.
     """
-    c = only_crop_and_flip(config, batch_size, seed)
-    if c.data.augment_on == "device":
+    recipe = crop_and_flip(config, batch_size, seed)
+    if recipe.augment_on == "device":
         if not resident.obstacle(source, mesh):
-            yield from _from_device(source, c, mesh, keep)
+            yield from _from_device(source, recipe, mesh, keep)
             return
-        c.data.augment_on = "host"
-    planned = _planned(source, c, mesh)
+        recipe = dataclasses.replace(recipe, augment_on="host")
+    planned = _planned(source, recipe, mesh)
     while True:
         ids, batch = planned.take(1)
         labels = batch["labels"]
@@ -93,29 +88,27 @@ def batches(
 
 
 def _from_device(
-    source: Source, c: ConfigDict, mesh: Mesh, keep: np.ndarray | None
+    source: Source, recipe: FeedRecipe, mesh: Mesh, keep: np.ndarray | None
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """`batches` of a dataset in device memory; `c` comes from `only_crop_and_flip`."""
-    augmentations = presets.resolve_views(c)
+    """`batches` of a dataset in device memory."""
 
     def made(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        images, labels = resident.views(batch, 0, augmentations, mesh)
+        images, labels = resident.views(batch, 0, recipe.views, mesh)
         return images[:, 0], labels
 
     data = resident.load(source, mesh)
     if keep is not None:
         data["data_labels"] = jax.jit(lambda x: jnp.where(keep, x, -1))(data["data_labels"])
-    made, planned = jax.jit(made, out_shardings=batch_sharding(mesh)), _planned(source, c, mesh)
+    planned = _planned(source, recipe, mesh)
+    made = jax.jit(made, out_shardings=batch_sharding(mesh))
     while True:
         _, batch = planned.take(1)
         yield made(to_global(mesh, batch) | data)
 
 
-def _planned(
-    source: Source, c: ConfigDict, mesh: Mesh
-) -> pipeline.Batches | resident.ResidentBatches:
+def _planned(source: Source, recipe: FeedRecipe, mesh: Mesh) -> Batches | resident.ResidentBatches:
     return pipeline.train_batches(
-        source, c, rows=local_rows(mesh, c.batch_size),
+        source, recipe, rows=local_rows(mesh, recipe.batch_size),
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 

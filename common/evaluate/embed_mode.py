@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source, listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
@@ -103,7 +104,7 @@ def _page_run(opened: Pretrained, source: Source) -> build.Run:
     pairs = np.zeros(0, np.int64), np.zeros((0, 2, 1, 1, 3), np.uint8)
     if source.kind != "stream":  # which has no random access
         n = min(_PAIRS, source.num_examples)
-        pairs = summary.some_pairs(opened.config, source, n)
+        pairs = summary.some_pairs(FeedRecipe.of(opened.config), source, n)
     size = opened.config.data.image_size
     return build.Run(opened.subject, opened.workdir, size, pairs)
 

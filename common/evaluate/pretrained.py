@@ -78,8 +78,7 @@ class Pretrained:
         except UserError as error:
             raise UserError(in_eval(str(error))) from error
         if data.value_range == AUTO:
-            config, lines = survey.settle(self.config, source, self.value_range)
-            data.value_range = config.data.value_range
+            data.value_range, lines = survey.decide_value_range(data, source, self.value_range)
             for line in lines:
                 console.say(in_eval(line))
         if source.account:

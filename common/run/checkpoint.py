@@ -1,4 +1,4 @@
-"""Saving and restoring a run. (This file and `checkpoint_files.py` alone import orbax.)"""
+"""Saving and restoring a run; only this file and `checkpoint_files.py` import orbax."""
 
 import contextlib
 import logging

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from common.data.augment import draws, on_device, presets
+from common.data.augment import draws, on_device
 from common.data.feed import resident
-from common.data.feed.pipeline import Batches
+from common.data.feed.batches import Batches
+from common.data.feed.recipe import FeedRecipe
 from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
 from common.method import Step
@@ -46,21 +46,21 @@ def spans(
         first = last + 1
 
 
-def batch_shapes(config: ConfigDict, mesh: Mesh, data: dict | None = None) -> dict:
+def batch_shapes(recipe: FeedRecipe, mesh: Mesh, data: dict | None = None) -> dict:
     """Shapes and shardings of the batch, a global one.
 
     Args:
-        config: of the run.
+        recipe: of the run.
         mesh: the device mesh.
         data: as in `compile_step`.
     """
 
     def rows(kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        shape = (config.batch_size, *shape)
+        shape = (recipe.batch_size, *shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh))
 
-    size, most = presets.resolve_views(config)[0].size, config.steps_per_dispatch
-    if config.data.augment_on == "device":
+    size, most = recipe.size, recipe.steps_per_dispatch
+    if recipe.augment_on == "device":
         return {
             "ids": rows(np.int32, most),
             "parameters": rows(np.float32, most, 2, draws.PARAMETERS),
@@ -69,14 +69,14 @@ def batch_shapes(config: ConfigDict, mesh: Mesh, data: dict | None = None) -> di
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), data
         )
     batch = {"images": rows(np.uint8, 2, size, size, 3), "labels": rows(np.int32)}
-    if config.data.augment_on == "both":
+    if recipe.augment_on == "both":
         batch["parameters"] = rows(np.float32, 2, draws.PARAMETERS)
     return batch
 
 
-def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
+def program(train_step: Step, recipe: FeedRecipe, mesh: Mesh) -> Step:
     """`train_step` with what comes before it on the device, for as many steps as the batch has."""
-    augmentations = presets.resolve_views(config)
+    augmentations, most = recipe.views, recipe.steps_per_dispatch
 
     def coloured(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         with jax.named_scope("augmentation"):
@@ -92,11 +92,10 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
         return train_step(state, {"images": images, "labels": labels}, key)
 
     def dispatch(state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
-        if config.steps_per_dispatch == 1:
+        if most == 1:
             return one(state, batch, key, 0)
         shapes = jax.eval_shape(one, state, batch, key, 0)[1]
         metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        most = config.steps_per_dispatch
         each = {n: jnp.zeros((most, *shapes[n].shape), shapes[n].dtype) for n in shapes}
         each = {name: each[name] for name in WATCHED if name in each}
 
@@ -109,21 +108,20 @@ def program(train_step: Step, config: ConfigDict, mesh: Mesh) -> Step:
         state, metrics, each = jax.lax.fori_loop(0, batch["steps"], body, (state, metrics, each))
         return state, metrics | {"each": each}
 
-    return {"host": train_step, "both": coloured, "device": dispatch}[config.data.augment_on]
+    return {"host": train_step, "both": coloured, "device": dispatch}[recipe.augment_on]
 
 
 def first_views(
-    config: ConfigDict, source: Source, batches: Batches | ResidentBatches
+    recipe: FeedRecipe, source: Source, batches: Batches | ResidentBatches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [b] and views uint8 [b, 2, s, s, 3] of the next batch, to look at."""
-    if config.data.augment_on == "device":
+    if recipe.augment_on == "device":
         _, batch = batches.take(1)
         batch = {name: value[:, 0] for name, value in batch.items() if name != "steps"}
         batch["images"], function = source.fetch(batch["ids"]), on_device.augment_pixels
     else:
         batch, function = next(batches), on_device.augment_colour
-        if config.data.augment_on == "host":
+        if recipe.augment_on == "host":
             return batch["ids"], batch["images"]
-    augmentations = presets.resolve_views(config)
-    made = jax.jit(lambda x, p: on_device.to_bytes(function(x, p, augmentations)))
+    made = jax.jit(lambda x, p: on_device.to_bytes(function(x, p, recipe.views)))
     return batch["ids"], np.asarray(made(batch["images"], batch["parameters"]))

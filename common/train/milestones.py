@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from common.data.feed.pipeline import Batches
+from common.data.feed.batches import Batches
 from common.data.feed.resident import ResidentBatches
 from common.optim import steps_of
 from common.run.checkpoint import Checkpoints
@@ -121,7 +121,7 @@ class Milestones:
                 if results:
                     self._writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
                 if self._run.config.evaluate.pictures:
-                    summary.draw_pairs(self._run.config, self._run.source, self._workdir)
+                    summary.draw_pairs(self._run.recipe, self._run.source, self._workdir)
         elif self._before.scores_due:
             with self._writer.pause():
                 self._score(self._start, state)

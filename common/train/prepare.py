@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 from common.data.feed import pipeline, resident, survey
-from common.data.feed.pipeline import Batches
+from common.data.feed.batches import Batches
+from common.data.feed.recipe import FeedRecipe
 from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
@@ -64,6 +65,7 @@ class Prepared:
         method: what it made of `setup`.
         setup: network, optimiser and probe.
         extent: of the run.
+        recipe: how its batches are made.
         abstract: the state's shapes.
         shardings: a tree like it.
         data: the training split; None where only its size is known.
@@ -75,6 +77,7 @@ class Prepared:
     method: Method
     setup: Setup
     extent: Extent
+    recipe: FeedRecipe
     abstract: Any
     shardings: Any
     data: Source | None = None
@@ -126,7 +129,9 @@ def prepare(
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split
         if source is None:
             source = open_source(config.data, "train")
-            config, seen = survey.settle(config, source)
+            value_range, seen = survey.decide_value_range(config.data, source)
+            config = config.copy_and_resolve_references()
+            config.data.value_range = value_range
             for line in seen:
                 console.say(line)
         extent = Extent.of(config, source)
@@ -136,7 +141,18 @@ def prepare(
     # touches no device: they may be busy with a run, or not be there
     abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
     shardings = state_shardings(mesh, abstract)
-    return Prepared(config, mesh, make_method, method, setup, extent, abstract, shardings, source)
+    return Prepared(
+        config,
+        mesh,
+        make_method,
+        method,
+        setup,
+        extent,
+        FeedRecipe.of(config),
+        abstract,
+        shardings,
+        source,
+    )
 
 
 def open_evaluation(data: ConfigDict, train: Source) -> tuple[Source, Source | None]:
@@ -171,7 +187,7 @@ def batches_from(run: Prepared, position: Position) -> Batches | ResidentBatches
     """The batches of a run, from where it stands."""
     return pipeline.train_batches(
         run.source,
-        run.config,
+        run.recipe,
         rows=local_rows(run.mesh, run.config.batch_size),
         start_step=position.position,
         process_index=jax.process_index(),

@@ -1,5 +1,6 @@
 """`--mode=replay`: the step that stopped a run, taken again from the checkpoint before it."""
 
+import dataclasses
 import json
 import traceback
 from collections.abc import Callable, Mapping
@@ -72,8 +73,8 @@ def replay(
         state, _ = as_taken(state, take()[1], run.root_key)
     ids, batch = take()
     before = not_finite(state)
-    alone = config.copy_and_resolve_references()
-    alone.steps_per_dispatch = 1  # of a loop over steps nothing would be known but where it is
+    # of a loop over steps nothing would be known but where it is
+    alone = dataclasses.replace(run.recipe, steps_per_dispatch=1)
     program = dispatch.program(run.method.train_step, alone, mesh)
     where = _first_nan(program, state, batch, run.root_key) if jax.process_count() == 1 else ""
     state, metrics = step_fn(state, batch, run.root_key)

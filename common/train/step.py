@@ -43,10 +43,10 @@ def trace_step(train_step: Step, run: Prepared, data: dict | None = None) -> jax
 
     everywhere = replicated(run.mesh)
     state = jax.tree.map(with_sharding, run.abstract, run.shardings)
-    batch = dispatch.batch_shapes(run.config, run.mesh, data)
+    batch = dispatch.batch_shapes(run.recipe, run.mesh, data)
     key = with_sharding(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
     step = jax.jit(
-        dispatch.program(train_step, run.config, run.mesh),
+        dispatch.program(train_step, run.recipe, run.mesh),
         donate_argnames=("state",),
         out_shardings=(run.shardings, everywhere),
     )

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from common import optim, version
-from common.data.augment import presets
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.run import console, files, pictures
 from common.train import dispatch
@@ -59,7 +58,7 @@ def start_up(
         "network": f"{name} width {model.width * model.width_multiplier}, "
         f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
-        f"2 views each, {presets.resolve_views(config)[0].size} px",
+        f"2 views each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({run.extent.steps_per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
@@ -82,21 +81,21 @@ def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
     return results
 
 
-def draw_pairs(config: ConfigDict, source: Source, workdir: epath.Path) -> None:
+def draw_pairs(recipe: FeedRecipe, source: Source, workdir: epath.Path) -> None:
     """Draws the views of a few images, to see by eye what the augmentation does."""
     if jax.process_count() > 1:
         return
-    ids, views = some_pairs(config, source, min(PAIRS, config.batch_size))
+    ids, views = some_pairs(recipe, source, min(PAIRS, recipe.batch_size))
     originals = source.fetch(ids) if source.kind == "pixels" else None
     pictures.augmented_pairs(views, originals, workdir / "augmented_pairs.png")
 
 
-def some_pairs(config: ConfigDict, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
+def some_pairs(recipe: FeedRecipe, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
-    with config.copy_and_resolve_references().unlocked() as small:
-        small.batch_size = n
-        if config.data.augment_on == "device" and not resident.has_one_shape(source):
-            small.data.augment_on = "host"  # --eval.source names other images than the run's
+    small = dataclasses.replace(recipe, batch_size=n)
+    if small.augment_on == "device" and not resident.has_one_shape(source):
+        # --eval.source names other images than the run's
+        small = dataclasses.replace(small, augment_on="host")
     if source.kind == "stream":  # a picture needs no shuffling among thousands
         source = dataclasses.replace(source, shuffle_buffer=n)
     batches = pipeline.train_batches(source, small, rows=np.arange(n))

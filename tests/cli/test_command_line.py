@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import main
 from common import config
 from common.cli import command_line, modes
-from common.data.augment import presets
+from common.data.feed.recipe import FeedRecipe
 from common.errors import UserError
 
 DEMO = f"--config={ROOT / 'configs' / 'simclr_demo.py'}:smoke"
@@ -110,8 +110,8 @@ def test_none_gives_a_field_back_to_the_preset(name, tmp_path):
     assert others == {n: v for n, v in given.items() if n != field}
     if field != "strength":
         plain = parse(DEMO)[0].config
-        want, _ = presets.resolve_views(plain)
-        got, second = presets.resolve_views(values.config)
+        want, _ = FeedRecipe.of(plain).views
+        got, second = FeedRecipe.of(values.config).views
         assert getattr(got, field) == getattr(want, field) == getattr(second, field)
 
 

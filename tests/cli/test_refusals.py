@@ -14,7 +14,7 @@ from test_sources import config as data_config
 
 from common import config as configs
 from common.data.feed import pipeline
-from common.data.sources import shards
+from common.data.sources import shard_writer, shards
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import batches, linear_mode, pretrained
@@ -162,14 +162,14 @@ def test_a_test_split_that_is_not_there():
 def test_a_streamed_set_needs_no_shards(tmp_path, monkeypatch):
     source = open_source(data_config("fake"), "train")
     stream = dataclasses.replace(source, kind="stream", name="huge")
-    monkeypatch.setattr(shards, "open_source", lambda *_: stream)
+    monkeypatch.setattr(shard_writer, "open_source", lambda *_: stream)
     c = ConfigDict({"data": data_config("fake")})
     words = ["huge is larger than data.cache_gib", "raise data.cache_gib if it is to be prepared"]
-    refused(words, shards.prepare, c, tmp_path / "out")
+    refused(words, shard_writer.write, c.data, tmp_path / "out")
 
 
 def test_shards_that_are_not_whole(tmp_path):
-    shards.prepare(ConfigDict({"data": data_config("fake", fake_examples=20)}), tmp_path / "s")
+    shard_writer.write(data_config("fake", fake_examples=20), tmp_path / "s")
     c, index = data_config(f"shards:{tmp_path / 's'}"), tmp_path / "s" / shards.INDEX
     whole = json.loads(index.read_text())
     index.write_text(json.dumps(whole | {"version": 9}))

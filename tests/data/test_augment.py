@@ -12,8 +12,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from common.config import section
-from common.data.augment import centre, device_ops, draws, on_device, pixel_ops, presets
+from common.data.augment import device_ops, draws, on_device, pixel_ops, presets, resize
 from common.data.augment import on_host as ah
+from common.data.augment.colour import jitter_steps
 from common.errors import UserError
 
 tf = ah.tf
@@ -38,6 +39,9 @@ def planes(images):
     return np.moveaxis(images, 3, 1).astype(np.float32) / 255
 
 
+MODULES = {"host": pixel_ops, "device": device_ops}
+
+
 class Ops:
     """The image operations of the host or of the device, on NumPy arrays."""
 
@@ -56,13 +60,18 @@ class Ops:
 @functools.cache
 def compiled(on, name, arguments):
     """An operation of the arrays that stand in for the Nones among its arguments."""
-    function = getattr({"host": pixel_ops, "device": device_ops}[on], name)
+    function = getattr(MODULES[on], name)
 
     def call(*arrays):
         left = iter(arrays)
         return function(*(next(left) if x is None else x for x in arguments))
 
     return jax.jit(call) if on == "device" else lambda *x: call(*map(tf.constant, x))
+
+
+@functools.cache  # for `compiled`, which knows them by their identity
+def steps_of(a, on):
+    return jitter_steps(a, MODULES[on])
 
 
 @pytest.fixture(params=["host", "device"])
@@ -125,26 +134,29 @@ def test_overrides_and_strength():
 def test_second_view_falls_back_to_the_first():
     from ml_collections import ConfigDict
 
-    config = ConfigDict({"data": {"image_size": 32}})
-    config.augment = section("augment", preset="cifar")
+    config = ConfigDict({"augment": section("augment", preset="cifar")})
     config.augment_view2 = section("augment_view2")
     config.augment.grey = 0.1
-    first, second = presets.resolve_views(config)
+
+    def views():
+        return presets.resolve_views(config.augment, config.augment_view2, 32)
+
+    first, second = views()
     assert first == second and first.grey == 0.1
     config.augment_view2.solarise = 0.2
-    first, second = presets.resolve_views(config)
+    first, second = views()
     assert second == dataclasses.replace(first, solarise=0.2) and first.solarise == 0
     config.augment_view2.preset = "moco_v2"
-    assert presets.resolve_views(config)[1].crop == "torch"
+    assert views()[1].crop == "torch"
     # one network sees both views, so they share what it subtracts and divides by
-    assert presets.resolve_views(config)[1].mean == first.mean == (0, 0, 0)
+    assert views()[1].mean == first.mean == (0, 0, 0)
     config.augment_view2.std = (0.2, 0.2, 0.2)
     with pytest.raises(UserError, match=r"augment_view2.std .*both views. Set augment.std"):
-        presets.resolve_views(config)
+        views()
     config.augment_view2.std = None
     config.augment_view2.size = 16
     with pytest.raises(UserError, match="sizes 32 and 16"):
-        presets.resolve_views(config)
+        views()
 
 
 def test_bad_presets_and_ranges():
@@ -281,7 +293,7 @@ def test_jitter_follows_each_images_own_order(ops, style):
     factors = rng.uniform(0.3, 1.7, (5, 4)).astype(np.float32)
     factors[:, 3] = rng.uniform(-0.2, 0.2, 5)
     x = planes(images)
-    found = ops.jitter(x, orders, factors, a)
+    found = ops.jitter(x, orders, factors, steps_of(a, ops.on))
     steps = (
         lambda v, f: ops.adjust_brightness(v, f, "multiply"),
         lambda v, f: ops.adjust_contrast(v, f, style),
@@ -295,7 +307,7 @@ def test_jitter_follows_each_images_own_order(ops, style):
             value = steps[op](value, factors[i : i + 1, min(op, 3)])
             assert 0 <= value.min() and value.max() <= 1
         np.testing.assert_allclose(found[i], value[0], atol=1e-6)
-    other = ops.jitter(x, orders[[1, 1, 2, 3, 4]], factors, a)
+    other = ops.jitter(x, orders[[1, 1, 2, 3, 4]], factors, steps_of(a, ops.on))
     assert np.abs(found[0] - other[0]).max() > 0.02
 
 
@@ -382,7 +394,7 @@ def test_operations_come_in_the_documented_order(ops, preset, grey_first):
         x = np.clip(x, 0, 1)
     x = ops.rotate(x, p[:, draws.ANGLE])
     steps = [
-        lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], a),
+        lambda x: ops.jitter(x, p[:, draws.ORDER], p[:, draws.FACTORS], steps_of(a, ops.on)),
         lambda x: np.broadcast_to(ops.greyscale(x, a.color_style), x.shape),
     ]
     for step in reversed(steps) if grey_first else steps:
@@ -662,7 +674,7 @@ def test_centre(height, width, size, ops):
     if ops == "host":
         found = ah.centre(tf.constant(image), shorter, size).numpy()
     else:
-        found = centre.centre(image[None], size)[0]
+        found = resize.centre(image[None], size)[0]
     scale = shorter / min(height, width)
     tall, wide = round(height * scale), round(width * scale)
     resized = np.asarray(Image.fromarray(image).resize((wide, tall), Image.BILINEAR))

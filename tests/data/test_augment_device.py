@@ -16,6 +16,8 @@ from common.data.augment import draws, presets
 from common.data.augment import on_device as module
 from common.data.augment import on_host as ah
 from common.data.feed import pipeline
+from common.data.feed.recipe import FeedRecipe
+from common.data.order import order
 from common.data.sources.base import ArraySource
 from common.plan import collectives
 from common.sharding import batch_sharding, make_mesh, to_global
@@ -134,10 +136,10 @@ def test_views_to_look_at_are_those_of_the_first_batch(augment_on, least):
         name="noise", split="train", kind="pixels", num_examples=20, num_classes=0, class_names=(),
         labels=np.full(20, -1, np.int32), image_shape=(32, 32), images=images,
     )  # fmt: skip
-    batches = pipeline.train_batches(source, c, rows=np.arange(8))
-    ids, views = dispatch.first_views(c, source, batches)
-    np.testing.assert_array_equal(ids, draws.order(3, 0, 20)[:8])
-    want = run(images[ids], presets.resolve_views(c)[0], ids, seed=3).astype(int)
+    batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8))
+    ids, views = dispatch.first_views(FeedRecipe.of(c), source, batches)
+    np.testing.assert_array_equal(ids, order(3, 0, 20)[:8])
+    want = run(images[ids], FeedRecipe.of(c).views[0], ids, seed=3).astype(int)
     assert views.shape == want.shape and views.dtype == np.uint8
     assert (np.abs(views - want) > 1).mean() < 1e-3
     assert (np.abs(views - images[ids][:, None].astype(int)) > 8).mean() > 0.3

@@ -9,49 +9,49 @@ import pytest
 from PIL import Image, features
 from test_sources import picture
 
-from common.data.images import codecs
+from common.data.images import decoding
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    codecs.readable_suffixes.cache_clear()
-    codecs.register_heif.cache_clear()
+    decoding.readable_suffixes.cache_clear()
+    decoding.register_heif.cache_clear()
     yield
-    codecs.readable_suffixes.cache_clear()
-    codecs.register_heif.cache_clear()
+    decoding.readable_suffixes.cache_clear()
+    decoding.register_heif.cache_clear()
 
 
 def test_pillow_says_that_it_opens_them():
     """Its own table of extensions as oracle; where its codec is absent, it has no entry."""
     known = Image.registered_extensions()
     readable = {s for s, kind in known.items() if kind in Image.OPEN}
-    for suffix in codecs.readable_suffixes():
+    for suffix in decoding.readable_suffixes():
         assert suffix in readable or suffix in (".heic", ".heif"), suffix
     assert {".jfif", ".jpe", ".jp2"} <= readable
-    assert (".jp2" in codecs.readable_suffixes()) == features.check("jpg_2000")
+    assert (".jp2" in decoding.readable_suffixes()) == features.check("jpg_2000")
 
 
 def test_what_a_build_lacks_is_not_readable(monkeypatch):
     monkeypatch.setattr(features, "check", lambda name: name == "webp")
-    found = codecs.readable_suffixes()
+    found = decoding.readable_suffixes()
     assert ".webp" in found and not {".avif", ".jp2", ".j2k"} & set(found)
-    codecs.readable_suffixes.cache_clear()
+    decoding.readable_suffixes.cache_clear()
     monkeypatch.setattr(features, "modules", {})  # a Pillow that has not heard of AVIF
     monkeypatch.setattr(features, "check", lambda name: True)
-    assert ".avif" not in codecs.readable_suffixes()
+    assert ".avif" not in decoding.readable_suffixes()
 
 
 def test_heic_where_its_library_is(monkeypatch):
     calls = []
     heif = types.SimpleNamespace(register_heif_opener=lambda: calls.append(1))
     monkeypatch.setitem(sys.modules, "pillow_heif", heif)
-    assert {".heic", ".heif"} <= set(codecs.readable_suffixes())
-    assert codecs.register_heif() and calls == [1]
-    for cached in (codecs.readable_suffixes, codecs.register_heif):
+    assert {".heic", ".heif"} <= set(decoding.readable_suffixes())
+    assert decoding.register_heif() and calls == [1]
+    for cached in (decoding.readable_suffixes, decoding.register_heif):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert not {".heic", ".heif"} & set(codecs.readable_suffixes())
-    assert not codecs.register_heif()
+    assert not {".heic", ".heif"} & set(decoding.readable_suffixes())
+    assert not decoding.register_heif()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_heic_where_its_library_is(monkeypatch):
 def test_what_is_readable_is_decoded(suffix, kind, options):
     from common.data.images import decode
 
-    if suffix not in codecs.readable_suffixes():
+    if suffix not in decoding.readable_suffixes():
         pytest.skip(f"no codec for {suffix} on this machine")
     buffer = io.BytesIO()
     Image.fromarray(picture(1)).save(buffer, kind, **options)

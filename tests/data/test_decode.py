@@ -11,6 +11,7 @@ from PIL import Image
 from test_sources import config, picture, write
 
 from common.data.feed import corrupt, feed
+from common.data.feed.recipe import FeedRecipe
 from common.data.images import decode
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import tf, traced
@@ -75,13 +76,13 @@ SIDES = (60_000).to_bytes(4, "big") * 2
 HUGE = EXACT["png"][:8] + chunk(b"IHDR", SIDES + b"\x08\x02\x00\x00\x00") + chunk(b"IDAT")
 BAD = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>404</html>", "no image of a kind that is known"),
+    "text": (b"<html>404</html>", "not an image in any known format"),
     "cut jpeg": (EXACT["jpeg"][:300], "JPEG"),
     "cut png": (EXACT["png"][:300], "PNG"),
     "cut gif": (EXACT["gif"][:300], ""),
     "cut webp": (EXACT["webp"][:100], ""),
     "a png that says it has 3.6 billion pixels": (HUGE, "3600000000 pixels"),
-    "zeros": (bytes(500), "no image of a kind that is known"),
+    "zeros": (bytes(500), "not an image in any known format"),
 }
 
 
@@ -154,7 +155,7 @@ def test_a_folder_of_everything(tmp_path):
     c = tiny_config(source, tmp_path)
     from common.data.feed import pipeline
 
-    batch = next(pipeline.train_batches(source, c, rows=np.arange(len(kinds))))
+    batch = next(pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(len(kinds))))
     assert batch["images"].shape == (len(kinds), 2, 8, 8, 3)
 
 

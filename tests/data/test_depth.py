@@ -15,7 +15,7 @@ from common.data.feed import feed, survey
 from common.data.images import decode, decoding
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import tf
-from common.data.sources import shards, subset
+from common.data.sources import shard_writer, subset
 from common.data.sources.base import ArraySource
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -102,7 +102,7 @@ def test_a_set_of_any_depth_gives_the_bytes_it_was_made_of(make, kind, value_ran
     (line,) = survey.look(source)
     assert source.decoding.value_range == value_range
     assert f"data.value_range={value_range})" in line and "6 were looked at" in line
-    assert ("what is outside is cut off" in line) == (value_range == "-128:127")
+    assert ("values outside are clipped" in line) == (value_range == "-128:127")
     np.testing.assert_array_equal(shown(source), want)
     how = open_source(config(f"folder:{tmp_path}", value_range="upper8"), "train").decoding
     before = np.stack([decode.decode(tf.constant(saved(x, kind)), how) for x in make(BYTES)])
@@ -178,7 +178,7 @@ def test_shards_parts_and_tfds_follow_the_same_rule(tmp_path):
     deep = BYTES.astype(np.uint16) * 16
     source = folder(tmp_path / "photos", deep, "PNG")
     c = tiny.config("simclr", data__source=f"folder:{tmp_path}/photos", data__test_split="")
-    shards.prepare(c, tmp_path / "shards")
+    shard_writer.write(c.data, tmp_path / "shards")
     copy = open_source(config(f"shards:{tmp_path}/shards", image_size=8), "train")
     np.testing.assert_array_equal(shown(copy), shown(source))
     part = subset.select(copy, np.array([2, 0]))
@@ -192,8 +192,8 @@ def test_sets_that_are_pixels_already_are_left_alone(tmp_path):
     for whole in (tiny.config("simclr"), tiny.config("simclr", data=c)):
         source = open_source(whole.data, "train")
         assert source.kind == "pixels"
-        same, lines = survey.settle(whole, source)
-        assert same is whole and lines == [] and whole.data.value_range == "auto"
+        found, lines = survey.decide_value_range(whole.data, source)
+        assert (found, lines, whole.data.value_range) == ("auto", [], "auto")
 
 
 def test_a_stream_is_looked_at_too(tmp_path):
@@ -207,7 +207,8 @@ def test_a_stream_is_looked_at_too(tmp_path):
 def test_the_training_images_decide_and_the_run_keeps_it(tmp_path):
     source = folder(tmp_path, BYTES.astype(np.uint16) * 4, "PNG")
     c = tiny.config("simclr", data__source=f"folder:{tmp_path}")
-    kept, _ = survey.settle(c, source)
+    kept = c.copy_and_resolve_references()
+    kept.data.value_range, _ = survey.decide_value_range(c.data, source)
     assert (kept.data.value_range, c.data.value_range) == ("0:1023", "auto")
     on_disk = json.loads(json.dumps(configs.as_dict(kept)))
     again, newer = configs.as_begun(c, on_disk)

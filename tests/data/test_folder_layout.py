@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.config import section
-from common.data.images import codecs
+from common.data.images import decoding
 from common.data.sources import folder_tree, slices
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -225,7 +225,7 @@ def test_the_user_is_told_what_was_read_and_what_was_not(tmp_path):
         "train/a/.DS_Store": None,
     }  # fmt: skip
     make(tmp_path, tree)
-    heic = ".heic" in codecs.readable_suffixes()
+    heic = ".heic" in decoding.readable_suffixes()
     source = opened(tmp_path, labels="folders")
     assert source.summary()[0] == f"{tmp_path.name} (train): {14 + heic} images, {7 + heic} classes"
     assert source.account[0].startswith(f"read from {tmp_path}/train, {7 + heic} classes by folder")

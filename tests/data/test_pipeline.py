@@ -12,8 +12,9 @@ from PIL import Image
 from test_sources import picture, write_tfds
 
 from common.config import section
-from common.data.augment import draws, presets
+from common.data.augment import draws
 from common.data.feed import pipeline
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import ArraySource
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -66,7 +67,7 @@ def take(batches, count):
 
 def train(source, c, count, rows=None, **options):
     rows = np.arange(c.batch_size) if rows is None else rows
-    return take(pipeline.train_batches(source, c, rows=rows, **options), count)
+    return take(pipeline.train_batches(source, FeedRecipe.of(c), rows=rows, **options), count)
 
 
 def same(found, expected):
@@ -114,7 +115,7 @@ def test_order_is_a_fair_permutation():
 
 def test_batches_follow_the_order():
     source, c = array_source(), config()
-    batches = pipeline.train_batches(source, c, rows=np.arange(8))
+    batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8))
     assert batches.steps_per_epoch == 3 and batches.position == 0
     found = take(batches, 7)
     assert batches.position == 7
@@ -144,7 +145,7 @@ def test_starting_late_equals_skipping(kind, folder):
     whole = train(source, c, 7)
     same(train(source, c, 2, start_step=5), whole[5:])
     same(train(source, c, 1, start_step=3), whole[3:4])  # an epoch's first
-    late = pipeline.train_batches(source, c, rows=np.arange(8), start_step=5)
+    late = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8), start_step=5)
     next(late)
     assert late.position == 6  # which the next checkpoint holds, and the next start begins at
 
@@ -196,7 +197,7 @@ def test_what_the_device_is_to_do_is_left_to_it(kind, folder, stream_dir):
         source, c = stream(stream_dir, augment_on="both")
     (found,) = train(source, c, 1)
     shape = source.image_shape
-    want, _ = draws.draw_pair(presets.resolve_views(c), c.seed, 0, found["ids"], shape)
+    want, _ = draws.draw_pair(FeedRecipe.of(c).views, c.seed, 0, found["ids"], shape)
     np.testing.assert_array_equal(found.pop("parameters"), want)
     assert want[..., draws.SOLARISE].any()
     c.data.augment_on, c.augment.solarise = "host", 0.0  # the rest of this recipe
@@ -231,11 +232,12 @@ def test_tensorflow_is_imported_on_use_only():
         "from ml_collections import ConfigDict\n"
         "from common.config import section\n"
         "from common.data.feed import pipeline\n"
+        "from common.data.feed.recipe import FeedRecipe\n"
         "from common.data.sources import opening\n"
         "c = ConfigDict(dict(seed=0, batch_size=4, data=section('data', source='fake')))\n"
         "c.augment = section('augment')\n"
         "s = opening.open_source(c.data, 'train')\n"
-        "next(pipeline.train_batches(s, c, rows=np.arange(4)))\n"
+        "next(pipeline.train_batches(s, FeedRecipe.of(c), rows=np.arange(4)))\n"
         "s = opening.open_source(section('data'), 'test')\n"
         "next(pipeline.eval_batches(s, 4, 28, np.arange(4)))\n"
         "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
@@ -389,7 +391,7 @@ def test_corrupt_image_is_replaced_and_counted(own_folder, kind, caplog):
     spoil_next.write_bytes(b"")
     c = config(f"folder:{own_folder}", batch_size=5, on_corrupt="replace")
     source = numbered(c)
-    batches = pipeline.train_batches(source, c, rows=np.arange(5))
+    batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(5))
     with caplog.at_level(logging.WARNING):
         found = take(batches, 6)
     assert batches.corrupt_count == source.corrupt_count == 2
@@ -448,7 +450,7 @@ from test_pipeline import config, pipeline
 
 c = config("folder:{own_folder}", 2)
 source = opening.open_source(c.data, "train")
-left_open = [pipeline.train_batches(source, c, rows=np.arange(2)) for _ in range(6)]
+left_open = [pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(2)) for _ in range(6)]
 for count, batches in enumerate(left_open):
     for _ in range(count):
         next(batches)
@@ -599,7 +601,9 @@ def test_stream_with_another_process_count(stream_dir, caplog):
     whole = train(source, c, 16)
     same(train(source, c, 2, start_step=7, saved_readers=2), whole[7:9])  # at a boundary
     assert not caplog.text
-    batches = pipeline.train_batches(source, c, rows=np.arange(8), start_step=10, saved_readers=2)
+    batches = pipeline.train_batches(
+        source, FeedRecipe.of(c), rows=np.arange(8), start_step=10, saved_readers=2
+    )
     assert batches.position == 14 and batches.readers == 1
     same(take(batches, 2), whole[14:16])
     assert "was read by 2 process(es) and is now read by 1 process(es)" in caplog.text
@@ -609,7 +613,7 @@ def test_stream_with_another_process_count(stream_dir, caplog):
     for before, then, settings in ((0, source, c), (2, *in_memory(stream_dir))):
         caplog.clear()
         batches = pipeline.train_batches(
-            then, settings, rows=np.arange(8), start_step=9, saved_readers=before
+            then, FeedRecipe.of(settings), rows=np.arange(8), start_step=9, saved_readers=before
         )
         assert batches.position == 14 and "in memory" in caplog.text
     with pytest.raises(UserError, match="process 0 of 3 holds 8 rows of a batch of 8"):
@@ -637,7 +641,7 @@ def test_stream_eval(stream_dir):
 @pytest.mark.parametrize("on_corrupt", ["error", "replace"])
 def test_stream_corrupt(stream_dir, on_corrupt, monkeypatch, caplog):
     from common.data.images.tensorflow_host import tf
-    from common.data.sources.tfds_source import records
+    from common.data.sources.tfrecords import records
 
     source, c = stream(stream_dir, 10, on_corrupt=on_corrupt)
     whole = train(source, c, 12)

@@ -23,8 +23,10 @@ from test_end_to_end import (
 )
 
 from common import config as configs
-from common.data.augment import draws, on_device, presets
+from common.data.augment import draws, on_device
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
+from common.data.order import order
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.plan import collectives
@@ -55,9 +57,9 @@ def setting(most=3, **changes):
 def test_what_the_host_sends_is_what_it_would_have_used():
     """Ids and draws, over the end of an epoch (of 2 steps), in each of two processes."""
     c, source = setting()
-    a = presets.resolve_views(c)
+    a = FeedRecipe.of(c).views
     for rows in (np.arange(8), np.arange(4), np.arange(4, 8)):
-        batches = pipeline.train_batches(source, c, rows=rows, start_step=3)
+        batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=rows, start_step=3)
         (_, first), (ids, second) = batches.take(1), batches.take(3)
         np.testing.assert_array_equal(ids.T, second["ids"][:, :3])
         assert (batches.position, batches.readers, batches.steps_per_epoch) == (7, 0, 2)
@@ -66,7 +68,7 @@ def test_what_the_host_sends_is_what_it_would_have_used():
         got = [(first, 0), *((second, i) for i in range(3))]
         for step, (batch, i) in enumerate(got, start=3):
             epoch, t = divmod(step, 2)
-            ids = draws.order(c.seed, epoch, 20)[8 * t :][rows]
+            ids = order(c.seed, epoch, 20)[8 * t :][rows]
             np.testing.assert_array_equal(batch["ids"][:, i], ids)
             want, _ = draws.draw_pair(a, c.seed, epoch, ids, (28, 28))
             np.testing.assert_array_equal(batch["parameters"][:, i], want)
@@ -85,13 +87,13 @@ def checksum(state, batch, key):
 def test_a_dispatch_takes_its_steps(devices):
     """Each step sees the views of its own ids; what it was not told to take, it does not."""
     c, source = setting()
-    mesh, a = make_mesh(jax.devices()[:devices]), presets.resolve_views(c)
+    mesh, a = make_mesh(jax.devices()[:devices]), FeedRecipe.of(c).views
     data = resident.load(source, mesh)
     assert data["data_images"].sharding == replicated(mesh)
-    batches = pipeline.train_batches(source, c, rows=np.arange(8))
-    step = jax.jit(dispatch.program(checksum, c, mesh))
+    batches = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8))
+    step = jax.jit(dispatch.program(checksum, FeedRecipe.of(c), mesh))
     state, key = jax.device_put((jnp.float32(0), jax.random.key(0)), replicated(mesh))
-    shapes = dispatch.batch_shapes(c, mesh, data)
+    shapes = dispatch.batch_shapes(FeedRecipe.of(c), mesh, data)
     program = step.lower(state, shapes, key).compile()
     moved = collectives.read(program.as_text(), devices)
     assert sum(x.bytes for x in moved) < 100  # sums of the checksum, no image
@@ -105,7 +107,7 @@ def test_a_dispatch_takes_its_steps(devices):
         losses = np.asarray(metrics["each"]["loss"])
         for i in range(count):
             epoch, t = divmod(taken, 2)
-            ids = draws.order(c.seed, epoch, 20)[8 * t : 8 * t + 8]
+            ids = order(c.seed, epoch, 20)[8 * t : 8 * t + 8]
             parameters, _ = draws.draw_pair(a, c.seed, epoch, ids, (28, 28))
             images = views(source.images[ids], parameters)
             want = checksum(float(taken), {"images": images, "labels": source.labels[ids]}, None)
@@ -119,13 +121,13 @@ def test_a_dispatch_takes_its_steps(devices):
 def test_a_step_sees_what_the_device_makes_of_cropped_views():
     """With augment_on="both": colours by the parameters that came along, labels as they came."""
     c = tiny.config("simclr", batch_size=8, data__augment_on="both", augment__preset="cifar")
-    mesh, a = make_mesh(jax.devices()[:1]), presets.resolve_views(c)
+    mesh, a = make_mesh(jax.devices()[:1]), FeedRecipe.of(c).views
     batch = tiny.host_batch(c, 0)
     batch["parameters"], _ = draws.draw_pair(a, c.seed, 0, np.arange(8), (8, 8))
-    assert batch.keys() == dispatch.batch_shapes(c, mesh).keys()
-    loss = jax.jit(dispatch.program(checksum, c, mesh))(0.0, to_global(mesh, batch), None)[1][
-        "loss"
-    ]
+    assert batch.keys() == dispatch.batch_shapes(FeedRecipe.of(c), mesh).keys()
+    loss = jax.jit(dispatch.program(checksum, FeedRecipe.of(c), mesh))(
+        0.0, to_global(mesh, batch), None
+    )[1]["loss"]
     colour = jax.jit(lambda x, p: on_device.augment_colour(x, p, a))
     made = on_device.to_bytes(colour(batch["images"], batch["parameters"]))
     want, without = (
@@ -177,11 +179,11 @@ def test_colour_on_the_device_trains(folder, tmp_path):
     assert (tmp_path / "augmented_pairs.png").exists()
     assert [r["step"] for r in lines(tmp_path) if "loss" in r] == [1, 2]
     source = open_source(c.data, "train")
-    ids, batch = pipeline.train_batches(source, c, rows=np.arange(8)).take(1)
+    ids, batch = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8)).take(1)
     c.data.augment_on = "host"
-    whole = next(pipeline.train_batches(source, c, rows=np.arange(8)))
+    whole = next(pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8)))
     np.testing.assert_array_equal(ids, whole["ids"][None])
-    want, _ = draws.draw_pair(presets.resolve_views(c), c.seed, 0, whole["ids"], None)
+    want, _ = draws.draw_pair(FeedRecipe.of(c).views, c.seed, 0, whole["ids"], None)
     np.testing.assert_array_equal(batch["parameters"], want)
     assert batch.keys() == {"images", "labels", "parameters"}
     assert batch["images"].shape == whole["images"].shape == (8, 2, 8, 8, 3)
@@ -203,13 +205,13 @@ def test_mistakes(folder, tmp_path):
 
 SCRIPT = """
 import sys, tiny, jax
-from common.data.sources import shards
+from common.data.sources import shard_writer
 from common.evaluate.online import make_evaluator
 from common.train.loop import train
 from simclr_jax.method import SimCLR
 c = tiny.config("simclr", data__source="embedded", data__augment_on="device", steps_per_dispatch=2,
                 data__image_size=12, duration="3 steps", evaluate__knn_examples=40)
-shards.prepare(c, sys.argv[1] + "/shards")
+shard_writer.write(c.data, sys.argv[1] + "/shards")
 c.data.source = "shards:" + sys.argv[1] + "/shards"
 train(SimCLR, c, sys.argv[1] + "/run", make_evaluator)
 assert not {"tensorflow", "tensorflow_datasets"} & set(sys.modules)

@@ -13,7 +13,8 @@ from test_sources import picture, write
 
 from common.config import section
 from common.data.feed import pipeline
-from common.data.sources import shards
+from common.data.feed.recipe import FeedRecipe
+from common.data.sources import shard_writer
 from common.data.sources.base import listed
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -29,7 +30,7 @@ def config(source, batch_size=4, image_size=12, **data):
 
 def batches(c, count):
     source = open_source(c.data, "train")
-    found = pipeline.train_batches(source, c, rows=np.arange(c.batch_size))
+    found = pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(c.batch_size))
     return [next(found) for _ in range(count)]
 
 
@@ -44,9 +45,9 @@ def folder(tmp_path):
 
 
 def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4000)
     c = config(f"folder:{folder}")
-    index = shards.prepare(c, tmp_path / "shards")
+    index = shard_writer.write(c.data, tmp_path / "shards")
     parts = index["splits"]["train"]["shards"]
     assert len(parts) > 2 and sum(p["examples"] for p in parts) == 14
     assert json.loads((tmp_path / "shards" / "index.json").read_text()) == index
@@ -67,7 +68,7 @@ def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch)
 
 def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path, capsys):
     c = config(f"folder:{folder}", train_split="train[:50%]", test_split="train[50%:]")
-    shards.prepare(c, tmp_path / "s")
+    shard_writer.write(c.data, tmp_path / "s")
     said = capsys.readouterr().err
     assert said.splitlines()[0] == f"read from {folder}/train, 2 classes by folder: class0, class1"
     assert said.splitlines()[-1] == (
@@ -81,7 +82,7 @@ def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path, capsys)
         assert source.names(np.arange(7)).tolist() == names.tolist()
         assert source.labels.tolist() == [int("class1" in name) for name in names]
     whole = config(f"folder:{folder}")
-    shards.prepare(whole, tmp_path / "whole")
+    shard_writer.write(whole.data, tmp_path / "whole")
     whole.data.update(source=f"shards:{tmp_path / 'whole'}", train_split="train[:50%]")
     source = open_source(whole.data, "train")
     assert sorted(source.names(np.arange(7))) == sorted(before[0])
@@ -94,7 +95,7 @@ def test_names_that_are_no_text_have_a_listing(tmp_path):
         os.makedirs(path)
         Image.fromarray(picture(1)).save(os.path.join(path, b"1.png"))
     c = config(f"folder:{tmp_path / 'p'}", test_split="")
-    shards.prepare(c, tmp_path / "s")
+    shard_writer.write(c.data, tmp_path / "s")
     c.data.source = f"shards:{tmp_path / 's'}"
     assert len(open_source(c.data, "train").listing) == 16
 
@@ -106,7 +107,7 @@ def test_older_shards_whose_splits_number_their_classes_differently(tmp_path):
         for name in names:
             write(root / split / name / "1.png", ord(name))
     c = config(f"folder:{root}", train_split="training", test_split="testing")
-    shards.prepare(c, tmp_path / "s")
+    shard_writer.write(c.data, tmp_path / "s")
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     index["splits"]["testing"].update(num_classes=2, class_names=["b", "c"])
     (tmp_path / "s" / "index.json").write_text(json.dumps(index))
@@ -120,7 +121,7 @@ def test_older_shards_whose_splits_number_their_classes_differently(tmp_path):
 
 def test_pixels_and_no_labels(tmp_path):
     c = config("fake", fake_examples=20, fake_classes=0, image_size=8)
-    shards.prepare(c, tmp_path / "s")
+    shard_writer.write(c.data, tmp_path / "s")
     source = open_source(config(f"shards:{tmp_path / 's'}").data, "train")
     fake = open_source(c.data, "train")
     assert source.kind == "pixels" and source.image_shape == (8, 8) and source.num_classes == 0
@@ -136,17 +137,17 @@ def test_mistakes(folder, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty"):
-        shards.prepare(c, out)
+        shard_writer.write(c.data, out)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
     (out / "mine.txt").unlink()
     torn = folder / "train" / "class0" / "é 4.png"
     whole = torn.read_bytes()
     torn.write_bytes(whole[:100])
     with pytest.raises(UserError, match=r"cannot decode .*é 4.png.*repair or remove"):
-        shards.prepare(c, out)
+        shard_writer.write(c.data, out)
     assert not (out / "index.json").exists()  # not to be trained on
     torn.write_bytes(whole)
-    shards.prepare(c, tmp_path / "good")
+    shard_writer.write(c.data, tmp_path / "good")
     good = f"shards:{tmp_path / 'good'}"
     with pytest.raises(UserError, match="holds no split 'extra'; expected one of train, test"):
         open_source(config(good, train_split="extra").data, "train")
@@ -164,7 +165,7 @@ def test_mistakes(folder, tmp_path):
 
 def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypatch, capsys):
     """Names, labels and images of the others stay together, over the bounds of shards too."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4000)
     before = open_source(config(f"folder:{folder}").data, "train")
     bad = [0, 5, 6, 13]
     for i in bad:
@@ -172,9 +173,9 @@ def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypa
     pathlib.Path(before.paths[6]).unlink()
     pathlib.Path(before.paths[6]).symlink_to(folder / "nowhere.png")
     with pytest.raises(UserError, match=r"or leave such files out with data.on_corrupt='replace'"):
-        shards.prepare(config(f"folder:{folder}"), tmp_path / "strict")
+        shard_writer.write(config(f"folder:{folder}").data, tmp_path / "strict")
     c = config(f"folder:{folder}", on_corrupt="replace")
-    index = shards.prepare(c, tmp_path / "s")["splits"]["train"]
+    index = shard_writer.write(c.data, tmp_path / "s")["splits"]["train"]
     names = before.names(np.arange(14)).tolist()
     assert index["left_out"] == [names[i] for i in bad]
     said = capsys.readouterr().err
@@ -193,7 +194,7 @@ def test_a_split_of_damaged_files_only(folder, tmp_path):
     for path in (folder / "val" / "class1").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for one"):
-        shards.prepare(config(f"folder:{folder}", on_corrupt="replace"), tmp_path / "s")
+        shard_writer.write(config(f"folder:{folder}", on_corrupt="replace").data, tmp_path / "s")
     assert not (tmp_path / "s" / "index.json").exists()
 
 

@@ -193,7 +193,7 @@ def test_tfds_labels_that_are_integers_or_text_become_classes(tmp_path):
     """By their values, in all splits; a test set without the smallest value keeps the numbers."""
     import tensorflow_datasets as tfds
 
-    from common.data.sources import tfds_source
+    from common.data.sources import tfds_features
 
     text = labelled_by(tmp_path / "text", "label", ["owl", "ant", "", "owl"],
                        tfds.features.Text(), ["owl", "owl"])  # fmt: skip
@@ -214,7 +214,7 @@ def test_tfds_labels_that_are_integers_or_text_become_classes(tmp_path):
     large = labelled_by(tmp_path / "large", "label", [2**63 + 1, 7, 2**63, 7], np.uint64)
     assert open_source(large, "train").labels.tolist() == [2, 0, 1, 0]
     broken = np.array([b"\xff", b"a"], object)
-    assert tfds_source._classes(broken, "label", True)[1] == ("\\xff", "a")
+    assert tfds_features.classes_of(broken, "label", True)[1] == ("\\xff", "a")
     number.labels = "none"
     hidden = open_source(number, "train")
     assert (hidden.num_classes, hidden.labels.tolist()) == (0, [-1] * 5)
@@ -235,7 +235,7 @@ def test_tfds_labels_that_are_no_classes_are_said(tmp_path):
     streamed = open_source(ids, "train")
     assert streamed.num_classes == 0 and "more than data.cache_gib" in streamed.account[0]
 
-    from common.data.sources import tfds_source
+    from common.data.sources import tfds_features
 
     class Info:
         """Stands in for `tfds.core.DatasetInfo`."""
@@ -247,7 +247,7 @@ def test_tfds_labels_that_are_no_classes_are_said(tmp_path):
             "fine": tfds.features.ClassLabel(num_classes=9),
         })  # fmt: skip
 
-    account = tfds_source.Features(Info).account
+    account = tfds_features.Features(Info).account
     assert account == ("no labels: of the classes coarse, fine none is called 'label'",)
 
 
@@ -336,7 +336,7 @@ def test_tfds_errors(tmp_path):
 def test_tfds_without_image():
     import tensorflow_datasets as tfds
 
-    from common.data.sources import tfds_source
+    from common.data.sources import tfds_features
 
     class Info:
         """Stands in for `tfds.core.DatasetInfo`."""
@@ -345,7 +345,7 @@ def test_tfds_without_image():
         features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
 
     with pytest.raises(UserError, match="none of them is an image"):
-        tfds_source.Features(Info)
+        tfds_features.Features(Info)
 
 
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")

@@ -12,6 +12,7 @@ from PIL import Image
 from test_resident import setting
 
 from common.data.feed import pipeline, resident
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources import embedded, subset
 from common.data.sources.base import ArraySource
 from common.data.sources.embedded import open_embedded
@@ -105,7 +106,9 @@ def test_what_the_device_cannot_keep_is_cropped_on_the_host(monkeypatch):
 
 def test_pictures_of_files_for_a_run_on_images_in_device_memory():
     """`--mode=embed --eval.source=folder:...` draws pairs, all on the host."""
-    found = [summary.some_pairs(run_of(on)[0], of_files(), 6) for on in ("host", "device")]
+    found = [
+        summary.some_pairs(FeedRecipe.of(run_of(on)[0]), of_files(), 6) for on in ("host", "device")
+    ]
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -146,4 +149,5 @@ def test_labels_train_a_run_from_device_memory_without_tensorflow(
     metrics, _ = finetune_mode.run(opened)
     assert metrics["num_train"] == metrics["num_test"] == 48 and 0 <= metrics["top1"] <= 1
     with pytest.raises(ImportError):  # a run on the host could not
-        next(pipeline.train_batches(opened.open("train"), run_of("host")[0], rows=np.arange(8)))
+        recipe = FeedRecipe.of(run_of("host")[0])
+        next(pipeline.train_batches(opened.open("train"), recipe, rows=np.arange(8)))

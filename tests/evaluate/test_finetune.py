@@ -22,7 +22,7 @@ from known_splits import (
 )
 from test_linear import softmax
 
-from common.data.augment import presets
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources import subset
 from common.evaluate import batches, finetune, finetune_mode, linear
 from common.method import make_encoder_setup
@@ -99,12 +99,12 @@ def test_labels_train_on_crops_and_flips_of_the_run_and_nothing_else():
     c = tiny.config("simclr", augment__preset="simclr", augment__size=6)
     c.augment.update(rotate=0.5, solarise=0.3)
     c.augment_view2.update(blur=0.7, area_min=0.5)
-    made = batches.only_crop_and_flip(c, 4, seed=9)
+    made = batches.crop_and_flip(c, 4, seed=9)
     assert (made.batch_size, made.seed, c.batch_size, c.seed) == (4, 9, 16, 0)
-    before = presets.resolve_views(c)[0]
+    before = FeedRecipe.of(c).views[0]
     want = {name: 0.0 for name in ("jitter", "grey", "blur", "solarise", "rotate")}
     assert all(getattr(before, name) > 0 for name in want)
-    for view in presets.resolve_views(made):
+    for view in made.views:
         assert view == dataclasses.replace(before, size=8, **want)  # as large as test images
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from test_sources import config as sources_config
 
 from common.cli import modes
-from common.data.sources import shards
+from common.data.sources import shard_writer
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import transfer_mode
@@ -153,7 +153,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(runs, tmp_path, monkeypatc
     assert resume_from.source_of("~/run", tmp_path / "new")[0] == tmp_path / "run"
     assert resume_from.source_of(f"~/run@{opened_run.STEP}", tmp_path / "new")[1] == opened_run.STEP
     c = tiny.config("simclr", data__source="fake", data__fake_examples=9)
-    shards.prepare(c, "~/shards")
+    shard_writer.write(c.data, "~/shards")
     c.data.source = "shards:~/shards"
     assert open_source(c.data, "train").num_examples == 9
     with claim("~/claimed", c) as (claimed, _):

@@ -246,7 +246,7 @@ def test_the_data_need_not_be_there(tmp_path, monkeypatch):
     stl = tiny.config("simclr", data__source="tfds:stl10", data__train_split="unlabelled")
     assert data_of(stl) == (100_000, 0)
     assert data_of(tiny.config("simclr", data__source="embedded")) == (10_000, 10)
-    with pytest.raises(UserError, match="no data set tfds:nothing"):
+    with pytest.raises(UserError, match="no dataset tfds:nothing"):
         data_of(tiny.config("simclr", data__source="tfds:nothing"))
 
 

@@ -12,7 +12,7 @@ from test_writer import read_events
 
 import main
 from common.cli import command_line, modes
-from common.data.sources import shards
+from common.data.sources import shard_writer
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate.online import make_evaluator
@@ -104,7 +104,7 @@ def test_a_run_in_a_bucket_is_that_of_a_disk(tmp_path, monkeypatch):
 
     with mounted(tmp_path / "store", monkeypatch) as bucket:
         data = small("simclr", data__fake_classes=2, evaluate__pictures=True)
-        shards.prepare(data, "gs://b/data")
+        shard_writer.write(data.data, "gs://b/data")
         source = open_source(small("simclr", data__source="shards:gs://b/data").data, "train")
         assert source.kind == "pixels" and source.num_examples == 20
         c = small("simclr", data__source="shards:gs://b/data", evaluate__pictures=True)

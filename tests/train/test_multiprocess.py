@@ -98,14 +98,15 @@ def resident_losses():
     from test_resident import checksum, setting
 
     from common.data.feed import pipeline, resident
+    from common.data.feed.recipe import FeedRecipe
     from common.sharding import local_rows, make_mesh, replicated, to_global
     from common.train import dispatch
 
     c, source = setting()
-    mesh = make_mesh()
+    mesh, recipe = make_mesh(), FeedRecipe.of(c)
     data, whole = resident.load(source, mesh), replicated(mesh)
-    batches = pipeline.train_batches(source, c, rows=local_rows(mesh, c.batch_size))
-    step = jax.jit(dispatch.program(checksum, c, mesh), out_shardings=whole)
+    batches = pipeline.train_batches(source, recipe, rows=local_rows(mesh, c.batch_size))
+    step = jax.jit(dispatch.program(checksum, recipe, mesh), out_shardings=whole)
     state, key = jax.jit(lambda: (0 * jax.numpy.ones(()), jax.random.key(0)), out_shardings=whole)()
     losses = []
     for count in (1, 3):

@@ -1,56 +1,29 @@
-"""Image operations in JAX, on a batch with numbers of its own for each image.
+"""Image operations in JAX, on a batch, with separate parameters for each image.
 
 What `pixel_ops.py` does in TensorFlow, for inside the train step. Images are float32 [n, 3, h, w]
-in [0, 1]. Nothing here is random (`draws.py` is), and no image knows of another: sharded along n,
+in [0, 1]. Nothing here is random (`draws.py` is), and images are independent: sharded along n,
 nothing is communicated. Where images need different things, all of them are computed and one is
 chosen, and what reads pixels elsewhere is a matrix product: an accelerator does both faster than
 it gathers.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.augment.colour import blur_radius, greyscale
 from common.data.augment.presets import Augmentation
+from common.data.augment.resize import crop_matrices
 
-_GREY = {"tf": (0.2989, 0.5870, 0.1140), "pil": (0.299, 0.587, 0.114)}
 # A TPU multiplies in bfloat16 by default, whose 8 bits would show in the pixels.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def resize_matrix(
-    start: Any, length: Any, in_size: int, out_size: int, kind: str, antialias: bool, xp: Any = jnp
-) -> Any:
-    """Matrices that cut [start, start + length) out of a line of pixels and resize it.
-
-    Args:
-        start, length: float32 [n], whole pixels.
-        in_size, out_size: pixels of the whole line and of the result.
-        kind: "bilinear" or "bicubic".
-        antialias: widen the kernel when shrinking.
-        xp: `jax.numpy` or `numpy`.
-
-    Returns:
-        float32 [n, out_size, in_size]; rows sum to 1 and are zero outside the cut.
-    """
-    scale = (length / np.float32(out_size))[:, None, None]
-    centres = (xp.arange(out_size, dtype=np.float32)[None, :, None] + np.float32(0.5)) * scale
-    pixels = xp.arange(in_size, dtype=np.float32)[None, None, :] - start[:, None, None]
-    pixels = pixels + np.float32(0.5)
-    distance = abs(pixels - centres)
-    if antialias:
-        distance = distance / xp.maximum(scale, np.float32(1))
-    if kind == "bilinear":
-        weights = xp.maximum(1 - distance, 0)
-    else:  # Keys 1981 with a = -0.5
-        near = (1.5 * distance - 2.5) * distance * distance + 1
-        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        weights = xp.where(distance <= 1, near, xp.where(distance < 2, far, 0))
-    inside = (pixels > 0) & (pixels < length[:, None, None])
-    weights = xp.where(inside, weights, 0)
-    return weights / weights.sum(axis=2, keepdims=True)
+def clip(images: jax.Array) -> jax.Array:
+    """To [0, 1]."""
+    return jnp.clip(images, 0, 1)
 
 
 def crop_resize(
@@ -67,11 +40,9 @@ def crop_resize(
     Returns:
         float32 [n * views, 3, size, size]; bicubic may overshoot the range of `images`.
     """
-    a, (n, _, height, width) = augmentation, images.shape
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], height, a.size, a.interpolation, a.antialias)
-    cols = resize_matrix(boxes[:, 1], boxes[:, 3], width, a.size, a.interpolation, a.antialias)
-    cols = jnp.where(flips[:, None, None] > 0, cols[:, ::-1], cols)
-    rows, cols = (m.reshape(n, -1, *m.shape[1:]) for m in (rows, cols))
+    n, _, height, width = images.shape
+    matrices = crop_matrices(boxes, flips, (height, width), augmentation, jnp)
+    rows, cols = (m.reshape(n, -1, *m.shape[1:]) for m in matrices)
     # one image is read once for all of its views
     tall = jnp.einsum("nvih,nchw->nvciw", rows, images, precision=_EXACT)
     views = jnp.einsum("nvciw,nvjw->nvcij", tall, cols, precision=_EXACT)
@@ -106,10 +77,9 @@ def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
     return total.reshape(images.shape)
 
 
-def greyscale(images: jax.Array, style: str) -> jax.Array:
-    """Luminance [n, 1, h, w] of float32 [n, 3, h, w], with TensorFlow's or PIL's weights."""
-    red, green, blue = _GREY[style]
-    return images[:, :1] * red + images[:, 1:2] * green + images[:, 2:] * blue
+def grey(images: jax.Array, chosen: jax.Array, style: str) -> jax.Array:
+    """Turns the chosen [n] of [n, 3, h, w] grey."""
+    return jnp.where(chosen[:, None, None, None], greyscale(images, style), images)
 
 
 def adjust_brightness(images: jax.Array, factor: jax.Array, style: str) -> jax.Array:
@@ -163,52 +133,50 @@ def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def jitter(
-    images: jax.Array, orders: jax.Array, factors: jax.Array, augmentation: Augmentation
+    images: jax.Array, orders: jax.Array, factors: jax.Array, steps: tuple[Callable, ...]
 ) -> jax.Array:
-    """Applies the four colour operations, in an order of its own for each image.
+    """Applies the four colour operations, in a separate order for each image.
 
     Args:
         images: float32 [n, 3, h, w].
         orders: [n, 4] indices into `draws.JITTER_OPS`.
         factors: float32 [n, 4], in the order of JITTER_OPS.
-        augmentation: for the styles.
+        steps: from `colour.jitter_steps`.
 
     Returns:
         float32 [n, 3, h, w]; jittered images are clipped to [0, 1] after each operation.
     """
-    a = augmentation
-    ops = (
-        lambda x, f: adjust_brightness(x, f, a.brightness_style),
-        lambda x, f: adjust_contrast(x, f, a.color_style),
-        lambda x, f: adjust_saturation(x, f, a.color_style),
-        adjust_hue,
-    )
     for turn in range(4):
         now, result = orders[:, turn, None, None, None], images
-        for number, op in enumerate(ops):
+        for number, op in enumerate(steps):
             result = jnp.where(now == number, op(images, factors[:, number]), result)
         images = result
     return images
 
 
 def blur(images: jax.Array, sigma: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Blurs [n, 3, s, s] with Gaussians of the given sigmas [n] in pixels; 0 leaves an image alone.
+    """Clips, and blurs [n, 3, s, s] with Gaussians of sigmas [n] in pixels; 0 is no blur.
 
-    Two products with banded matrices: a convolution whose filter differs for each image would run
-    in as many groups as there are images.
+    (SimCLR clips before its blur, which is a step of its own.) Two products with banded matrices:
+    a convolution whose filter differs for each image would run in as many groups as there are
+    images.
     """
-    a, size = augmentation, images.shape[2]
-    radius = (a.size // 10) // 2 if a.kernel == "tf" else int(np.ceil(4 * a.sigma_max))
+    images, size, radius = clip(images), images.shape[2], blur_radius(augmentation)
     if radius == 0:
         return images
     offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)[None]
     taps = jnp.exp(-0.5 * jnp.square(offsets / jnp.where(sigma > 0, sigma, 1)[:, None]))
     taps = taps / taps.sum(axis=1, keepdims=True)
-    places = _tap_places(size, radius, a.kernel == "pil")
+    places = _tap_places(size, radius, augmentation.kernel == "pil")
     matrix = jnp.einsum("nk,kij->nij", taps, places, precision=_EXACT)
     blurred = jnp.einsum("nih,nchw->nciw", matrix, images, precision=_EXACT)
     blurred = jnp.einsum("nciw,njw->ncij", blurred, matrix, precision=_EXACT)
     return jnp.where(sigma[:, None, None, None] > 0, blurred, images)
+
+
+def solarise(images: jax.Array, chosen: jax.Array, threshold: float) -> jax.Array:
+    """Inverts the values at or above the threshold of the chosen [n] of [n, 3, h, w]."""
+    return jnp.where(chosen[:, None, None, None] & (images >= threshold), 1 - images, images)
 
 
 def _tap_places(size: int, radius: int, repeat_edges: bool) -> jax.Array:

@@ -1,26 +1,24 @@
-"""All random numbers of the host pipeline: the order of an epoch and what happens to each view.
+"""The random numbers of the augmentation: what is done to each view of each example.
 
-Every number is a hash of (seed, epoch, example id, view, slot), nothing is drawn in sequence. So an
-example's views are the same whatever the batch size, the number of processes or the step at which
-a run was resumed, and they stay the same when NumPy or TensorFlow change their generators.
+Every number is a hash of (seed, epoch, example id, view, slot), see `common/data/order.py`.
 """
 
 import itertools
 
 import numpy as np
 
+from common.data.augment import boxes
 from common.data.augment.presets import Augmentation
+from common.data.order import GOLDEN, hash64, mix
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _VIEW = 1, 2  # streams: the order of an epoch, the draws of a view
+_VIEW = 2  # a stream of `hash64`
 
 # Where each draw of a view lies in its row of uniform numbers. New draws go to the end: a slot
 # that moves would change every run's augmentation.
 _FLIP, _ROTATE, _ANGLE, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(8)
 _JITTER_ORDER, _GREY, _BLUR, _SIGMA, _SOLARISE, _TOP, _LEFT = range(8, 15)
 _CROP = 16  # pairs of (area or height, ratio), one pair for each try
-TORCH_TRIES, TF_TRIES = 10, 100
-CROP_DRAWS = 2 + 2 * TORCH_TRIES  # top, left, then torchvision's ten pairs
+CROP_DRAWS = 2 + 2 * boxes.TORCH_TRIES  # top, left, then torchvision's ten pairs
 
 # Columns of the parameters of a view, see `view_parameters`.
 BOX, FLIP, ANGLE, ORDER, FACTORS, GREY, SIGMA, SOLARISE = (
@@ -29,37 +27,6 @@ BOX, FLIP, ANGLE, ORDER, FACTORS, GREY, SIGMA, SOLARISE = (
 PARAMETERS = 17
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue", "none")
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.float32)
-OBJECT_COVERED = 0.1  # SimCLR's min_object_covered, the object being the whole image
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash64(*words: int | np.ndarray) -> np.ndarray:
-    """Hashes integers (broadcast against each other) to uint64."""
-    state = np.zeros((1,), np.uint64)  # an array: NumPy warns of overflow in scalars only
-    for word in words:
-        word = np.atleast_1d(np.asarray(word, np.int64)).astype(np.uint64)
-        state = _mix((state + _GOLDEN) ^ _mix(word + _GOLDEN))
-    return state
-
-
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits the examples.
-
-    Args:
-        seed: of the run.
-        epoch: >= 0.
-        n: number of examples.
-
-    Returns:
-        int64 [n], a permutation of 0..n-1 that depends on (seed, epoch) only.
-    """
-    return np.argsort(hash64(_ORDER, seed, epoch, np.arange(n)), kind="stable")
 
 
 def uniforms(
@@ -80,7 +47,7 @@ def uniforms(
     """
     key = hash64(_VIEW, seed, epoch, view, ids)[:, None]
     slots = np.arange(first + 1, first + count + 1, dtype=np.uint64)[None]
-    bits = _mix(key + slots * _GOLDEN) >> np.uint64(40)
+    bits = mix(key + slots * GOLDEN) >> np.uint64(40)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
@@ -181,12 +148,14 @@ def crop_boxes(
     """
     place = uniforms(seed, epoch, ids, view, _TOP, 2)
     tf_style = augmentation.crop == "tf"
-    try_box = _tf_box if tf_style else _torch_box
     sides = np.zeros((len(ids), 2), np.int64)
     waiting = np.arange(len(ids))
-    for attempt in range(TF_TRIES if tf_style else TORCH_TRIES):
+    for attempt in range(boxes.TF_TRIES if tf_style else boxes.TORCH_TRIES):
         u = uniforms(seed, epoch, ids[waiting], view, _CROP + 2 * attempt, 2)
-        heights, widths, good = try_box(augmentation, height, width, u[:, 0], u[:, 1])
+        if tf_style:
+            heights, widths, good = boxes.tf_try(augmentation, height, width, u)
+        else:
+            heights, widths, good = boxes.torch_try(augmentation, height, width, u, np)
         sides[waiting[good]] = np.stack([heights[good], widths[good]], axis=1)
         waiting = waiting[~good]
         if not waiting.size:
@@ -197,50 +166,8 @@ def crop_boxes(
         fallback = np.array([0, 0, height, width])
     else:
         corner = (place * (free + 1)).astype(np.int64)
-        fallback = _central_box(augmentation, height, width)
-    boxes = np.concatenate([corner, sides], axis=1)
-    boxes[waiting] = fallback
-    return boxes
-
-
-def _tf_box(a: Augmentation, height: int, width: int, u_height: np.ndarray, u_ratio: np.ndarray):
-    """One try of `sample_distorted_bounding_box` with the whole image as the object.
-
-    Note that it is the height that is uniform here, not the area.
-    """
-    ratio = a.ratio_min + (a.ratio_max - a.ratio_min) * u_ratio
-    min_area, max_area = a.area_min * height * width, a.area_max * height * width
-    shortest = np.rint(np.sqrt(min_area / ratio))
-    tallest = np.rint(np.sqrt(max_area / ratio))
-    too_wide = np.rint(tallest * ratio) > width
-    tallest = np.where(too_wide, np.floor((width + 0.5 - 1e-6) / ratio), tallest)
-    tallest = np.minimum(tallest, height)
-    shortest = np.minimum(shortest, tallest)
-    h = shortest + np.floor(u_height * (tallest - shortest + 1))
-    h = np.where(h * np.rint(h * ratio) < min_area, h + 1, h)  # forgive what rounding did
-    h = np.where(h * np.rint(h * ratio) > max_area, h - 1, h)
-    w = np.rint(h * ratio)
-    area = h * w
-    covered = area >= OBJECT_COVERED * height * width
-    good = covered & (min_area <= area) & (area <= max_area)
-    good &= (1 <= h) & (h <= height) & (1 <= w) & (w <= width)
-    return h, w, good
-
-
-def _torch_box(a: Augmentation, height: int, width: int, u_area: np.ndarray, u_ratio: np.ndarray):
-    """One try of torchvision's `RandomResizedCrop`."""
-    area = height * width * (a.area_min + (a.area_max - a.area_min) * u_area)
-    low, high = np.log(a.ratio_min), np.log(a.ratio_max)
-    ratio = np.exp(low + (high - low) * u_ratio)
-    h, w = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
-    return h, w, (1 <= h) & (h <= height) & (1 <= w) & (w <= width)
-
-
-def _central_box(a: Augmentation, height: int, width: int) -> np.ndarray:
-    """What torchvision falls back to: the largest central box within the ratios."""
-    h, w = height, width
-    if width / height < a.ratio_min:
-        h = min(height, max(1, round(width / a.ratio_min)))
-    elif width / height > a.ratio_max:
-        w = min(width, max(1, round(height * a.ratio_max)))
-    return np.array([(height - h) // 2, (width - w) // 2, h, w])
+        h, w = map(int, boxes.central_sides(augmentation, height, width, np))
+        fallback = np.array([(height - h) // 2, (width - w) // 2, h, w])
+    drawn = np.concatenate([corner, sides], axis=1)
+    drawn[waiting] = fallback
+    return drawn

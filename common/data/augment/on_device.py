@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from common.data.augment import device_ops, draws
+from common.data.augment.colour import colour_ops
 from common.data.augment.presets import Augmentation
 from common.sharding import AXIS
 
@@ -25,41 +26,8 @@ Pair = tuple[Augmentation, Augmentation]
 PIECE = 2**27
 
 
-def colour_ops(images: jax.Array, parameters: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Everything after crop, resize and flip.
-
-    Args:
-        images: float32 [n, 3, size, size], about [0, 1].
-        parameters: float32 [n, draws.PARAMETERS].
-        augmentation: the recipe; operations of probability 0 leave no trace in the program.
-
-    Returns:
-        float32 [n, 3, size, size] in [0, 1].
-    """
-    a = augmentation
-    if a.color_style == "pil":  # PIL clips what bicubic overshoots, TensorFlow carries it along
-        images = jnp.clip(images, 0, 1)
-    if a.rotate > 0:
-        images = device_ops.rotate(images, parameters[:, draws.ANGLE])
-
-    def grey(x: jax.Array) -> jax.Array:
-        chosen = parameters[:, draws.GREY, None, None, None] > 0
-        return jnp.where(chosen, device_ops.greyscale(x, a.color_style), x)
-
-    if a.grey > 0 and a.grey_first:
-        images = grey(images)
-    if a.jitter > 0:
-        orders, factors = parameters[:, draws.ORDER], parameters[:, draws.FACTORS]
-        images = device_ops.jitter(images, orders, factors, a)
-    if a.grey > 0 and not a.grey_first:
-        images = grey(images)
-    if a.blur > 0:
-        images = jnp.clip(images, 0, 1)  # as SimCLR, whose blur is a step of its own
-        images = device_ops.blur(images, parameters[:, draws.SIGMA], a)
-    if a.solarise > 0:
-        invert = parameters[:, draws.SOLARISE, None, None, None] > 0
-        images = jnp.where(invert & (images >= a.solarise_threshold), 1 - images, images)
-    return jnp.clip(images, 0, 1)
+def _coloured(images: jax.Array, parameters: jax.Array, a: Augmentation) -> jax.Array:
+    return device_ops.clip(colour_ops(images, parameters, a, device_ops))
 
 
 def augment_pixels(images: jax.Array, parameters: jax.Array, augmentations: Pair) -> jax.Array:
@@ -78,7 +46,7 @@ def augment_pixels(images: jax.Array, parameters: jax.Array, augmentations: Pair
     def views(parameters: jax.Array, a: Augmentation, view: int | slice) -> jax.Array:
         del view  # all are of the same pixels
         boxes, flips = parameters[:, draws.BOX], parameters[:, draws.FLIP]
-        return colour_ops(device_ops.crop_resize(planes, boxes, flips, a), parameters, a)
+        return _coloured(device_ops.crop_resize(planes, boxes, flips, a), parameters, a)
 
     return _pair(views, parameters, augmentations)
 
@@ -100,7 +68,7 @@ def augment_colour(views: jax.Array, parameters: jax.Array, augmentations: Pair)
 
     def coloured(parameters: jax.Array, a: Augmentation, view: int | slice) -> jax.Array:
         images = views[:, view].reshape(-1, *views.shape[2:])
-        return colour_ops(_planes(images), parameters, a)
+        return _coloured(_planes(images), parameters, a)
 
     return _pair(coloured, parameters, augmentations)
 
@@ -111,7 +79,7 @@ def _planes(images: jax.Array) -> jax.Array:
 
 
 def _pair(make: Callable[..., jax.Array], parameters: jax.Array, both: Pair) -> jax.Array:
-    """Both views: in one go where they share a recipe, image-major so that rows stay in place."""
+    """Both views: in one go where they share a recipe, image-major so that no row moves."""
     if both[0] == both[1]:
         made = make(parameters.reshape(-1, parameters.shape[-1]), both[0], slice(None))
         return made.reshape(-1, 2, *made.shape[1:])
@@ -139,7 +107,7 @@ def views(
         uint8 [b, 2, size, size, 3], sharded along b.
     """
 
-    def some(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def make(rows: tuple[jax.Array, ...]) -> jax.Array:
         return to_bytes(function(*rows, augmentations))
 
     def local(*rows: jax.Array) -> jax.Array:
@@ -147,8 +115,8 @@ def views(
         least = -(-n * 2 * 3 * augmentations[0].size ** 2 // PIECE)
         parts = next(p for p in range(least, n + 1) if n % p == 0)
         if parts == 1:
-            return some(rows)
-        made = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
+            return make(rows)
+        made = jax.lax.map(make, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows))
         return made.reshape(n, *made.shape[2:])
 
     spec = PartitionSpec(AXIS)

@@ -6,55 +6,27 @@ Both take what `draws.py` drew; nothing here is random but the boxes of `draw_bo
 
 import functools
 
-import numpy as np
-
 from common.data.augment import draws, pixel_ops
+from common.data.augment.boxes import (
+    OBJECT_COVERED,
+    TF_TRIES,
+    TORCH_TRIES,
+    central_sides,
+    torch_try,
+)
+from common.data.augment.colour import colour_ops
 from common.data.augment.presets import Augmentation, crop_only
 from common.data.images import decoding, orientation
 from common.data.images.decode import decode, is_fine_jpeg
 from common.data.images.decoding import Decoding
-from common.data.images.tensorflow_host import fused, tf
+from common.data.images.tensorflow_host import fused, tf, xp
 
 MAX_RATIO = 8  # of the sides of an image that evaluation resizes whole
 
 
-def colour_ops(images: tf.Tensor, parameters: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
-    """Everything after crop, resize and flip.
-
-    Args:
-        images: float32 [n, 3, size, size], about [0, 1].
-        parameters: float32 [n, draws.PARAMETERS].
-        augmentation: the recipe; operations of probability 0 leave no trace in the graph.
-
-    Returns:
-        uint8 [n, size, size, 3].
-    """
-    a = augmentation
-    if a.color_style == "pil":  # PIL clips what bicubic overshoots, TensorFlow carries it along
-        images = tf.clip_by_value(images, 0.0, 1.0)
-    if a.rotate > 0:
-        images = pixel_ops.rotate(images, parameters[:, draws.ANGLE])
-
-    def grey(x: tf.Tensor) -> tf.Tensor:
-        return pixel_ops.where(parameters[:, draws.GREY] > 0, to_grey, x)
-
-    def to_grey(x: tf.Tensor) -> tf.Tensor:
-        return tf.repeat(pixel_ops.greyscale(x, a.color_style), 3, axis=1)
-
-    if a.grey > 0 and a.grey_first:
-        images = grey(images)
-    if a.jitter > 0:
-        orders, factors = parameters[:, draws.ORDER], parameters[:, draws.FACTORS]
-        images = pixel_ops.jitter(images, orders, factors, a)
-    if a.grey > 0 and not a.grey_first:
-        images = grey(images)
-    if a.blur > 0:
-        images = pixel_ops.blur(images, parameters[:, draws.SIGMA], a)
-    if a.solarise > 0:
-        invert = parameters[:, draws.SOLARISE, None, None, None] > 0
-        invert = tf.logical_and(invert, images >= a.solarise_threshold)
-        images = tf.where(invert, 1.0 - images, images)
-    return _interleaved(images)
+def _coloured(images: tf.Tensor, parameters: tf.Tensor, a: Augmentation) -> tf.Tensor:
+    """`colour_ops`, as uint8 [n, size, size, 3]."""
+    return _interleaved(colour_ops(images, parameters, a, pixel_ops))
 
 
 @fused
@@ -97,7 +69,7 @@ def augment_pixels(
     planes = tf.cast(tf.transpose(images, [0, 3, 1, 2]), tf.float32) * (1 / 255)
 
     def views(x: tf.Tensor, p: tf.Tensor, a: Augmentation) -> tf.Tensor:
-        return colour_ops(pixel_ops.crop_resize(x, p[:, draws.BOX], p[:, draws.FLIP], a), p, a)
+        return _coloured(pixel_ops.crop_resize(x, p[:, draws.BOX], p[:, draws.FLIP], a), p, a)
 
     if first != second:
         pair = [views(planes, parameters[:, i], a) for i, a in enumerate(augmentations)]
@@ -125,7 +97,7 @@ def augment_encoded(
         crops: float32 [2, draws.CROP_DRAWS].
         augmentations: of view 1 and view 2.
         whole: decode all of the image, so that any damage in it is seen.
-        how: the rules by which its data set is decoded.
+        how: the rules by which its dataset is decoded.
 
     Returns:
         uint8 [2, size, size, 3].
@@ -149,7 +121,7 @@ def augment_encoded(
             boxes = boxes_for(shape)
             needed = _around(boxes)
         # One column more on each side: libjpeg smooths colours between columns, and at the edge of
-        # a window it does not know the next one.
+        # a window the next one is missing.
         start = tf.maximum(needed[:2] - [0, 1], 0)
         end = tf.minimum(needed[:2] + needed[2:] + [0, 1], shape)
         # Of the columns all are decoded where more than half are needed: that takes less time
@@ -177,7 +149,7 @@ def augment_encoded(
         return _bytes_of_both(*views)
     # one view at a time: each does only what it needs
     rest = zip(views, tf.unstack(parameters), augmentations, strict=True)
-    return tf.concat([colour_ops(_planes(view), p[None], a) for view, p, a in rest], axis=0)
+    return tf.concat([_coloured(_planes(view), p[None], a) for view, p, a in rest], axis=0)
 
 
 def _around(boxes: tf.Tensor) -> tf.Tensor:
@@ -204,7 +176,7 @@ def draw_box(
 ) -> tf.Tensor:
     """Draws a crop box for an image whose size is known only now.
 
-    The distribution is that of `draws.crop_boxes`; the boxes are other ones.
+    The distribution is that of `draws.crop_boxes`; the boxes of crop="tf" differ.
 
     Args:
         augmentation: the recipe.
@@ -220,23 +192,17 @@ def draw_box(
             tf.stack([height, width, 3]),
             bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
             seed=tf.cast(u[:2] * 2.0**24, tf.int32),
-            min_object_covered=draws.OBJECT_COVERED,
+            min_object_covered=OBJECT_COVERED,
             aspect_ratio_range=(a.ratio_min, a.ratio_max),
             area_range=(a.area_min, a.area_max),
-            max_attempts=draws.TF_TRIES,
+            max_attempts=TF_TRIES,
         )
         return tf.concat([begin[:2], size[:2]], axis=0)
     tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    tries = tf.reshape(u[2:], [draws.TORCH_TRIES, 2])
-    area = tall * wide * (a.area_min + (a.area_max - a.area_min) * tries[:, 0])
-    low, high = np.log(a.ratio_min), np.log(a.ratio_max)
-    ratio = tf.exp(low + (high - low) * tries[:, 1])
-    h, w = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
-    good = tf.logical_and(tf.logical_and(h >= 1, h <= tall), tf.logical_and(w >= 1, w <= wide))
+    tries = tf.reshape(u[2:], [TORCH_TRIES, 2])
+    h, w, good = torch_try(a, tall, wide, tries, xp)
     first = tf.argmax(good)
-    # The way out is the largest central box within the ratios.
-    out_h = tf.clip_by_value(tf.round(wide / a.ratio_min), 1.0, tall)
-    out_w = tf.clip_by_value(tf.round(tall * a.ratio_max), 1.0, wide)
+    out_h, out_w = central_sides(a, tall, wide, xp)
     found = tf.reduce_any(good)
     h, w = tf.where(found, h[first], out_h), tf.where(found, w[first], out_w)
     top = tf.where(found, tf.floor(u[0] * (tall - h + 1)), tf.floor((tall - h) / 2))
@@ -255,7 +221,7 @@ def centre(image: tf.Tensor, shorter: int, size: int) -> tf.Tensor:
     Returns:
         uint8 [size, size, 3].
     """
-    # Of a strip, 20,000 times 1 say, only the middle is resized: all of it would fill the memory.
+    # Of a strip (20,000 x 1, say) only the middle is resized: all of it would fill the memory.
     tall, wide = tf.unstack(tf.shape(image)[:2])
     longest = MAX_RATIO * tf.minimum(tall, wide)
     h, w = tf.minimum(tall, longest), tf.minimum(wide, longest)

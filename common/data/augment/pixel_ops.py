@@ -1,4 +1,4 @@
-"""Image operations in TensorFlow, on a batch with numbers of its own for each image.
+"""Image operations in TensorFlow, on a batch, with separate parameters for each image.
 
 Images are float32 [n, 3, h, w] in [0, 1]: with the channels first, every operation runs over
 contiguous planes. Nothing here is random (`draws.py` is).
@@ -12,22 +12,65 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.data.augment.host_geometry import crop_resize, rotate
+from common.data.augment import colour
 from common.data.augment.presets import Augmentation
-from common.data.images.tensorflow_host import fused, is_fused, tf
+from common.data.augment.resize import crop_matrices
+from common.data.images.tensorflow_host import fused, is_fused, tf, xp
 
-__all__ = [
-    "adjust_brightness", "adjust_contrast", "adjust_hue", "adjust_saturation", "blur",
-    "crop_resize", "greyscale", "jitter", "rotate", "where",
-]  # fmt: skip
-_GREY = {"tf": (0.2989, 0.5870, 0.1140), "pil": (0.299, 0.587, 0.114)}
+greyscale = fused(colour.greyscale)
 
 
-@fused
-def greyscale(images: tf.Tensor, style: str) -> tf.Tensor:
-    """Luminance [n, 1, h, w] of float32 [n, 3, h, w], with TensorFlow's or PIL's weights."""
-    red, green, blue = _GREY[style]
-    return images[:, :1] * red + images[:, 1:2] * green + images[:, 2:] * blue
+def clip(images: tf.Tensor) -> tf.Tensor:
+    """To [0, 1]."""
+    return tf.clip_by_value(images, 0.0, 1.0)
+
+
+def crop_resize(
+    images: tf.Tensor, boxes: tf.Tensor, flips: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """Crops, resizes and flips images of one shape.
+
+    Args:
+        images: float32 [n, 3, h, w].
+        boxes: float32 [n, 4] top, left, height, width in whole pixels.
+        flips: float32 [n], 1 to flip left and right.
+        augmentation: for size, interpolation and antialias.
+
+    Returns:
+        float32 [n, 3, size, size]; bicubic may overshoot the range of `images`.
+    """
+    rows, cols = crop_matrices(boxes, flips, tuple(images.shape[2:]), augmentation, xp)
+    n, channels, height, width = tf.unstack(tf.shape(images))
+    wide = tf.reshape(images, [n, channels * height, width])
+    wide = tf.linalg.matmul(wide, cols, transpose_b=True)
+    wide = tf.reshape(wide, [n, channels, height, tf.shape(cols)[1]])
+    return tf.linalg.matmul(rows[:, None], wide)
+
+
+def rotate(images: tf.Tensor, angles: tf.Tensor) -> tf.Tensor:
+    """Rotates [n, 3, h, w] anticlockwise by radians [n]: bilinear, black outside."""
+    height, width = images.shape[2:]
+    y, x = (height - 1) / 2, (width - 1) / 2
+    cos, sin = tf.cos(angles), tf.sin(angles)
+    zero = tf.zeros_like(angles)
+    # The transform takes a place in the output to the place in the input that it shows.
+    transforms = tf.stack(
+        [cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos, zero, zero], axis=1
+    )
+    rotated = tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.transpose(images, [0, 2, 3, 1]),
+        transforms=transforms,
+        output_shape=[height, width],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )
+    return tf.transpose(rotated, [0, 3, 1, 2])
+
+
+def grey(images: tf.Tensor, chosen: tf.Tensor, style: str) -> tf.Tensor:
+    """Turns the chosen [n] of [n, 3, h, w] grey."""
+    return where(chosen, lambda x: tf.repeat(greyscale(x, style), 3, axis=1), images)
 
 
 @fused
@@ -35,7 +78,7 @@ def adjust_brightness(images: tf.Tensor, factor: tf.Tensor, style: str) -> tf.Te
     """Multiplies [n, 3, h, w] by the factors [n], or adds them, and clips."""
     factor = factor[:, None, None, None]
     images = images + factor if style == "add" else images * factor
-    return tf.clip_by_value(images, 0.0, 1.0)
+    return clip(images)
 
 
 @fused
@@ -99,27 +142,20 @@ def _value_and_chroma(channels: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def jitter(
-    images: tf.Tensor, orders: tf.Tensor, factors: tf.Tensor, augmentation: Augmentation
+    images: tf.Tensor, orders: tf.Tensor, factors: tf.Tensor, steps: tuple[Callable, ...]
 ) -> tf.Tensor:
-    """Applies the four colour operations, in an order of its own for each image.
+    """Applies the four colour operations, in a separate order for each image.
 
     Args:
         images: float32 [n, 3, h, w].
         orders: [n, 4] indices into `draws.JITTER_OPS`.
         factors: float32 [n, 4], in the order of JITTER_OPS.
-        augmentation: for the styles.
+        steps: from `colour.jitter_steps`.
 
     Returns:
         float32 [n, 3, h, w]; jittered images are clipped to [0, 1] after each operation.
     """
-    a = augmentation
-    ops = (
-        lambda x, f: adjust_brightness(x, f, a.brightness_style),
-        lambda x, f: adjust_contrast(x, f, a.color_style),
-        lambda x, f: adjust_saturation(x, f, a.color_style),
-        lambda x, f: adjust_hue(x, f),
-        lambda x, f: x,
-    )
+    ops = (*steps, lambda x, f: x)
     orders = tf.cast(orders, tf.int32)
     rows = tf.range(tf.shape(images)[0])
     for turn in range(4):
@@ -162,22 +198,16 @@ def blur(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.
     Of a batch by products with banded matrices, which is faster than a convolution whose filter
     differs for each image; of a large image by a sum, which XLA makes one pass.
     """
-    if _radius(augmentation) == 0:
+    if colour.blur_radius(augmentation) == 0:
         return images
-
     return where(sigma > 0, lambda x, s: _blurred(x, s, augmentation), images, sigma)
-
-
-def _radius(a: Augmentation) -> int:
-    """Of the Gaussian, in pixels."""
-    return (a.size // 10) // 2 if a.kernel == "tf" else int(np.ceil(4 * a.sigma_max))
 
 
 @fused
 def _blurred(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) -> tf.Tensor:
-    """`blur` of images that all want it, clipped first: SimCLR's blur is a step of its own."""
+    """`blur` of images that all get it, clipped first, as SimCLR does before its blur."""
     images = tf.clip_by_value(images, 0.0, 1.0)
-    radius, edges = _radius(augmentation), augmentation.kernel == "pil"
+    radius, edges = colour.blur_radius(augmentation), augmentation.kernel == "pil"
     offsets = tf.range(-radius, radius + 1, dtype=tf.float32)[None]
     taps = tf.exp(-0.5 * tf.square(offsets / sigma[:, None]))
     taps = taps / tf.reduce_sum(taps, axis=1, keepdims=True)
@@ -197,6 +227,11 @@ def _blurred(images: tf.Tensor, sigma: tf.Tensor, augmentation: Augmentation) ->
     )
     images = _pad(images, radius, 2, edges)
     return tf.concat([tf.linalg.matmul(band, images[:, :, i : i + window]) for i in starts], axis=2)
+
+
+def solarise(images: tf.Tensor, chosen: tf.Tensor, threshold: float) -> tf.Tensor:
+    """Inverts the values at or above the threshold of the chosen [n] of [n, 3, h, w]."""
+    return tf.where(chosen[:, None, None, None] & (images >= threshold), 1.0 - images, images)
 
 
 def _sum_of_taps(padded: tf.Tensor, taps: tf.Tensor, axis: int) -> tf.Tensor:

@@ -44,7 +44,7 @@ class Augmentation:
         solarise: probability of inverting the values at or above `solarise_threshold`.
         solarise_threshold: in [0, 1].
         rotate: probability of a rotation, uniform in [-rotate_degrees, rotate_degrees].
-        rotate_degrees: in [0, 180]; what comes into sight is black.
+        rotate_degrees: in [0, 180]; uncovered pixels are black.
         mean, std: subtracted and divided by on the device, for pixels in [0, 1].
     """
 
@@ -83,8 +83,9 @@ class Augmentation:
 
 def crop_only(augmentation: Augmentation) -> Augmentation:
     """The part of a recipe that ends with the flip."""
-    off = dict.fromkeys(("rotate", "jitter", "grey", "blur", "solarise"), 0.0)
-    return dataclasses.replace(augmentation, **off)
+    return dataclasses.replace(
+        augmentation, rotate=0.0, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0
+    )
 
 
 _PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarise", "rotate")
@@ -187,11 +188,14 @@ def resolve(config: ConfigDict, image_size: int, base: Augmentation | None = Non
     return Augmentation(**values)
 
 
-def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
-    """Both views' augmentations from a whole config.
+def resolve_views(
+    augment: ConfigDict, augment_view2: ConfigDict | None, image_size: int
+) -> tuple[Augmentation, Augmentation]:
+    """The augmentations of both views.
 
     Args:
-        config: with `data.image_size`, `augment` and (optional) `augment_view2`.
+        augment, augment_view2: view 1's config, and what view 2 changes of it, if anything.
+        image_size: as in `resolve`.
 
     Returns:
         Augmentations of view 1 and view 2, equal unless `augment_view2` sets something. Mean and
@@ -200,15 +204,14 @@ def resolve_views(config: ConfigDict) -> tuple[Augmentation, Augmentation]:
     Raises:
         UserError: as `resolve`, views of two sizes, or a mean or std of view 2.
     """
-    first = resolve(config.augment, config.data.image_size)
-    other = config.get("augment_view2") or {}
+    first, other = resolve(augment, image_size), augment_view2 or {}
     for name in ("mean", "std"):
         if other.get(name) is not None:
             raise UserError(
                 f"augment_view2.{name} is {tuple(other[name])}; expected None: one network sees "
                 f"both views. Set augment.{name}."
             )
-    second = resolve(other, config.data.image_size, base=first)
+    second = resolve(other, image_size, base=first)
     second = dataclasses.replace(second, mean=first.mean, std=first.std)
     if first.size != second.size:
         raise UserError(

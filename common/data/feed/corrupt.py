@@ -1,13 +1,12 @@
 """Images that cannot be decoded: named to the user, or replaced and counted."""
 
 import concurrent.futures
-import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from absl import logging
 
-from common.data.images import decode
+from common.data.images.decode import fault_of
 from common.data.images.tensorflow_host import tf
 from common.data.sources.base import Source
 from common.errors import UserError
@@ -15,7 +14,7 @@ from common.errors import UserError
 # Errors may overtake the batches before them in tf.data, by about as many as are in flight.
 LOOK_AHEAD = 64  # batches
 _READERS = 8  # files looked at at a time
-# A `Source.on_corrupt` of who replaces an image for the time being and drops it afterwards.
+# The `Source.on_corrupt` of a mode that replaces an image temporarily and drops it afterwards.
 LEAVE_OUT = "leave out"
 
 
@@ -27,7 +26,7 @@ def file_bytes(source: Source, payload: tf.Tensor) -> tf.Tensor:
 def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Exception) -> None:
     """Finds the examples that cannot be decoded, and replaces or reports them.
 
-    Which examples are corrupt and what stands in for them follows from the files alone, so a
+    Which examples are corrupt and what replaces them follows from the files alone, so a
     resumed run makes the same choice.
 
     Args:
@@ -63,7 +62,7 @@ def replace_or_name(source: Source, batches: Iterable[np.ndarray], error: Except
         stand_in = next((i for i in others if i not in source.replaced and not fault(i)), None)
         if stand_in is None:
             raise error_for(source, index, reason) from None
-        # what it stands in for itself, because it was good until now, needs another one too
+        # images that it replaced, when it was still good, need another replacement too
         for i in [k for k, v in source.replaced.items() if v == index]:
             source.replaced[i] = stand_in
         source.replaced[index] = stand_in
@@ -75,10 +74,11 @@ def _search(
 ) -> dict[int, str]:
     """The examples at fault of the first batch that has any and of some more, with the reasons.
 
-    A set that has one bad image in a million loses the time of one batch. Each search costs a new
-    start of the pipeline, though, so the more are known to be bad, the further a search goes.
+    One bad image in a million costs the time of one batch. But each search restarts the pipeline,
+    so the more images are known to be bad, the further a search goes.
     """
-    bad, more = {}, len(source.replaced)
+    bad: dict[int, str] = {}
+    more = len(source.replaced)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         for ids in batches:
             places = np.unique(source.stand_ins(ids)).tolist()
@@ -98,7 +98,7 @@ def error_for(source: Source, index: int, reason: str) -> UserError:
 
 
 def warn(source: Source, index: int, stand_in: str, reason: str) -> None:
-    """Logs a replacement, and how many there have been; of many only every so often."""
+    """Logs a replacement, and how many there have been; if there are many, only now and then."""
     count = source.corrupt_count
     what = "left out" if source.on_corrupt == LEAVE_OUT else f"replaced by {stand_in}"
     if count <= 20 or count % 100 == 0:
@@ -106,30 +106,3 @@ def warn(source: Source, index: int, stand_in: str, reason: str) -> None:
             "corrupt image %s (%s) %s (%d of %d images so far)", source.describe(index), reason,
             what, count, source.num_examples,
         )  # fmt: skip
-
-
-def fault_of(payload: bytes, is_path: bool = False) -> str:
-    """What is wrong with a file, or with the bytes of one; "" if it is a whole image."""
-    try:
-        data = tf.io.read_file(payload) if is_path else tf.constant(payload)
-    except tf.errors.OpError as error:
-        return _short(error)
-    size = int(tf.strings.length(data))
-    if not size:
-        return "the file is empty"
-    try:
-        decode.decode(data)
-    except (tf.errors.OpError, ValueError) as error:  # the second out of Pillow
-        return _short(error)
-    return ""
-
-
-def _short(error: Exception) -> str:
-    """One line of TensorFlow's many."""
-    if isinstance(error, tf.errors.NotFoundError):
-        return "no such file"
-    if isinstance(error, tf.errors.PermissionDeniedError):
-        return "permission denied"
-    # less the names of its operations
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", getattr(error, "message", str(error))).strip()
-    return " ".join(text.split())[:120] or "unreadable"

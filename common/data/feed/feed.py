@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from common.data.augment import draws, on_host, presets
-from common.data.augment.centre import resize_to
-from common.data.augment.presets import Augmentation
+from common.data.augment.resize import resize_to
 from common.data.feed import corrupt, survey
+from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.images import decode
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import arrays, plain, tf, traced
@@ -25,26 +25,22 @@ _NEVER = np.iinfo(np.int64).max
 
 def train_feed(
     source: Source,
-    plan: Callable[[int], tuple[int, np.ndarray]],
-    seed: int,
-    augmentations: tuple[Augmentation, Augmentation],
+    plan: Plan,
+    recipe: FeedRecipe,
     step: int,
-    colour: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of two views without end.
 
     Args:
         source: of kind "pixels", "encoded" or "path".
         plan: step -> (epoch, ids [b]).
-        seed: of the run.
-        augmentations: of view 1 and view 2.
+        recipe: of the run; with `augment_on="both"` what follows crop, resize and flip is left to
+          the device, which then needs the draws.
         step: the first one.
-        colour: all of the augmentation; False leaves what follows crop, resize and flip to the
-          device, which then needs to know what was drawn.
 
     Yields:
         {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
-        "parameters" float32 [b, 2, draws.PARAMETERS] without `colour`.
+        "parameters" float32 [b, 2, draws.PARAMETERS] with `augment_on="both"`.
 
     Raises:
         UserError: a corrupt image, unless the source replaces them.
@@ -53,7 +49,9 @@ def train_feed(
     def load(step: int):
         epoch, ids = plan(step)
         payload, labels = source.read(source.stand_ins(ids))
-        parameters, crops = draws.draw_pair(augmentations, seed, epoch, ids, source.image_shape)
+        parameters, crops = draws.draw_pair(
+            recipe.views, recipe.seed, epoch, ids, source.image_shape
+        )
         return ids, labels, payload, parameters, crops
 
     @plain
@@ -67,7 +65,7 @@ def train_feed(
         views = augment(corrupt.file_bytes(source, payload), parameters, crops)
         return batch(views, label, index, parameters)
 
-    augment, batch = augmenter(source, augmentations, colour), named(colour)
+    augment, batch = augmenter(source, recipe), named(recipe)
     b = len(plan(step)[1])
     start = tf.Variable(step, dtype=tf.int64)
     data = _loaded(start, _NEVER, load, source, (tf.float32, tf.float32))
@@ -116,25 +114,22 @@ def eval_feed(
     return ((batch["images"], batch["labels"]) for batch in batches)
 
 
-def named(colour: bool) -> Callable[..., dict]:
+def named(recipe: FeedRecipe) -> Callable[..., dict]:
     """Function that gives (views, labels, ids, parameters) the names they have in a batch."""
-    names = ("images", "labels", "ids") if colour else ("images", "labels", "ids", "parameters")
+    names = ("images", "labels", "ids", *(() if recipe.colour else ("parameters",)))
     return lambda *values: dict(zip(names, values, strict=False))
 
 
-def augmenter(
-    source: Source, augmentations: tuple[Augmentation, Augmentation], colour: bool = True
-) -> Callable:
-    """`augment_pixels` or `augment_encoded` for a source; without `colour`, their first part.
+def augmenter(source: Source, recipe: FeedRecipe) -> Callable:
+    """`augment_pixels` or `augment_encoded` for a source, or the part of it that the host does.
 
     Where corrupt images are replaced, all of each image is decoded: whether it is good must not
     depend on the crop, or a resumed run could choose otherwise.
     """
     whole = source.on_corrupt == "replace"
-    survey.decide(source)
-    if not colour:
-        augmentations = tuple(map(presets.crop_only, augmentations))
-    return _augmenter(augmentations, source.kind == "pixels", whole, source.decoding)
+    survey.ensure_decided(source)
+    views = recipe.views if recipe.colour else tuple(map(presets.crop_only, recipe.views))
+    return _augmenter(views, source.kind == "pixels", whole, source.decoding)
 
 
 @functools.cache  # one trace for all epochs and restarts
@@ -148,7 +143,7 @@ def _augmenter(augmentations: tuple, pixels: bool, whole: bool, how: Decoding) -
 
 def evaluator(source: Source, image_size: int) -> Callable:
     """Function of the bytes of an image's file to uint8 [image_size, image_size, 3]."""
-    survey.decide(source)
+    survey.ensure_decided(source)
     return _evaluator(image_size, source.decoding)
 
 
@@ -191,7 +186,7 @@ def _guarded(
     start: tf.Variable,
     end: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields from `data`; when an image cannot be read, names it or goes on without it."""
+    """Yields from `data`; names an image that cannot be read, or continues without it."""
     failure = tf.errors.OpError  # a name of our own: modules may be gone when a generator is closed
     while True:
         step = int(start.numpy())

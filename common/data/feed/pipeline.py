@@ -11,11 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
-from common.data.augment import draws, presets
-from common.data.augment.centre import centre
-from common.data.augment.draws import order
+from common.data.augment import draws
+from common.data.augment.resize import centre
+from common.data.feed.batches import Batches
+from common.data.feed.recipe import FeedRecipe, Plan
+from common.data.feed.resident import ResidentBatches
+from common.data.order import order
 from common.data.sources.base import Source
 from common.errors import UserError
 
@@ -39,36 +41,35 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
 
 def train_batches(
     source: Source,
-    config: ConfigDict,
+    recipe: FeedRecipe,
     *,
     rows: np.ndarray,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     saved_readers: int | None = None,
-) -> "Batches":
+) -> Batches | ResidentBatches:
     """Batches without end, over epochs.
 
     Args:
         source: of the training split.
-        config: the whole config: `seed`, `batch_size`, `data`, `augment`, `augment_view2`.
+        recipe: of the run.
         rows: [b_local] rows of the global batch that this process holds, in its order.
         start_step: position in the data; nothing before it is decoded.
-        process_index, process_count: who reads which share of a streamed set; else unused.
+        process_index, process_count: which part of a streamed dataset to read; else unused.
         saved_readers: `readers` of the batches that led up to `start_step`. If these batches have
           another order, the rest of the epoch begun is skipped, with a warning.
 
     Returns:
         Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
         unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
-        draws.PARAMETERS] with `data.augment_on="both"`. With "device" there are `ResidentBatches`.
+        draws.PARAMETERS] with `augment_on="both"`. With "device" there are `ResidentBatches`.
 
     Raises:
         UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).
     """
-    steps = steps_per_epoch(source, config.batch_size)
+    steps = steps_per_epoch(source, recipe.batch_size)
     rows = np.asarray(rows, np.int64)
-    augmentations = presets.resolve_views(config)
     readers = process_count if source.kind == "stream" else 0
     if saved_readers not in (None, readers) and start_step % steps:
         begun, start_step = start_step, (start_step // steps + 1) * steps
@@ -81,79 +82,43 @@ def train_batches(
             steps,
         )  # fmt: skip
     if source.kind == "stream":
-        from common.data.feed import stream
+        from common.data.feed import stream  # TensorFlow, only where it is used
 
+        assert isinstance(source, stream.StreamSource)
         return stream.train_batches(
-            source, config, augmentations, steps, rows, start_step, process_index, process_count
+            source, recipe, steps, rows, start_step, process_index, process_count
         )
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> np.ndarray:
-        return order(config.seed, epoch, source.num_examples)
+        return order(recipe.seed, epoch, source.num_examples)
 
     def plan(step: int) -> tuple[int, np.ndarray]:
         epoch, step = divmod(int(step), steps)
-        return epoch, epoch_order(epoch)[step * config.batch_size + rows]
+        return epoch, epoch_order(epoch)[step * recipe.batch_size + rows]
 
-    if config.data.augment_on == "device":
-        from common.data.feed import resident
-
-        return resident.ResidentBatches(source, config, augmentations, plan, steps, start_step)
-    colour = config.data.augment_on == "host"
+    if recipe.augment_on == "device":
+        return ResidentBatches(source, recipe, plan, steps, start_step)
     if source.kind == "views":
-        batches = _fake_batches(source, plan, config.seed, augmentations, start_step, colour)
+        batches = _fake_batches(source, plan, recipe, start_step)
     else:
         from common.data.feed import feed
 
-        batches = feed.train_feed(source, plan, config.seed, augmentations, start_step, colour)
+        batches = feed.train_feed(source, plan, recipe, start_step)
     return Batches(batches, source, steps, start_step, readers)
 
 
-class Batches:
-    """Iterator over batches that knows its place.
-
-    Attributes:
-        steps_per_epoch: full batches in an epoch.
-        position: of the next batch in the data, `start_step` of a continuation; equals the training
-          step, except after a run went on in another order.
-        readers: how many processes share a streamed set, whose order depends on it; else 0.
-        corrupt_count: corrupt images replaced so far.
-    """
-
-    def __init__(
-        self, batches: Iterator[dict], source: Source, steps: int, position: int, readers: int
-    ):
-        self._batches, self._source = batches, source
-        self.steps_per_epoch, self.position, self.readers = steps, position, readers
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._batches)
-        self.position += 1
-        return batch
-
-    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The ids `[steps, b_local]` and what the program of the next step takes; `steps` is 1."""
-        batch = next(self)
-        return batch.pop("ids")[None], batch
-
-    @property
-    def corrupt_count(self) -> int:
-        return self._source.corrupt_count
-
-
 def _fake_batches(
-    source: Source, plan, seed: int, augmentations: tuple, step: int, colour: bool
+    source: Source, plan: Plan, recipe: FeedRecipe, step: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    size = augmentations[0].size
+    size = recipe.size
     while True:
         epoch, ids = plan(step)
         views = np.stack([source.views(ids + view, size) for view in (0, 1)], axis=1)
         batch = {"images": views, "labels": source.read(ids)[1], "ids": ids}
-        if not colour:
-            batch["parameters"] = draws.draw_pair(augmentations, seed, epoch, ids, (size, size))[0]
+        if not recipe.colour:
+            drawn, _ = draws.draw_pair(recipe.views, recipe.seed, epoch, ids, (size, size))
+            batch["parameters"] = drawn
         yield batch
         step += 1
 
@@ -181,7 +146,7 @@ def eval_batches(
         rows: [b_local] rows of the global batch that this process holds.
         limit: at most so many examples, 0 for all: evenly spaced, because folders are sorted by
           class. (Of a streamed set, which has no random access, the first batches of each process.)
-        process_index, process_count: who reads which share of a streamed set; else unused.
+        process_index, process_count: which part of a streamed dataset to read; else unused.
 
     Returns:
         Iterator of {"images": uint8 [b_local, h, w, 3], "labels": int32 [b_local], "mask": bool
@@ -196,6 +161,7 @@ def eval_batches(
     if source.kind == "stream":
         from common.data.feed import stream
 
+        assert isinstance(source, stream.StreamSource)
         batches = stream.eval_batches(
             source, batch_size, image_size, rows, process_index, process_count
         )

@@ -1,18 +1,18 @@
-"""A data set that lives in device memory, and what the host still sends: ids and draws.
+"""A dataset that lives in device memory, and what the host still sends: ids and draws.
 
 Every device holds the whole set and takes its own rows out of it, so that nothing is communicated:
 CIFAR-10 is 150 MB. No TensorFlow.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common.data.augment import draws, on_device
 from common.data.augment.presets import Augmentation
+from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.sources.base import Source
 from common.errors import UserError
 from common.sharding import replicated
@@ -21,7 +21,7 @@ _SHARE = 0.5  # of a device's memory, at most; the rest is for the network
 
 
 def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a data set on every device.
+    """Puts a dataset on every device.
 
     Args:
         source: images of one shape, held as pixels.
@@ -36,7 +36,7 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
     """
     if reason := obstacle(source, mesh):
         raise UserError(reason)
-    shapes = shapes_of(source.num_examples, source.image_shape)
+    shapes = shapes_of(source.num_examples, source.shape)
     images, labels = source.read(np.arange(source.num_examples))
     arrays = {"data_images": images, "data_labels": labels}
     return {
@@ -49,13 +49,13 @@ def load(source: Source, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def obstacle(source: Source, mesh: Mesh) -> str:
-    """Why `load` cannot put a data set on the devices, in one line; "" if it can."""
+    """Why `load` cannot put a dataset on the devices, in one line; "" if it can."""
     if not has_one_shape(source):
         return (
             f"data.augment_on=device needs images of one shape, held as pixels, and "
             f"{source.name} ({source.split}) has files of any shape: choose both or host"
         )
-    shapes = shapes_of(source.num_examples, source.image_shape)
+    shapes = shapes_of(source.num_examples, source.shape)
     size = sum(x.dtype.itemsize * x.size for x in shapes.values())
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if memory and size > _SHARE * memory:
@@ -108,12 +108,11 @@ def views(
 
 
 class ResidentBatches:
-    """Which examples come next and what is to happen to them; `pipeline.Batches` says the rest.
+    """Which examples come next and what is to happen to them; see `batches.Batches`.
 
     Args:
         source: of the training split.
-        config: the whole config.
-        augmentations: of view 1 and view 2.
+        recipe: of the run.
         plan: step -> (epoch, ids [b]) of this process.
         steps: in an epoch.
         position: of the first batch.
@@ -125,17 +124,15 @@ class ResidentBatches:
     def __init__(
         self,
         source: Source,
-        config: ConfigDict,
-        augmentations: tuple[Augmentation, Augmentation],
-        plan: Callable[[int], tuple[int, np.ndarray]],
+        recipe: FeedRecipe,
+        plan: Plan,
         steps: int,
         position: int,
     ) -> None:
-        self._shape, self._augmentations, self._plan = source.image_shape, augmentations, plan
-        self._seed, self._most = config.seed, config.steps_per_dispatch
+        self._shape, self._recipe, self._plan = source.image_shape, recipe, plan
         self.steps_per_epoch, self.position = steps, position
 
-    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def take(self, steps: int) -> tuple[np.ndarray, dict[str, Any]]:
         """What the program of the next steps takes.
 
         Args:
@@ -146,17 +143,18 @@ class ResidentBatches:
             float32 [b, steps_per_dispatch, 2, draws.PARAMETERS] with boxes, both 0 after the first
             `steps`, and `steps` int32.
         """
+        most = self._recipe.steps_per_dispatch
         planned = [self._plan(self.position + i) for i in range(steps)]
         epochs, ids = np.array([epoch for epoch, _ in planned]), np.stack([i for _, i in planned])
         b = ids.shape[1]
-        parameters = np.zeros((b, self._most, 2, draws.PARAMETERS), np.float32)
+        parameters = np.zeros((b, most, 2, draws.PARAMETERS), np.float32)
         for epoch in np.unique(epochs):  # of many steps at once: a call costs as much as 1,000 rows
             chosen = np.flatnonzero(epochs == epoch)
             drawn, _ = draws.draw_pair(
-                self._augmentations, self._seed, int(epoch), ids[chosen].ravel(), self._shape
+                self._recipe.views, self._recipe.seed, int(epoch), ids[chosen].ravel(), self._shape
             )
             parameters[:, chosen] = drawn.reshape(len(chosen), b, *drawn.shape[1:]).swapaxes(0, 1)
-        padded = np.zeros((b, self._most), np.int32)
+        padded = np.zeros((b, most), np.int32)
         padded[:, :steps] = ids.T
         self.position += steps
         return ids, {"ids": padded, "parameters": parameters, "steps": np.int32(steps)}

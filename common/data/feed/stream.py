@@ -1,6 +1,6 @@
 """TFRecord sets that do not fit in memory.
 
-Process p of P reads the p-th of P equal parts of the set, shuffled anew in each epoch: files in
+Process p of P reads the p-th of P equal parts of the set, reshuffled in each epoch: files in
 random order, several at a time, through a shuffle buffer. The order depends on (seed, epoch, P).
 Examples keep their global ids, so their augmentation is the same as in memory. Resuming inside an
 epoch reads past the records that have been seen without decoding them.
@@ -10,73 +10,43 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from common.data.augment import draws
-from common.data.augment.presets import Augmentation
 from common.data.feed import corrupt, feed
-from common.data.feed.pipeline import Batches
+from common.data.feed.batches import Batches
+from common.data.feed.recipe import FeedRecipe
 from common.data.images.tensorflow_host import arrays, plain, tf
-from common.data.sources.tfds_source import Shard, StreamSource, records, unreadable
+from common.data.order import hash64
+from common.data.sources.tfrecords import (
+    StreamSource,
+    numbered,
+    process_range,
+    select_range,
+    unreadable,
+)
 from common.errors import UserError
 from common.run import console
 
 _FILES_AT_ONCE = 16
-_BLOCK = 16  # records read from a file before the next one's turn
-_FILES, _BUFFER = 3, 4  # streams of `draws.hash64`, beside those of draws.py
-
-
-def share(shards: list[Shard], start: int, end: int) -> list[Shard]:
-    """The parts of `shards` that hold the examples start..end-1."""
-    parts = []
-    for shard in shards:
-        low, high = max(start, shard.first), min(end, shard.first + shard.take)
-        if low < high:
-            skip = shard.skip + low - shard.first
-            parts.append(Shard(shard.path, skip, high - low, low))
-    return parts
-
-
-def part_of(n: int, index: int, count: int) -> tuple[int, int]:
-    """First and last-plus-one example of process `index` of `count`."""
-    return n * index // count, n * (index + 1) // count
-
-
-def numbered(shards: list[Shard], files_at_once: int) -> tf.data.Dataset:
-    """(example id, serialised record) of every record, some files at a time."""
-    table = tf.data.Dataset.from_tensor_slices(
-        ([s.path for s in shards], [s.skip for s in shards], [s.take for s in shards],
-         [s.first for s in shards])
-    )  # fmt: skip
-
-    @plain
-    def read(path, skip, take, first):
-        data = records(Shard(path, tf.cast(skip, tf.int64), tf.cast(take, tf.int64), 0))
-        return data.enumerate(tf.cast(first, tf.int64))
-
-    return table.interleave(
-        read, cycle_length=files_at_once, block_length=_BLOCK if files_at_once > 1 else None,
-        num_parallel_calls=tf.data.AUTOTUNE, deterministic=True,
-    )  # fmt: skip
+_FILES, _BUFFER = 3, 4  # streams of `hash64`
 
 
 def epoch_records(
     source: StreamSource, seed: int, epoch: int, index: int, count: int
 ) -> tf.data.Dataset:
     """One process's (id, record) pairs of an epoch, shuffled, nothing decoded."""
-    parts = share(source.shards, *part_of(source.num_examples, index, count))
-    ranks = draws.hash64(_FILES, seed, epoch, np.array([part.first for part in parts]))
+    parts = select_range(source.shards, *process_range(source.num_examples, index, count))
+    ranks = hash64(_FILES, seed, epoch, np.array([part.first for part in parts]))
     parts = [parts[i] for i in np.argsort(ranks, kind="stable")]
     buffer = min(source.shuffle_buffer, sum(part.take for part in parts))
-    shuffle_seed = int(draws.hash64(_BUFFER, seed, epoch, index, count)[0] >> np.uint64(1))
+    shuffle_seed = int(hash64(_BUFFER, seed, epoch, index, count)[0] >> np.uint64(1))
     data = numbered(parts, min(_FILES_AT_ONCE, len(parts)))
     return data.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
 
 
 def train_batches(
     source: StreamSource,
-    config: ConfigDict,
-    augmentations: tuple[Augmentation, Augmentation],
+    recipe: FeedRecipe,
     steps: int,
     rows: np.ndarray,
     start: int,
@@ -85,10 +55,9 @@ def train_batches(
 ) -> Batches:
     """`pipeline.train_batches` for a streamed set; `steps` is the number of steps in an epoch."""
     b = len(rows)
-    if b * count != config.batch_size:
-        raise _uneven(index, count, b, config.batch_size)
-    colour = config.data.augment_on == "host"
-    batches = _train(source, config.seed, augmentations, steps, b, start, index, count, colour)
+    if b * count != recipe.batch_size:
+        raise _uneven(index, count, b, recipe.batch_size)
+    batches = _train(source, recipe, steps, b, start, index, count)
     return Batches(batches, source, steps, start, count)
 
 
@@ -99,13 +68,15 @@ def _uneven(index: int, count: int, b: int, batch_size: int) -> UserError:
     )
 
 
-def _train(source, seed, augmentations, steps, b, start, index, count, colour) -> Iterator[dict]:
-    augment, named = feed.augmenter(source, augmentations, colour), feed.named(colour)
+def _train(
+    source: StreamSource, recipe: FeedRecipe, steps: int, b: int, start: int, index: int, count: int
+) -> Iterator[dict]:
+    augment, named = feed.augmenter(source, recipe), feed.named(recipe)
     epoch, done = divmod(start, steps)
     while True:
 
         def draw(ids, epoch=epoch):
-            return draws.draw_pair(augmentations, seed, epoch, ids, None)
+            return draws.draw_pair(recipe.views, recipe.seed, epoch, ids, None)
 
         def finish(data, draw=draw):
             @plain
@@ -123,7 +94,7 @@ def _train(source, seed, augmentations, steps, b, start, index, count, colour) -
             data = data.map(single, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             return data.batch(b, drop_remainder=True)
 
-        records_left = epoch_records(source, seed, epoch, index, count).take(steps * b)
+        records_left = epoch_records(source, recipe.seed, epoch, index, count).take(steps * b)
         begun = time.monotonic()
         for number, batch in enumerate(_run(source, records_left, b, finish, done)):
             if number == 0 and done and index == 0:
@@ -143,7 +114,7 @@ def eval_batches(
     b = len(rows)
     if b * count != batch_size:
         raise _uneven(index, count, b, batch_size)
-    start, end = part_of(source.num_examples, index, count)
+    start, end = process_range(source.num_examples, index, count)
     largest = -(-source.num_examples // count)
 
     shown = feed.evaluator(source, image_size)
@@ -158,7 +129,9 @@ def eval_batches(
 
     def padded():
         left = -(-largest // b)
-        for batch in _run(source, numbered(share(source.shards, start, end), 1), b, finish, 0):
+        for batch in _run(
+            source, numbered(select_range(source.shards, start, end), 1), b, finish, 0
+        ):
             batch["mask"] = np.ones(len(batch["ids"]), bool)
             missing = b - len(batch["ids"])
             filler = {"labels": -1, "ids": -1, "images": 0, "mask": 0}
@@ -175,20 +148,6 @@ def eval_batches(
     return padded()
 
 
-def in_order(source: StreamSource) -> Iterator[tuple[int, bytes, int]]:
-    """One pass over (id, encoded image, label), nothing decoded."""
-
-    @plain
-    def parse(index, record):
-        return index, *source.features.parse(record)
-
-    data = numbered(source.shards, 1).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-    try:
-        yield from arrays(data.prefetch(64))
-    except tf.errors.OpError as error:
-        raise unreadable(source.name, error) from error
-
-
 def _pad(values: np.ndarray, missing: int, filler: int) -> np.ndarray:
     if not missing:
         return values
@@ -203,7 +162,7 @@ def _run(
     finish: Callable[[tf.data.Dataset], tf.data.Dataset],
     done: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of `pairs` after the first `done`; goes on without corrupt images, or names one.
+    """Batches of `pairs` after the first `done`; continues without corrupt images, or names one.
 
     Args:
         source: its `replaced` holds the corrupt examples known so far.

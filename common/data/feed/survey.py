@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from common.data.images.decoding import AUTO, SIXTEEN_BITS, UPPER_8, Decoding
 from common.data.sources.base import Source
 
-SAMPLE = 256  # images whose beginnings are read, spread evenly
+SAMPLE = 256  # images whose first bytes are read, spread evenly
 _HEAD = 131072  # bytes: EXIF is a segment of 64 KiB at most, and the size comes after it
 _DEEP, _DEEP_BYTES = (8, 64), 200_000_000  # files whose values are looked at: fewer of large ones
 _DECODED = 32  # images whose contrast is looked at
@@ -27,40 +27,43 @@ _READERS = 8
 _BITS = (8, 10, 12, 14, 16, 24, 31, 32)
 FLAT = 16  # levels between an image's darkest and brightest; with fewer it is nearly constant
 _MANY = 0.1  # share of the sample
-_SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # kinds that have 8 bits at most, by their start
+_SHALLOW = (
+    b"\xff\xd8",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+)  # formats of 8 bits at most, by their start
 _PNG = b"\x89PNG"
 
 
-def settle(
+def decide_value_range(
     config: ConfigDict, source: Source, known: str = UPPER_8
-) -> tuple[ConfigDict, list[str]]:
-    """The config with `data.value_range` decided, and what there is to say of the set.
+) -> tuple[str, list[str]]:
+    """What `data.value_range` stands for, and what the user should know about the images.
 
     Args:
-        config: a whole config; it is not changed.
+        config: the `data` section; it is not changed.
         source: the images that decide; its `decoding` is decided too.
-        known: a range that others have, see `look`.
+        known: the range of a run that sees other data, see `look`.
 
     Returns:
-        The config (of a set that is held as pixels as it was: there is nothing to decide), and
+        The value range ("auto" still for images held as pixels: there is nothing to decide), and
         lines for the user.
     """
     lines = look(source, known)
-    if config.data.value_range == AUTO != source.decoding.value_range:
-        config = config.copy_and_resolve_references()
-        config.data.value_range = source.decoding.value_range
-    return config, lines
+    decided = source.decoding.value_range
+    return decided if config.value_range == AUTO else config.value_range, lines
 
 
-def decide(source: Source) -> None:
-    """Decides a value range that nobody has decided yet: where a set is used without `settle`."""
+def ensure_decided(source: Source) -> None:
+    """Decides a value range that is still "auto", where `decide_value_range` was not called."""
     if source.decoding.value_range == AUTO and source.kind not in ("pixels", "views"):
         for line in look(source):
             logging.info("%s", line)
 
 
 def look(source: Source, known: str = UPPER_8) -> list[str]:
-    """Looks at a sample; decides `source.decoding`, and returns what is to be said, in lines.
+    """Looks at a sample; decides `source.decoding`, and returns lines for the user.
 
     Args:
         source: of any kind.
@@ -85,7 +88,7 @@ def look(source: Source, known: str = UPPER_8) -> list[str]:
     return lines + _of_contrast(what, _map(spread, places), hint)
 
 
-def range_of(lows: list, highs: list, whole_numbers: bool) -> tuple[str, bool]:
+def range_of(lows: Sequence, highs: Sequence, whole_numbers: bool) -> tuple[str, bool]:
     """The range "LOW:HIGH" for images of more than 8 bits, from the least and most value of each.
 
     Integers from 0 on: the fewest of the usual numbers of bits that hold them. Floats: 0 to 1 or 0
@@ -128,7 +131,7 @@ def _of_depth(
         places = [places[i] for i in _spread(len(places), int(count))]
     found = [x for x in _map(values, places) if x]
     if not found:
-        _set_range(source, SIXTEEN_BITS)  # what the sample may have missed
+        _set_range(source, SIXTEEN_BITS)  # for deep images that the sample may have missed
         return []
     integers, lows, highs = zip(*found, strict=True)
     chosen, usual = range_of(lows, highs, all(integers))
@@ -142,7 +145,7 @@ def _of_depth(
         f"all of them (data.value_range={chosen})"
     )
     if not usual:
-        line += ", what is outside is cut off; give LOW:HIGH if others have more"
+        line += ", values outside are clipped; give LOW:HIGH if others have more"
     if len(set(integers)) > 1:
         line += f". {integers.count(False)} have floats and the others integers: give LOW:HIGH"
     return [line]
@@ -171,12 +174,12 @@ def _of_rotation(what: str, source: Source, heads: list[bytes]) -> list[str]:
 
 
 def _of_contrast(what: str, spreads: list[int | None], hint: str) -> list[str]:
-    spreads = [x for x in spreads if x is not None]
-    flat = sum(x < FLAT for x in spreads)
-    if flat < max(2, _MANY * len(spreads)):
+    known = [x for x in spreads if x is not None]
+    flat = sum(x < FLAT for x in known)
+    if flat < max(2, _MANY * len(known)):
         return []
     return [
-        f"{what}: {flat} of {len(spreads)} images that were looked at are nearly one colour "
+        f"{what}: {flat} of {len(known)} images that were looked at are nearly one colour "
         f"(within {FLAT} of 256 levels): look at the files{hint}"
     ]
 
@@ -201,14 +204,12 @@ def _spread(n: int, count: int) -> np.ndarray:
 
 
 def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
-    """The beginnings of some files, and a function of the place of one to all of it.
+    """The first bytes of a sample of files, and a function from position to the whole file.
 
     A streamed set has no random access: its first images are taken.
     """
     if source.kind == "stream":
-        from common.data.feed import stream
-
-        files = [image for _, image, _ in itertools.islice(stream.in_order(source), _DEEP[1])]
+        files = [image for _, image, _ in itertools.islice(source.in_order(), _DEEP[1])]
         return files, files.__getitem__
     payload = source.read(_spread(source.num_examples, SAMPLE))[0]
     if source.kind != "path":
@@ -223,7 +224,7 @@ def _sample(source: Source) -> tuple[list[bytes], Callable[[int], bytes]]:
 
 
 def _map(function: Callable[[int], Any], places) -> list[Any]:
-    """The results in order; None of a file that cannot be read or decoded: that is said later."""
+    """The results in order; None where a file cannot be read: the error comes later."""
     from common.data.images.tensorflow_host import tf
 
     def tried(i: int) -> Any:

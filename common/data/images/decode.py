@@ -1,13 +1,14 @@
-"""The bytes of a file to pixels, for every kind of image that people have in their folders.
+"""The bytes of a file to pixels, for every kind of image found in people's folders.
 
-TensorFlow decodes JPEG and PNG, which is nearly all of any data set, quickly and in parallel. What
-it does not know, or only in part (GIF, WebP, TIFF, ...), goes through Pillow, and only that. The
+TensorFlow decodes JPEG and PNG, which is nearly all of any dataset, quickly and in parallel. What
+it cannot read, or only in part (GIF, WebP, TIFF, ...), goes through Pillow, and only that. The
 rules, case by case, are in docs/reliability.md; where libraries differ they follow torchvision's
 ImageFolder: the first frame of an animation, alpha dropped, no rotation by EXIF unless it is asked
 for.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,11 +16,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.data.images import codecs, decoding, orientation
+from common.data.images import decoding, orientation
 from common.data.images.decoding import Decoding
 from common.data.images.tensorflow_host import tf
 
-codecs.register_heif()
+decoding.register_heif()
 
 # Twice Pillow's limit, where it too takes a file for a decompression bomb: 537 MB as pixels.
 MAX_PIXELS = 178_956_970
@@ -32,7 +33,7 @@ def decode(data: tf.Tensor, how: Decoding = decoding.DEFAULT) -> tf.Tensor:
 
     Args:
         data: the file.
-        how: the rules of its data set.
+        how: the rules of its dataset.
 
     Raises:
         tf.errors.OpError: (when it runs) what is no whole image, or too large a one.
@@ -107,6 +108,33 @@ def pillow(data: bytes, how: Decoding = decoding.DEFAULT) -> np.ndarray:
     return _opened(data, lambda image: _to_rgb(image, how))
 
 
+def fault_of(payload: bytes, is_path: bool = False) -> str:
+    """What is wrong with a file, or with the bytes of one; "" if it is a whole image."""
+    try:
+        data = tf.io.read_file(payload) if is_path else tf.constant(payload)
+    except tf.errors.OpError as error:
+        return _short(error)
+    size = int(tf.strings.length(data))
+    if not size:
+        return "the file is empty"
+    try:
+        decode(data)
+    except (tf.errors.OpError, ValueError) as error:  # the second out of Pillow
+        return _short(error)
+    return ""
+
+
+def _short(error: Exception) -> str:
+    """One line of TensorFlow's many."""
+    if isinstance(error, tf.errors.NotFoundError):
+        return "no such file"
+    if isinstance(error, tf.errors.PermissionDeniedError):
+        return "permission denied"
+    # less the names of its operations
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", getattr(error, "message", str(error))).strip()
+    return " ".join(text.split())[:120] or "unreadable"
+
+
 def deep_values(data: bytes) -> np.ndarray | None:
     """The values of an image of more than 8 bits as they are in its file; None of any other.
 
@@ -129,14 +157,14 @@ def _opened(data: bytes, use: Callable[[Image.Image], T]) -> T:
         data = data.item()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
+            warnings.simplefilter("ignore")  # about odd metadata, and sizes below the limit
             with Image.open(io.BytesIO(data)) as image:  # which also looks at the size
                 return use(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise ValueError("no image of a kind that is known") from None
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
+        raise ValueError("not an image in any known format") from None
+    except Exception as error:  # Pillow's readers can raise anything on a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
@@ -155,7 +183,7 @@ def _to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
 
 
 def upper_8(values: np.ndarray) -> np.ndarray:
-    """What runs did before there was `data.value_range`, each image by itself.
+    """The rule of runs older than `data.value_range`: each image is scaled separately.
 
     Floats are cut off at 0 and 255, and so are integers; those are divided by 256 before, but only
     if one of the image exceeds 255.

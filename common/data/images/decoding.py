@@ -1,19 +1,29 @@
-"""How files become 8-bit pixels: what is chosen once for a whole data set. No TensorFlow."""
+"""Which image files can be read here, and how they become 8-bit pixels. No TensorFlow."""
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import features
 
 from common.errors import UserError
 
 AUTO = "auto"  # decided from a sample when a run begins, see survey.py
-UPPER_8 = "upper8"  # runs before there was the field: a rule for each image by itself
+UPPER_8 = "upper8"  # in runs older than the field: a rule for each image separately
 SIXTEEN_BITS = "0:65535"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER}):({_NUMBER})")
 _DCT = {"exact": "INTEGER_ACCURATE", "fast": "INTEGER_FAST"}
+# Pillow's own readers, or TensorFlow's
+_ALWAYS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".pnm",
+)  # fmt: skip
+# What a build of Pillow may lack. (`features.check` warns about names it does not have.)
+_OPTIONAL = {"webp": (".webp",), "avif": (".avif",), "jpg_2000": (".jp2", ".j2k")}
+HEIF = (".heic", ".heif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +71,7 @@ def of(config: ConfigDict) -> Decoding:
     """The decoding of a config's `data` section.
 
     Raises:
-        UserError: a field has a value that it cannot have.
+        UserError: a field has a value out of its range.
     """
     return Decoding(config.value_range, config.jpeg, config.exif_rotation)
 
@@ -94,3 +104,26 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     values = np.nan_to_num(np.asarray(values, np.float64), nan=low, posinf=high, neginf=low)
     steps = (np.clip(values, low, high) - low) * 256 / (high - low)
     return np.minimum(steps, 255).astype(np.uint8)
+
+
+@functools.cache
+def readable_suffixes() -> tuple[str, ...]:
+    """File extensions of images that can be read here, in lower case, each with its dot."""
+    known = {*features.modules, *features.codecs}
+    found = [
+        suffixes for name, suffixes in _OPTIONAL.items() if name in known and features.check(name)
+    ]
+    if register_heif():
+        found.append(HEIF)
+    return (*_ALWAYS, *(suffix for suffixes in found for suffix in suffixes))
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Makes Pillow read HEIC where `pillow-heif` is installed; whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True

@@ -35,7 +35,7 @@ def stored(data: bytes) -> int:
                 return found if image.format != "TIFF" and found in range(1, 9) else 1
     except MemoryError:
         raise
-    except Exception:  # what is no image has no orientation; the decoder says what is wrong
+    except Exception:  # not an image; the decoder reports what is wrong
         return 1
 
 
@@ -58,7 +58,7 @@ def turned(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def shape_shown(shape: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Height and width [2] as stored to those shown; the other way round it is the same."""
+    """Height and width [2] as stored to those shown; its own inverse."""
     return tf.where(_swaps(orientation), shape[::-1], shape)
 
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import os
+import types
 import weakref
 from collections.abc import Callable, Generator
 
@@ -17,7 +18,7 @@ def _keras_on_use() -> Generator[None, None, None]:
     """Keeps TensorFlow's import from loading Keras, and with it SciPy and scikit-learn.
 
     That is a third of the import (of its CPU seconds, `import tensorflow` against this module).
-    TensorFlow leaves it out when it is told to use the legacy Keras and that is not installed. The
+    TensorFlow leaves it out when told to use the legacy Keras and that is not installed. The
     choice is taken back afterwards: `tf.keras`, if somebody uses it, is the one that it would have
     been.
     """
@@ -46,6 +47,12 @@ traced = functools.partial(tf.function, autograph=False)
 FUSE_FROM = 64
 plain = tf.autograph.experimental.do_not_convert  # what is given to `Dataset.map`
 
+# TensorFlow's functions by NumPy's names, for arithmetic that is written once for both.
+xp = types.SimpleNamespace(
+    arange=tf.range, maximum=tf.maximum, where=tf.where, sum=tf.reduce_sum, exp=tf.exp,
+    sqrt=tf.sqrt, rint=tf.round, clip=tf.clip_by_value,
+)  # fmt: skip
+
 _open_iterators: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
@@ -70,8 +77,8 @@ def _close_iterators() -> None:
 def fused(function: Callable) -> Callable:
     """`function`, compiled by XLA where it gets one large image.
 
-    TensorFlow's wheels know no AVX and pass over the pixels once for each operation; what
-    compiling bought is in docs/benchmarks.md. Numbers differ in the last bit.
+    TensorFlow's wheels are built without AVX and pass over the pixels once for each operation;
+    docs/benchmarks.md has what compiling gains. Numbers differ in the last bit.
 
     Args:
         function: of one image or more, [n, a, b, c] whose b and c or a and b are its sides, and of
@@ -95,8 +102,8 @@ def is_fused(images: tf.Tensor) -> bool:
 def _xla_works() -> bool:
     """Whether this TensorFlow can compile; tried without XLA_FLAGS, which it reads then only.
 
-    They are meant for JAX, whose XLA is the newer one: a flag that TensorFlow does not know would
-    end the process. Not every build for every machine brings the compiler.
+    They are meant for JAX, whose XLA is the newer one: an unknown flag would make TensorFlow
+    end the process. Not every build of TensorFlow includes the compiler.
     """
     flags = os.environ.pop("XLA_FLAGS", None)
     try:

@@ -1,6 +1,7 @@
-"""What every source of images has: its size, its labels, and `read`."""
+"""What every source of images has: a size, labels, and `read`."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,19 +15,19 @@ class Source:
     Attributes:
         name, split: for messages.
         kind: what `fetch` returns: "pixels" (uint8 [b, h, w, 3]), "encoded" (object [b] of bytes),
-          "path" (object [b] of bytes), "views" (pixels that want no augmentation), or "stream" (no
-          random access; see `stream.py`).
+          "path" (object [b] of bytes), "views" (pixels that are not augmented), or "stream" (no
+          random access; see `feed/stream.py`).
         num_examples: >= 1.
         num_classes: 0 when unlabelled.
         class_names: of length num_classes, or empty when the classes have no names.
-        labels: int32 [num_examples], -1 unlabelled; None when only reading the images tells.
+        labels: int32 [num_examples], -1 unlabelled; None when that takes reading the images.
         image_shape: (h, w) when all images share it, else None.
         on_corrupt: "error" or "replace".
         decoding: how files become pixels.
-        replaced: id of a corrupt image -> id of the image that stands in for it.
-        seen_good: ids that a search for corrupt images could decode; it need not look again.
+        replaced: id of a corrupt image -> id of the image that replaces it.
+        seen_good: ids that a search for corrupt images decoded; not decoded again.
         listing: changes when examples are added, removed or renamed, even if their number stays.
-        account: lines that say how a set was read that could have been read otherwise.
+        account: lines that explain how the dataset was read where there was a choice.
     """
 
     name: str
@@ -51,8 +52,16 @@ class Source:
         """Images of the examples [b], as `kind` says; corrupt ones, once known, are replaced."""
         return self.read(self.stand_ins(ids))[0]
 
+    def views(self, ids: np.ndarray, size: int) -> np.ndarray:
+        """Of kind "views": uint8 [b, size, size, 3], of another size than `image_shape`."""
+        raise NotImplementedError
+
+    def in_order(self) -> Iterator[tuple[int, bytes, int]]:
+        """Of kind "stream": one pass over (id, encoded image, label), nothing decoded."""
+        raise NotImplementedError
+
     def stand_ins(self, ids: np.ndarray) -> np.ndarray:
-        """Puts the ids of the replacements in the place of corrupt examples."""
+        """The ids, with those of corrupt examples replaced."""
         if not self.replaced:
             return ids
         return np.array([self.replaced.get(int(i), int(i)) for i in ids], np.int64)
@@ -62,7 +71,7 @@ class Source:
         return f"example {index} of {self.name} ({self.split})"
 
     def names(self, ids: np.ndarray) -> np.ndarray:
-        """Names of examples [b] for files that may go elsewhere: no path outside the set."""
+        """Names of examples [b] for files that may be shared: no path outside the dataset."""
         return np.array([str(i) for i in ids])
 
     def summary(self) -> tuple[str, ...]:
@@ -78,16 +87,22 @@ class Source:
         return ""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """`image_shape` of a source whose images share one."""
+        assert self.image_shape, f"the images of {self.name} have no common shape"
+        return self.image_shape
+
+    @property
     def corrupt_count(self) -> int:
         """How many corrupt images have been replaced so far."""
         return len(self.replaced)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class ArraySource(Source):
     """Images in memory: pixels [n, h, w, 3], or encoded bytes [n]."""
 
-    images: np.ndarray = None
+    images: np.ndarray
 
     def read(self, ids):
         return self.images[ids], self.labels[ids]

@@ -11,7 +11,7 @@ from common.errors import UserError
 def open_embedded(split: str) -> Source:
     """Opens the training or the test split, `data.source="embedded"`."""
     if split not in ("train", "test"):
-        raise UserError(f"the embedded data set has no split {split!r}; expected train or test.")
+        raise UserError(f"the embedded dataset has no split {split!r}; expected train or test.")
     archive = pathlib.Path(__file__).with_name("fashion_mnist.npz")
     with np.load(archive, allow_pickle=False) as arrays:
         images = to_rgb(arrays[f"{split}_images"][..., None])

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.data.augment import draws
+from common.data.order import hash64
 from common.data.sources.base import Source
 from common.errors import UserError
 
@@ -28,7 +28,7 @@ class FakeSource(Source):
 
 @functools.lru_cache(maxsize=4)
 def _random_images(stream: int, count: int, size: int) -> np.ndarray:
-    words = draws.hash64(stream, np.arange(count * size * size * 3 // 8 + 1))
+    words = hash64(stream, np.arange(count * size * size * 3 // 8 + 1))
     return words.view(np.uint8)[: count * size * size * 3].reshape(count, size, size, 3)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from absl import logging
 from etils import epath
 
-from common.data.sources.folder_tree import Tree, plural, shown, some
+from common.data.sources.folder_tree import Tree, first_few, plural, shown
 from common.errors import UserError
 
 LABELS = ("auto", "folders", "none", "legacy")
@@ -51,7 +51,7 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
         base: the folder that the user named.
         split: name of a folder in it, or of a usual synonym of one, in any case; "." is `base`.
         labels: "folders": each folder of the split is a class. "none": no image has a label, at any
-          depth. "auto": what the tree says, if it says one thing only. "legacy": as runs were read
+          depth. "auto": what the tree says, if it is unambiguous. "legacy": as in runs
           that began before there was a choice.
 
     Raises:
@@ -60,7 +60,8 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
     layout = _Layout(labels)
     root = layout.split(base, split)
     folders, tree = layout.classes(root), layout.tree
-    paths, classes = [], []
+    paths: list[str] = []
+    classes: list[int] = []
     if folders:
         for number, folder in enumerate(folders):
             paths += tree.walk(folder)
@@ -68,7 +69,7 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
         tree.count_others(root)
         empty = [folder for folder in tree.folders(root) if folder not in folders]
         for folder in empty:
-            tree.walk(folder)  # for what is in there instead
+            tree.walk(folder)  # to count what is in it instead
         beside = {
             "image beside the class folders": len(tree.files(root)),
             "folder without images": len(empty),
@@ -84,7 +85,7 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
             "(.jpg, .png, .tif, ...), either directly there or in one folder for each class"
         )
     names = tuple(folder.name for folder in folders)
-    how = f"{_count(names, 'class')} by folder: {some(names)}" if names else "without labels"
+    how = f"{_count(names, 'class')} by folder: {first_few(names)}" if names else "without labels"
     account = [f"read from {shown(root)}, {how}"]
     if len(names) == 1:
         account.append("one class: any accuracy is 100 % and says nothing")
@@ -92,7 +93,7 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
         account.append(f"left out: {left_out}")
     others = [] if root == base else layout.no_splits(base)
     if others := [name for name in others if name != root.name]:
-        account.append(f"other folders beside {root.name}: {some(others)}")
+        account.append(f"other folders beside {root.name}: {first_few(others)}")
     return Reading(root, paths, names, classes, tuple(account))
 
 
@@ -107,7 +108,7 @@ def class_names(base: epath.Path, split: str, labels: str = "auto") -> tuple[str
 
 
 class _Layout:
-    """A tree, and what decides how it is read; see `read`."""
+    """A tree, and the rules by which it is read; see `read`."""
 
     def __init__(self, labels: str) -> None:
         self.labels, self.legacy = labels, labels == "legacy"
@@ -118,11 +119,11 @@ class _Layout:
         return _LEGACY.get(name) if self.legacy else _KIND.get(name.lower())
 
     def no_splits(self, base: epath.Path) -> list[str]:
-        """Names of the folders in `base` that hold images and are no split by their names."""
+        """Names of the folders in `base` that hold images and are not named like splits."""
 
         def has_images(folder: epath.Path) -> bool:
             try:
-                return self.tree.has_image_at_hand(folder) or bool(self.tree.with_images(folder))
+                return self.tree.has_image_directly(folder) or bool(self.tree.with_images(folder))
             except UserError:  # it is not read anyway
                 return False
 
@@ -145,17 +146,17 @@ class _Layout:
             return base
         if self.legacy or not self.kind(root.name):
             return root
-        flat = tree.has_image_at_hand(root) and not tree.with_images(root)
+        flat = tree.has_image_directly(root) and not tree.with_images(root)
         if flat and (others := self.no_splits(base)):
             splits = [f.name for f in folders if self.kind(f.name)]
             if self.labels == "none" and len(splits) > 1:
                 return root
             if self.labels != "auto":
-                if self.kind(split) != "train":  # all of it is the training set
+                if self.kind(split) != "train":  # the whole tree is the training set
                     raise self._no_split(base, split)
                 return base
             raise UserError(
-                f"{root} can be a split, or a class as {some(others)} beside it: set "
+                f"{root} can be a split, or a class as {first_few(others)} beside it: set "
                 f"data.labels=folders for classes (and data.test_split= if there is none), or "
                 f"data.source=folder:{root} to read it alone"
             )
@@ -164,7 +165,7 @@ class _Layout:
     def _synonym(self, base: epath.Path, split: str) -> epath.Path | None:
         """The folder of another name for a split, or of one that stands in for it."""
         kind = self.kind(split)
-        for wanted in (kind, _STAND_IN.get(kind)):
+        for wanted in (kind, _STAND_IN.get(kind or "")):
             found = [f for f in self.tree.folders(base) if wanted and self.kind(f.name) == wanted]
             if len(found) > 1 and not self.legacy:
                 raise UserError(
@@ -183,10 +184,10 @@ class _Layout:
             "or name another one in data.train_split or data.test_split, or parts of one: "
             "data.train_split=train[:80%] and data.test_split=train[80%:]"
         )
-        if self.kind(base.name) and any(self.kind(n) for n in _beside(base)):
+        if self.kind(base.name) and any(self.kind(n) for n in _siblings(base)):
             text += f"; {base} is itself a split by its name: data.source=folder:{base.parent}"
         if present and (others := self.no_splits(base)):
-            text += f"; if {present[0]} is a class as {some(others)}: data.train_split=."
+            text += f"; if {present[0]} is a class as {first_few(others)}: data.train_split=."
         return UserError(text)
 
     def _refuse_a_level_too_high(self, base: epath.Path) -> None:
@@ -195,8 +196,8 @@ class _Layout:
             kinds = [self.kind(name) for name in inner]
             if "train" in kinds and (all(kinds) or len({*kinds} - {None}) > 1):
                 raise UserError(
-                    f"{folder} holds the splits {some(inner)}, so {base} is a level too high: set "
-                    f"data.source=folder:{folder}, or data.labels if all images are meant"
+                    f"{folder} holds the splits {first_few(inner)}, so {base} is a level too high: "
+                    f"set data.source=folder:{folder}, or data.labels if all images are meant"
                 )
 
     def classes(self, root: epath.Path) -> list[epath.Path]:
@@ -224,22 +225,23 @@ class _Layout:
         if folders and (files := tree.files(root)):
             raise UserError(
                 f"{root} has {_count(files, 'image')} ({shown(files[0].rsplit('/', 1)[-1])}) and "
-                f"the folders {some(names)}: {choose} those are classes, without what lies beside"
+                f"the folders {first_few(names)}: {choose} those are classes, without what lies "
+                "beside"
             )
         for folder in folders:
-            if not tree.has_image_at_hand(folder):
+            if not tree.has_image_directly(folder):
                 inner = [f.name for f in tree.with_images(folder)]
                 if len(folders) == 1 and len(inner) > 1:
                     choose = f"set data.source=folder:{folder} if those are classes; else {choose}"
                 raise UserError(
-                    f"{folder} has all its images in folders below, {some(inner)}: {choose} "
-                    f"{some(names)} {'is the class' if len(names) == 1 else 'are the classes'}"
+                    f"{folder} has all its images in folders below, {first_few(inner)}: {choose} "
+                    f"{first_few(names)} {'is the class' if len(names) == 1 else 'are the classes'}"
                 )
         return folders
 
 
-def _beside(folder: epath.Path) -> list[str]:
-    """Names of the folders beside one."""
+def _siblings(folder: epath.Path) -> list[str]:
+    """Names of the other folders in a folder's parent."""
     try:
         return [f.name for f in folder.parent.iterdir() if f.name != folder.name and f.is_dir()]
     except OSError:

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.run import files
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class FolderSource(Source):
     """Files on disk.
 
@@ -24,9 +24,9 @@ class FolderSource(Source):
         root: folder of the split.
     """
 
-    paths: np.ndarray = None
-    base: str = ""
-    root: str = ""
+    paths: np.ndarray
+    base: str
+    root: str
 
     def read(self, ids):
         # as bytes, because a name need not be valid UTF-8

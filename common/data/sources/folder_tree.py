@@ -1,4 +1,4 @@
-"""Listings of a tree of folders: the images in it, and the count of what is none."""
+"""Listings of a tree of folders: the images in it, and counts of everything else."""
 
 import collections
 import os
@@ -7,10 +7,10 @@ import stat
 from absl import logging
 from etils import epath
 
-from common.data.images import codecs
+from common.data.images import decoding
 from common.errors import UserError
 
-# What runs took for images that began before there were `codecs`.
+# The extensions that runs read before there was `readable_suffixes`.
 _LEGACY_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
@@ -26,16 +26,15 @@ class Tree:
     """Folders, each listed once.
 
     Args:
-        legacy: list what runs saw that began before folders of the system were left out and before
-            all of `codecs.readable_suffixes` were read.
+        legacy: list what older runs did: system folders too, and only `_LEGACY_SUFFIXES`.
 
     Attributes:
         suffixes: file name extensions of images.
-        left_out: how many there are of what was met on a walk and is no image, in words.
+        left_out: counts of what a walk came across that is not an image, by its description.
     """
 
     def __init__(self, legacy: bool = False) -> None:
-        self.suffixes = _LEGACY_SUFFIXES if legacy else codecs.readable_suffixes()
+        self.suffixes = _LEGACY_SUFFIXES if legacy else decoding.readable_suffixes()
         self.left_out: collections.Counter[str] = collections.Counter()
         self._junk = set() if legacy else _JUNK_FOLDERS
         self._listings: dict[str, tuple[list[str], list[epath.Path], list[str]]] = {}
@@ -71,25 +70,25 @@ class Tree:
     def left_out_in_words(self) -> str:
         """E.g. "3 .csv, 12 .heic", or "" where nothing was left out."""
         parts = (f"{n:,} {plural(what, n)}" for what, n in sorted(self.left_out.items()))
-        heif = any(suffix in self.left_out for suffix in codecs.HEIF)
+        heif = any(suffix in self.left_out for suffix in decoding.HEIF)
         return ", ".join(parts) + (" (for HEIC: pip install pillow-heif)" if heif else "")
 
     def _has_image(self, folder: epath.Path, above: tuple[str, ...] = ()) -> bool:
         here = _real(folder)
         if here in above:
             return False
-        return self.has_image_at_hand(folder) or any(
+        return self.has_image_directly(folder) or any(
             self._has_image(inner, (*above, here)) for inner in self.folders(folder)
         )
 
-    def has_image_at_hand(self, folder: epath.Path) -> bool:
-        """Whether an image lies directly in a folder; where it is not listed, the first will do."""
+    def has_image_directly(self, folder: epath.Path) -> bool:
+        """Whether an image lies directly in a folder, at the price of a listing only up to it."""
         if str(folder) in self._listings:
             return bool(self.files(folder))
         try:
             return any(map(self._is_image, folder.iterdir()))
         except OSError:
-            return bool(self.files(folder))  # which says what is wrong
+            return bool(self.files(folder))  # raises the error in words
 
     def _is_image(self, entry: epath.Path) -> bool:
         name = entry.name
@@ -97,11 +96,11 @@ class Tree:
         return known and not _is_something_else(entry)
 
     def _listing(self, folder: epath.Path) -> tuple[list[str], list[epath.Path], list[str]]:
-        """Images, folders, and what the rest is.
+        """Images, folders, and descriptions of the rest.
 
         Raises:
-            UserError: if the folder cannot be read. It is never left out: which image is which
-                number would depend on who may read what.
+            UserError: if the folder cannot be read. It is never left out: the numbers of the
+                images would depend on the permissions of whoever runs this.
         """
         if str(folder) in self._listings:
             return self._listings[str(folder)]
@@ -110,7 +109,7 @@ class Tree:
         except OSError as error:
             raise UserError(
                 f"cannot read the folder {shown(folder)} ({error.strerror or error}): give this "
-                "user access to it, or move it out of the data set"
+                "user access to it, or move it out of the dataset"
             ) from error
         files, folders, others = [], [], []
         for entry in entries:
@@ -128,14 +127,14 @@ class Tree:
         return files, folders, others
 
 
-def some(names: list[str] | tuple[str, ...], most: int = 5) -> str:
+def first_few(names: list[str] | tuple[str, ...], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(shown(name) for name in names[:most]) + more
 
 
 def plural(what: str, n: int) -> str:
-    """Words for n of it, by its first word; file name extensions stay as they are."""
+    """The plural of `what` unless n is 1, on its first word; file extensions stay as they are."""
     if n == 1 or what.startswith("."):
         return what
     noun, space, rest = what.partition(" ")
@@ -143,7 +142,7 @@ def plural(what: str, n: int) -> str:
 
 
 def shown(path: str | epath.PathLike) -> str:
-    """A path for a message of one line: a name may hold newlines, or be no text at all."""
+    """A path for a message of one line: a name may hold newlines, or not be text."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
@@ -153,9 +152,9 @@ def _real(folder: epath.Path) -> str:
 
 
 def _is_something_else(path: epath.Path) -> bool:
-    """Whether what is called like an image is a folder, or a pipe that nobody would ever fill.
+    """Whether something with an image's extension is a folder, or a pipe that nobody writes to.
 
-    A link that leads nowhere, and a file that may not be read, count as images, as bad ones.
+    A broken link, and a file that may not be read, count as images: as damaged ones.
     """
     if "://" in str(path):  # there are only files, and asking takes a round trip each
         return False

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import pathlib
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 def build(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the archive `out` from the four IDX files in `folder`."""
-    arrays = {"class_names": np.array(CLASS_NAMES)}
+    arrays: dict[str, Any] = {"class_names": np.array(CLASS_NAMES)}
     splits = (("train", "train", TRAIN_EXAMPLES), ("test", "t10k", TEST_EXAMPLES))
     for split, prefix, count in splits:
         arrays[f"{split}_images"] = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")[:count]

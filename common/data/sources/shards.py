@@ -1,9 +1,9 @@
-"""Data sets as a few `.npz` files: `--mode=prepare` writes them, `shards:PATH` reads them.
+"""Datasets as a few `.npz` files: `shards:PATH` reads what `--mode=prepare` wrote.
 
 A photo folder of a million small files is slow to read from a bucket; some hundred files of 60 MB
 are not. Reading needs nothing but NumPy. A directory holds
 
-    index.json                    written last: without it there is no data set
+    index.json                    written last: without it there is no dataset
     train-00000-of-00007.npz      either images uint8 [n, h, w, 3]
                                   or data uint8 [bytes] and offsets int64 [n + 1], the files as
                                   they were; and labels int32 [n] (-1: none), names str [n]
@@ -15,162 +15,24 @@ import io
 import itertools
 import json
 import os
-import shlex
 import threading
 import zipfile
-from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from common.data.sources.base import ArraySource, Source, listed
-from common.data.sources.folder_tree import plural
-from common.data.sources.opening import open_source
+from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
-from common.run import console, files
+from common.run import files
 
 INDEX = "index.json"
-SHARD_BYTES = 60_000_000
-_VERSION = 1
-_READERS = 8  # files read at a time
-_USUAL = {"train": "train", "test": "test", "bank": ""}  # the splits that a config names itself
+VERSION = 1
+READERS = 8  # files read at a time
 _GIB = 2**30
 # NumPy reads a header with `ast`, which in Python 3.11 can fail in several threads (CPython's issue
 # 106905): what takes time, the reading, is done in parallel, and this is not.
 _PARSING = threading.Lock()
-
-
-def prepare(config: ConfigDict, directory: str | epath.PathLike) -> dict:
-    """Writes the splits of `config.data` as shards.
-
-    With `data.on_corrupt="replace"` images that cannot be decoded are left out, and listed.
-
-    Args:
-        config: a whole config; of `data`, the source, the splits and `on_corrupt` count.
-        directory: new or empty; local or e.g. `gs://...`.
-
-    Returns:
-        What `index.json` holds.
-
-    Raises:
-        UserError: the directory is in use, an image cannot be decoded (none of a split, with
-            "replace"), or the source is not there.
-    """
-    directory = files.path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: give a new directory to write shards into")
-    splits = {role: config.data[f"{role}_split"] for role in ("train", "test", "bank")}
-    opened = {role: open_source(config.data, role) for role, name in splits.items() if name}
-    index = {"version": _VERSION, "name": opened["train"].name, "splits": {}}
-    directory.mkdir(parents=True, exist_ok=True)
-    for source in opened.values():
-        for line in source.account:
-            console.say(line)
-        index["splits"][source.split] = _write_split(source, directory)
-    files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
-    for name, found in index["splits"].items():
-        n, count = found["num_examples"], len(found["shards"])
-        left_out = listed(found["left_out"], "damaged image", "left out")
-        console.say(f"{name}: {n:,} images in {count:,} {plural('file', count)}{left_out}")
-    named = {role: name for role, name in splits.items() if name != _USUAL[role]}
-    flags = [f"--config.data.{role}_split={name}" for role, name in named.items()]
-    flags = [f"--config.data.source=shards:{directory}", *flags]
-    console.say(f"Read them with {' '.join(map(shlex.quote, flags))}")
-    return index
-
-
-def _write_split(source: Source, directory: epath.Path) -> dict:
-    pieces = list(_sizes(source))
-    written, left_out = [], []
-    for i, ids in enumerate(pieces):
-        arrays, damaged = _arrays(source, ids)
-        left_out += damaged
-        count = len(arrays["labels"])
-        if not count:
-            continue
-        name = f"{source.split}-{i:05}-of-{len(pieces):05}.npz"
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        (directory / name).write_bytes(buffer.getvalue())
-        written.append({"file": name, "examples": count})
-    if not written:
-        raise UserError(
-            f"no image of {source.name} ({source.split}) is whole, {left_out[0]} for one: repair "
-            "the files, then prepare again"
-        )
-    return {
-        "num_examples": sum(shard["examples"] for shard in written),
-        "num_classes": source.num_classes,
-        "class_names": list(source.class_names),
-        "left_out": left_out,
-        "shards": written,
-    }
-
-
-def _sizes(source: Source) -> Iterator[np.ndarray]:
-    """Ids of each shard: as many as make up `SHARD_BYTES`."""
-    if source.kind == "stream":
-        raise UserError(
-            f"{source.name} is larger than data.cache_gib: it is in files of a good size already; "
-            "raise data.cache_gib if it is to be prepared all the same"
-        )
-    ids = np.arange(source.num_examples)
-    if source.kind in ("pixels", "views"):
-        sizes = np.full(len(ids), int(np.prod(source.image_shape)) * 3)
-    elif source.kind == "path":
-        paths = map(os.fsdecode, source.read(ids)[0])
-        sizes = np.array([_length(epath.Path(path)) for path in paths])
-    else:
-        sizes = np.array([len(source.read(ids[i : i + 1])[0][0]) for i in ids])
-    shard = (np.cumsum(sizes) - sizes) // SHARD_BYTES
-    for number in np.unique(shard):
-        yield ids[shard == number]
-
-
-def _length(path: epath.Path) -> int:
-    try:
-        return path.stat().length
-    except OSError:  # a link to nowhere, say: `_arrays` says so
-        return 0
-
-
-def _arrays(source: Source, ids: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What a shard holds, and the names of the images that are left out of it."""
-    payload, labels = source.read(ids)
-    names = source.names(ids)
-    if source.kind in ("pixels", "views"):
-        return {"images": payload, "labels": labels, "names": names}, []
-    from common.data.feed import corrupt
-
-    def load(i: int) -> bytes | None:
-        data, reason = payload[i], ""
-        if source.kind == "path":
-            try:
-                data = epath.Path(os.fsdecode(data)).read_bytes()
-            except OSError as error:
-                reason = error.strerror or str(error)
-        reason = reason or corrupt.fault_of(data)
-        if reason and source.on_corrupt == "replace":
-            return None
-        if reason:
-            raise UserError(
-                f"cannot decode {source.describe(int(ids[i]))} ({reason}): repair or remove it, "
-                "or leave such files out with data.on_corrupt='replace', then prepare again"
-            )
-        return data
-
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(load, range(len(ids))))
-    good = np.array([data is not None for data in found])
-    encoded = [data for data in found if data is not None]
-    return {
-        "data": np.frombuffer(b"".join(encoded), np.uint8),
-        "offsets": np.cumsum([0, *map(len, encoded)]),
-        "labels": labels[good],
-        "names": names[good],
-    }, names[~good].tolist()
 
 
 def open_shards(path: str, split: str, config: ConfigDict) -> Source:
@@ -191,10 +53,10 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
             "data.train_split and data.test_split."
         )
     found = index["splits"][split]
-    names = [shard["file"] for shard in found["shards"]]
-    if outside := [n for n in names if "/" in n or "\\" in n or n.startswith("..")]:
+    file_names = [shard["file"] for shard in found["shards"]]
+    if outside := [n for n in file_names if "/" in n or "\\" in n or n.startswith("..")]:
         raise UserError(f"{path} names the file {outside[0]!r}: expected names without a folder")
-    paths = [directory / name for name in names]
+    paths = [directory / name for name in file_names]
     if absent := [p.name for p in paths if not p.exists()]:
         raise UserError(
             f"{path} lacks {len(absent)} of {len(paths)} shards, e.g. {absent[0]}: copy them too"
@@ -243,9 +105,9 @@ def _index(path: str) -> dict:
         raise UserError(
             f"{path}/{INDEX} is damaged ({error}): copy the directory anew, or prepare again"
         ) from error
-    if index["version"] != _VERSION:
+    if index["version"] != VERSION:
         raise UserError(
-            f"{path} has format {index['version']}, this code reads {_VERSION}: prepare the set "
+            f"{path} has format {index['version']}, this code reads {VERSION}: prepare the set "
             "again"
         )
     return index
@@ -253,10 +115,12 @@ def _index(path: str) -> dict:
 
 def _load_all(paths: list[epath.Path], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All shards in order, in place: images are held once, but for the few shards in flight."""
-    images, labels, names, done = None, [], [], 0
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    images, done = np.empty(0), 0
+    labels: list[np.ndarray] = []
+    names: list[np.ndarray] = []
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         for part, part_labels, part_names in pool.map(_load, paths):
-            if images is None:
+            if not labels:
                 images = np.empty((n, *part.shape[1:]), part.dtype)
             images[done : done + len(part)] = part
             done += len(part)
@@ -282,7 +146,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class ShardSource(ArraySource):
-    """A set in memory that knows the files its images came from."""
+    """Images in memory, with the names of the files that they came from."""
 
     def __init__(self, names: np.ndarray, **fields) -> None:
         super().__init__(**fields)

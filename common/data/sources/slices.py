@@ -9,11 +9,11 @@ import re
 
 import numpy as np
 
-from common.data.augment import draws
+from common.data.order import hash64
 from common.errors import UserError
 
 _LARGE = 10**6
-_STREAM = 103  # of `draws.hash64`
+_STREAM = 103  # of `hash64`
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<first>[^:\[\]]*):(?P<last>[^:\[\]]*)\]")
 _BOUND = re.compile(r"\s*(?P<value>-?\d+)\s*(?P<percent>%?)\s*")
 
@@ -38,13 +38,13 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
     Raises:
         UserError: bounds that are no numbers, or nothing between them.
     """
-    first, last = _places(split, bounds, n)
+    first, last = _range(split, bounds, n)
     if first >= last:
         raise UserError(
             f"the slice {split!r} is empty ({first} to {last} of {n} examples): expected e.g. "
             "train[:80%]"
         )
-    order = np.argsort(draws.hash64(_STREAM, np.arange(n)), kind="stable")
+    order = np.argsort(hash64(_STREAM, np.arange(n)), kind="stable")
     return np.sort(order[first:last])
 
 
@@ -58,21 +58,21 @@ def overlap(a: str, b: str) -> bool:
         return False
     everything = ("", "")
     try:
-        low, high = _places(a, first or everything, _LARGE)
-        start, end = _places(b, second or everything, _LARGE)
-    except UserError:  # TFDS knows more kinds of slices
+        low, high = _range(a, first or everything, _LARGE)
+        start, end = _range(b, second or everything, _LARGE)
+    except UserError:  # TFDS has more kinds of slices
         return a == b
     return max(low, start) < min(high, end)
 
 
-def _places(split: str, bounds: tuple[str, str], n: int) -> tuple[int, int]:
+def _range(split: str, bounds: tuple[str, str], n: int) -> tuple[int, int]:
     return _bound(split, bounds[0], 0, n), _bound(split, bounds[1], n, n)
 
 
 def _bound(split: str, text: str, default: int, n: int) -> int:
-    """One bound as a place in [0, n]; a percentage is rounded to the nearest one, as in TFDS.
+    """One bound as a position in [0, n]; a percentage is rounded to the nearest one, as in TFDS.
 
-    (But TFDS takes -1% of a small set, which rounds to 0, for a place from the start.)
+    (But TFDS takes -1% of a small set, which rounds to 0, for a position from the start.)
     """
     if not text.strip():
         return default

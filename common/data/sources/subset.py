@@ -6,23 +6,24 @@ is a part of a larger one.
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 
-from common.data.augment import draws
+from common.data.order import hash64
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
 
-_BALANCED, _HELD_OUT = 101, 102  # streams of `draws.hash64`
+_BALANCED, _HELD_OUT = 101, 102  # streams of `hash64`
 _PIECE = 4096  # examples read at once
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Subset(Source):
-    """Some examples of another source with random access; example i is `base`'s `ids[i]`."""
+    """Examples chosen from another source with random access; example i is `base`'s `ids[i]`."""
 
-    base: Source = None
-    ids: np.ndarray = None
+    base: Source
+    ids: np.ndarray
 
     def read(self, ids):
         return self.base.read(self.ids[ids])
@@ -48,14 +49,14 @@ def select(source: Source, ids: np.ndarray) -> Source:
     A streamed set has no random access: its encoded images are read into memory.
     """
     ids = np.asarray(ids, np.int64)
-    common = dict(
+    common: dict[str, Any] = dict(
         name=source.name, split=source.split, num_examples=len(ids),
         num_classes=source.num_classes, class_names=source.class_names,
         on_corrupt=source.on_corrupt, decoding=source.decoding, account=source.account,
     )  # fmt: skip
     if source.kind == "stream":
-        images, labels = _from_stream(source, ids)
-        return ArraySource(kind="encoded", labels=labels, images=images, **common)
+        images, found = _from_stream(source, ids)
+        return ArraySource(kind="encoded", labels=found, images=images, **common)
     labels = None if source.labels is None else source.labels[ids]
     return Subset(
         kind=source.kind, labels=labels, image_shape=source.image_shape, base=source, ids=ids,
@@ -138,7 +139,7 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 def _first_of_each(labels, ids, count, stream: int, seed: int) -> np.ndarray:
     """Of each class the `count(size of the class)` ids that rank first in a random order."""
-    ids = ids[np.argsort(draws.hash64(stream, seed, ids), kind="stable")]
+    ids = ids[np.argsort(hash64(stream, seed, ids), kind="stable")]
     groups = (ids[labels[ids] == label] for label in np.unique(labels[ids]))
     chosen = [group[: count(len(group))] for group in groups]
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
@@ -146,12 +147,10 @@ def _first_of_each(labels, ids, count, stream: int, seed: int) -> np.ndarray:
 
 def _from_stream(source: Source, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Encoded images of `ids` and their labels; without ids the labels of all."""
-    from common.data.feed import stream
-
     places = {int(example): place for place, example in enumerate(ids)}
     count = len(ids) or source.num_examples
     images, labels = np.empty(len(ids), object), np.full(count, -1, np.int32)
-    for example, image, label in stream.in_order(source):
+    for example, image, label in source.in_order():
         place = places.get(int(example)) if len(ids) else int(example)
         if place is None:
             continue

@@ -1,24 +1,25 @@
-"""TensorFlow data sets that are already prepared on this machine (or in a bucket).
+"""TensorFlow datasets that are already prepared on this machine (or in a bucket).
 
 ArrayRecord sets are read at random from disk. TFRecord sets are read into memory, as pixels where
 all images have one shape and as encoded bytes otherwise; those larger than `data.cache_gib` are
 streamed.
 """
 
-import collections
 import dataclasses
-import itertools
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from common.data.images import decode, decoding
 from common.data.images.decoding import Decoding
-from common.data.images.tensorflow_host import arrays, plain, tf, traced
+from common.data.images.tensorflow_host import arrays, plain, tf
 from common.data.sources.base import ArraySource, Source, to_rgb
+from common.data.sources.tfds_features import Features, classes_of
+from common.data.sources.tfrecords import Shard, StreamSource, records, unreadable
 from common.errors import UserError, first_line
 from common.run import files
 
@@ -29,37 +30,17 @@ _GIB = 2**30
 logging.getLogger("absl").addFilter(lambda r: "`FeatureConnector.dtype`" not in r.getMessage())
 
 
-@dataclasses.dataclass
-class Shard:
-    """Part of a TFRecord file: `take` records after the first `skip`; `first` is the id of one."""
-
-    path: str
-    skip: int
-    take: int
-    first: int
-
-
-@dataclasses.dataclass
-class StreamSource(Source):
-    """A TFRecord set that is too large for memory; `stream.py` reads it.
+@dataclasses.dataclass(kw_only=True)
+class RecordSource(Source):
+    """An ArrayRecord dataset.
 
     Attributes:
-        shards: in order; their records are examples 0..num_examples-1.
-        features: parses a record.
-        shuffle_buffer: encoded images kept to shuffle among.
+        records: TFDS's data source, which reads examples by number.
+        features: which of an example's values are the image and the label.
     """
 
-    shards: list[Shard] = None
-    features: "Features" = None
-    shuffle_buffer: int = 1
-
-
-@dataclasses.dataclass
-class RecordSource(Source):
-    """An ArrayRecord set."""
-
-    records: object = None
-    features: "Features" = None
+    records: Any
+    features: Features
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def read(self, ids):
@@ -72,81 +53,11 @@ class RecordSource(Source):
         return images, np.array(labels, object if self.features.by_value else np.int32)
 
 
-_MANY_VALUES = 100  # of a label; so many or fewer are classes
-_LABEL_NAMES = ("label", "class", "category", "target")  # of features that need not be classes
-
-
-class Features:
-    """Which of a data set's features are the image and the label.
-
-    Args:
-        info: the data set's description.
-        labelled: False ignores the labels there may be.
-
-    Attributes:
-        image, label: names of the features; `label` is None where nothing is labelled.
-        num_classes, class_names: as in `Source`; 0 and () as long as `by_value`.
-        by_value: whether the classes are the values, integers or text, that the label has.
-        account: a line where somebody may have expected other labels.
-
-    Raises:
-        UserError: no feature, or more than one, is an image.
-    """
-
-    def __init__(self, info, labelled: bool = True):
-        import tensorflow_datasets as tfds
-
-        images = [k for k, v in info.features.items() if isinstance(v, tfds.features.Image)]
-        labels = [k for k, v in info.features.items() if isinstance(v, tfds.features.ClassLabel)]
-        if "image" not in images and len(images) != 1:
-            found = f"{len(images)} of them are images" if images else "none of them is an image"
-            raise UserError(
-                f"tfds:{info.name} has the features {', '.join(info.features)}, and {found}; "
-                "expected one image feature. Use a data set of single images."
-            )
-        self.image = "image" if "image" in images else images[0]
-        self.label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-        self.by_value, self.account = False, ()
-        if self.label is None and labelled:
-            self._look_for_values(info.features, labels)
-        feature = info.features[self.label] if self.label and not self.by_value else None
-        self.num_classes = feature.num_classes if feature else 0
-        self.class_names = tuple(feature.names) if feature and feature.names else ()
-        if not labelled:  # the class names are of the set's other splits
-            self.label, self.num_classes, self.class_names = None, 0, ()
-        self.image_feature = info.features[self.image]
-        self.decoders = {self.image: tfds.decode.SkipDecoding()}
-        wanted = [self.image] + ([self.label] if self.label else [])
-        self._parser = tfds.features.FeaturesDict({name: info.features[name] for name in wanted})
-        self.parse = traced(self._parse)  # traced once for all epochs
-
-    def _look_for_values(self, features, classes: list[str]) -> None:
-        """Takes a label that is an integer or a text, or says why there is none."""
-        if classes:
-            self.account = (
-                f"no labels: of the classes {', '.join(classes)} none is called 'label'",
-            )
-            return
-        for name in (name for name in _LABEL_NAMES if name in features):
-            feature = features[name]
-            kind = np.dtype(feature.np_dtype).kind if feature.shape == () else ""
-            if kind and kind in "biuOSU":  # the last three are text
-                self.label, self.by_value = name, True
-                return
-            self.account = (f"no labels: {name!r} is {feature}, no class, no integer and no text",)
-
-    def _parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """A serialised record -> (encoded image, label: int32, or its value)."""
-        example = self._parser.deserialize_example(record, decoders=self.decoders)
-        label = example[self.label] if self.label else tf.constant(-1)
-        return example[self.image], label if self.by_value else tf.cast(label, tf.int32)
-
-
 def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> Source:
-    """Opens a prepared data set.
+    """Opens a prepared dataset.
 
     Args:
-        name: as TFDS knows it, such as "cifar10" or "imagenet2012:5.1.0".
+        name: TFDS's, such as "cifar10" or "imagenet2012:5.1.0".
         split: a split or a slice of one, such as "train" or "train[:10%]".
         config: the config's `data` section.
         sure: labels that are values are classes, however few images there are of each: those of the
@@ -171,7 +82,7 @@ def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> 
         raise UserError(f"the split {split!r} of tfds:{name} is empty; expected images.")
     features = Features(info, labelled=_labelled(split, config))
     shape = features.image_feature.shape[:2]
-    # a sum of splits does not know its bytes
+    # the size in bytes of a sum of splits is unknown
     n = sum(part.num_examples for part in info.splits.values())
     size = sum(part.num_bytes for part in info.splits.values())
     encoded = size * chosen.num_examples / n / _GIB if size else np.inf
@@ -224,44 +135,19 @@ def _labelled(split: str, config: ConfigDict) -> bool:
     return split.split("[")[0] not in _UNLABELLED and config.labels != "none"
 
 
-def _classes(
-    values: np.ndarray, feature: str, sure: bool
-) -> tuple[np.ndarray, tuple[str, ...], str]:
-    """Labels that are integers or text: int32 [n], names of the classes, and a line about them.
-
-    A negative integer and an empty text are no label. Many values of which half or more occur once
-    are measurements or ids, not classes; but `sure` says that they are classes.
-    """
-    # objects, since integers of 64 bits with and without a sign have no type in common
-    values = [v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for v in values]
-    labelled = np.array([v != "" if isinstance(v, str) else v >= 0 for v in values], bool)
-    counts = collections.Counter(itertools.compress(values, labelled))
-    found = sorted(counts)
-    numbers = np.full(len(values), -1, np.int32)
-    rare = sum(n == 1 for n in counts.values())
-    if not found or (not sure and len(found) > _MANY_VALUES and 2 * rare >= len(found)):
-        line = f"no labels: {feature!r} has {len(found):,} values for {len(values):,} images"
-        return numbers, (), line
-    number = {value: i for i, value in enumerate(found)}
-    numbers[labelled] = [number[v] for v in itertools.compress(values, labelled)]
-    names = tuple(map(str, found))
-    more = ", ..." if len(names) > 5 else ""
-    return numbers, names, f"classes are the values of {feature!r}: {', '.join(names[:5])}{more}"
-
-
 def _builder(name: str, folder: str):
     import tensorflow_datasets as tfds
 
-    folder = str(files.path(folder)) if folder else None
-    where = folder or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
+    data_dir = str(files.path(folder)) if folder else None
+    where = data_dir or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
     fix = (
         "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
         f"`tfds build {name}` (`python -m tensorflow_datasets.scripts.cli.main build {name}`)."
     )
     try:
-        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(f"no data set tfds:{name} (looked in {where}). {fix}") from error
+        raise UserError(f"no dataset tfds:{name} (looked in {where}). {fix}") from error
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(f"cannot open tfds:{name}: {first_line(error)} {fix}") from error
     if not builder.info.splits:
@@ -276,11 +162,6 @@ def _shards(chosen) -> list[Shard]:
         shards.append(Shard(str(part.filename), part.skip, take, first))
         first += take
     return shards
-
-
-def records(shard: Shard) -> tf.data.Dataset:
-    """The serialised records of a shard."""
-    return tf.data.TFRecordDataset(shard.path).skip(shard.skip).take(shard.take)
 
 
 def _read(shards: list[Shard], features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -322,18 +203,12 @@ def _in_memory(
             "description says: a file is damaged or of another version; prepare the set again"
         )
     if features.by_value:
-        labels, names, line = _classes(labels, features.label, sure)
+        labels, names, line = classes_of(labels, features.label, sure)
         common |= {"num_classes": len(names), "class_names": names, "account": (line,)}
     return ArraySource(
         kind="encoded" if shape is None else "pixels", labels=labels, image_shape=shape,
         images=images, **common,
     )  # fmt: skip
-
-
-def unreadable(name: str, error: Exception) -> UserError:
-    """The error of a set whose files are damaged or missing."""
-    reason = first_line(error)
-    return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it anew")
 
 
 def _decode_all(payload: np.ndarray, shape: tuple[int, int], how: Decoding) -> np.ndarray:
