@@ -1,4 +1,4 @@
-"""Pretrains an image encoder, evaluates it: `python main.py -h` lists modes, flags and fields."""
+"""Pretrains and evaluates image encoders; `python main.py -h` lists modes, flags and fields."""
 
 from common.cli import interrupts
 from common.run import quiet
@@ -7,9 +7,9 @@ if __name__ == "__main__":
     interrupts.install()  # importing the rest takes seconds
     quiet.install()
 
-import functools
 import logging
 import sys
+from collections.abc import Callable
 
 import jax
 from absl import app, flags
@@ -19,6 +19,7 @@ from common.cli import command_line, modes
 from common.data.sources import shards
 from common.errors import UserError, one_of
 from common.evaluate.online import make_evaluator
+from common.method import Method, Setup
 from common.plan.plan import plan
 from common.run import files
 from common.run.writer import NonFiniteLossError
@@ -29,19 +30,17 @@ from common.train.replay import replay
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 
-METHODS = {"simclr": SimCLR, "moco": MoCo}
+METHODS: dict[str, Callable[[Setup], Method]] = {"simclr": SimCLR, "moco": MoCo}
 
 
 def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
-    """Starts the devices, does what --mode says."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: options are --config.NAME=VALUE")
+    """Starts the devices and runs the mode."""
     logging.getLogger().setLevel(logging.WARNING)
-    command_line.check(f, modes.MODES)
+    command_line.check(f, modes.MODES, argv[1:])
     command_line.reach_stores(f)
     if f.distributed or f.coordinator:
         distributed.start(f.coordinator)
-    if f.compile_cache and f.mode != "plan":  # what comes out of the cache cannot be analysed
+    if f.compile_cache and f.mode != "plan":  # a cached program cannot be analysed
         jax.config.update("jax_compilation_cache_dir", str(files.path(f.compile_cache)))
     if f.mode in modes.MODES:
         modes.run(f.mode, f.workdir, f.eval, METHODS)
@@ -61,10 +60,10 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def run() -> None:
-    """`app.run`, with a user's mistake as one line and no stack trace."""
+    """`app.run`, but a user's mistake ends in one line without a stack trace."""
     try:
         command_line.define(modes.MODES)
-        app.run(main, flags_parser=functools.partial(command_line.parse, methods=METHODS))
+        app.run(main, flags_parser=lambda argv: command_line.parse(argv, methods=METHODS))
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

@@ -201,17 +201,13 @@ def _set(config: ConfigDict, values: dict[str, Any], where: str) -> None:
             ) from error
 
 
-def _kind(source: Any) -> str:
-    return str(source).partition(":")[0]
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict to {"a.b": value}."""
-    flat = {}
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
-    return flat
+        found |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
+    return found
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str) -> None:
@@ -231,10 +227,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         # a field that the code of the run did not have yet
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 
-    differing = {n for n in a.keys() | b.keys() if not same(n)}
-    if {_kind(c.get("data.source")) for c in (a, b)} in ({"folder"}, {"shards"}):
-        differing.discard("data.source")  # the loop sees whether it is the same listing
-    differing = sorted(differing)
+    differing = sorted(n for n in a.keys() | b.keys() if not same(n))
+    kinds = {str(c.get("data.source")).partition(":")[0] for c in (a, b)}
+    if kinds in ({"folder"}, {"shards"}) and "data.source" in differing:
+        differing.remove("data.source")  # the loop sees whether it is the same listing
     if differing:
         shown = ", ".join(
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]

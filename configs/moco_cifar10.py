@@ -5,17 +5,17 @@
 The recipe of the authors' CIFAR-10 notebook (github.com/facebookresearch/moco: SGD 0.06 at batch
 512, weight decay 5e-4, 4,096 keys, m 0.99, T 0.1, a linear head, BN over 8 groups, crops from 8 %,
 no blur). Published kNN (k = 200, T = 0.1): 85.3 / 88.5 / 89.7 % after 200 / 400 / 800 epochs with
-the symmetric loss, 82.6 / 86.3 / 88.7 % without, of the 128 outputs of the head (`--mode=knn
+the symmetric loss, 82.6 / 86.3 / 88.7 % without, on the 128 outputs of the head (`--mode=knn
 --eval.layer=projection --eval.knn.k=200`). Ours after 200 epochs with the symmetric loss, in
-bfloat16 and six minutes of one H200 (docs/results.md has the command): kNN 84.9 % from the head's
-outputs, 83.6 % from the backbone's. The others are not run by us.
+bfloat16, six minutes on one H200 (command: docs/results.md): kNN 84.9 % on the head's outputs,
+83.6 % on the backbone's. The others were not run by us.
 
-The network starts as theirs, torchvision's: the last scale of a residual block is 1, the head and
-the stem, which is theirs and not torchvision's, are drawn as PyTorch draws them. What else differs:
+The network is initialised as theirs, which is torchvision's: the last scale of a residual block is
+1; the head and the stem, which replaces torchvision's, have PyTorch's defaults. What else differs:
 docs/fidelity.md.
 
 `:cpu` is the same task sized for two CPU cores, see `simclr_cifar10.py` (measured:
-docs/results.md, from a network that starts as that of our demos).
+docs/results.md, from a network initialised as in our demos).
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from moco_jax.method import MoCo
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg="smoke"` makes it a test of seconds, `arg="cpu"` a run for 2 cores."""
+    """`arg="smoke"` shrinks the run to seconds, `arg="cpu"` sizes it for 2 cores."""
     c = base_config("moco", MoCo.default_config())
     c.batch_size = 512
     c.duration = "800 epochs"

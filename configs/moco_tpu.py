@@ -8,8 +8,8 @@ warm-up, cosine, T 0.2, m 0.999, shuffling BN over 8 groups at batch 256. Publis
 of a linear classifier after 200 epochs at batch 256. Not run by us; the batch here is 1024, with
 the learning rate scaled and the groups kept at 32 images, as the authors advise.
 
-The network starts as theirs, torchvision's: the last scale of a residual block is 1, the head is
-drawn as PyTorch draws linear layers. What else differs: docs/fidelity.md.
+The network is initialised as theirs, which is torchvision's: the last scale of a residual block is
+1; the head has PyTorch's defaults. What else differs: docs/fidelity.md.
 
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """
@@ -22,7 +22,7 @@ from moco_jax.method import MoCo
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg="smoke"` makes it a test of seconds."""
+    """`arg="smoke"` shrinks the run to seconds."""
     c = base_config("moco", MoCo.default_config())
     c.batch_size = 1024
     c.duration = "200 epochs"

@@ -11,7 +11,7 @@ from simclr_jax.method import SimCLR
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg="smoke"` makes it a test of seconds."""
+    """`arg="smoke"` shrinks the run to seconds."""
     c = base_config("simclr", SimCLR.default_config())
     c.batch_size = 128
     c.duration = "6 epochs"
@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.source = "embedded"
     c.data.image_size = 28
     c.augment.preset = "cifar"
-    c.augment.area_min = 0.3  # the garment fills the picture: a smaller crop is often blank
+    c.augment.area_min = 0.3  # the garment fills the picture, and smaller crops are often blank
     c.model.stages = (1, 1)
     c.model.width = 64
     c.model.stem = "patch4"

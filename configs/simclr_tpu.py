@@ -7,11 +7,11 @@ The recipe is Chen et al. 2020, appendix A, with the settings of the authors' RE
 decay 1e-4, T 0.1, 10 epochs of warm-up). Published: 64.5 % top-1 of a linear classifier after
 these 100 epochs (paper, table B.1; kNN is lower). Not run by us.
 
-These rates belong to the loss of their code, which is twice eq. 1 (`simclr.loss_scale`), and the
-network starts as theirs: convolutions with variance 1 / fan-in, linear layers with deviation 0.01,
-the last scale of a residual block 0. The head has the 2 layers of the paper, of which the figure
-above is; the flag of their present code has 3 as its default, those of SimCLR v2: for them give
---config.head.layers=3. What else differs: docs/fidelity.md.
+These rates belong to the loss of their code, which is twice eq. 1 (`simclr.loss_scale`). The
+network is initialised as theirs: convolutions with variance 1 / fan-in, linear layers with standard
+deviation 0.01, the last scale of a residual block 0. The head has the paper's 2 layers, as for the
+figure above; the flag of their present code defaults to 3, as in SimCLR v2: use
+--config.head.layers=3 for that. What else differs: docs/fidelity.md.
 
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """
@@ -24,7 +24,7 @@ from simclr_jax.method import SimCLR
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg="smoke"` makes it a test of seconds."""
+    """`arg="smoke"` shrinks the run to seconds."""
     c = base_config("simclr", SimCLR.default_config())
     c.batch_size = 4096
     c.duration = "100 epochs"

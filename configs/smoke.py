@@ -1,4 +1,4 @@
-"""What `:smoke` behind a config's name means: the same run, shrunk to seconds on a CPU."""
+"""`:smoke` after the name of a config: the same run, shrunk to seconds on a CPU."""
 
 from ml_collections import ConfigDict
 
@@ -8,7 +8,7 @@ from common.errors import UserError
 def apply(config: ConfigDict, arg: str) -> ConfigDict:
     """Returns the config, shrunk if `arg` is "smoke".
 
-    Random images stand in for the data, so that no data set need be there.
+    Random images replace the data, so no dataset is needed.
 
     Raises:
         UserError: for any other argument.

@@ -1,4 +1,4 @@
-"""The parts both losses share, against plain NumPy in float64."""
+"""The functions that both losses use, against plain NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_rows_lse_of_no_keys_is_minus_infinity_without_gradient():
 
 
 def test_non_finite_input_gives_a_non_finite_result():
-    """A diverged run must show: nothing here may turn a NaN into a number."""
+    """Divergence must stay visible: nothing here may turn a NaN into a number."""
     queries = jnp.array([[1.0, 0.0], [jnp.nan, 1.0]])
     lse, _ = contrast.rows_lse(queries, jnp.ones((3, 2)), block_size=2)
     np.testing.assert_array_equal(np.isnan(lse), [False, True])

@@ -1,4 +1,4 @@
-"""Pods of this machine, as a person starts them, and what is said of mistakes."""
+"""Simulated pods on this machine, and messages about mistakes."""
 
 import json
 import signal
@@ -48,7 +48,7 @@ def test_a_pod_on_this_machine_trains(tmp_path):
 
 @pytest.mark.multiprocess
 def test_a_pod_that_is_told_to_stop_saves_and_carries_on(tmp_path):
-    """SIGTERM for the launcher goes to all; twice, as an impatient person sends it."""
+    """The launcher forwards SIGTERM to all processes; sent twice, as impatient users do."""
     options = "--config.duration=100 steps", "--config.checkpoint.every=0 steps"
     options += "--config.evaluate.every=0 steps", "--config.evaluate.pictures=False"
     process, path = pod(tmp_path / "run", *options), tmp_path / "run" / jsonl.FILE
@@ -83,7 +83,7 @@ WAIT = "wait_for() { for i in $(seq 250); do [ -e $1 ] && return; sleep 0.02; do
 
 @pytest.fixture
 def play(tmp_path, monkeypatch, capfd):
-    """Lets a shell script stand for each process: it gets its number as $me, in `tmp_path`.
+    """Replaces each process by a shell script, which has its number in $me, in `tmp_path`.
 
     Returns the launcher's exit status, and what was written to stderr.
     """
@@ -127,27 +127,27 @@ def test_when_a_process_fails_the_others_are_stopped_and_it_is_heard(play):
     status, said = play("exec sleep 100", "exec sleep 100", "echo no memory >&2; exit 3")
     assert (status, said) == (3, "process 2:\nno memory\n\n")
     status, said = play("echo no memory >&2; exit 3", "exec sleep 100")
-    assert (status, said) == (3, "no memory\n")  # process 0 has spoken for itself
+    assert (status, said) == (3, "no memory\n")  # process 0 has reported its own failure
 
 
 def test_a_mistake_of_the_user_is_said_once(play, monkeypatch):
-    """By process 0 where it finds the same; by the other one where it does not."""
+    """By process 0 if it finds the same mistake; otherwise by the other one."""
     fails = "echo 'error: no such split' >&2; exit 1"
     assert play(f"sleep 0.3; {fails}", fails) == (1, "error: no such split\n")
     monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
     status, said = play("exec sleep 100", fails)
     assert (status, said) == (1, "process 1:\nerror: no such split\n\n")
-    assert play("sleep 0.05", fails) == (1, said)  # process 0 has ended, and well
+    assert play("sleep 0.05", fails) == (1, said)  # process 0 has ended without failure
 
 
 def test_a_process_that_fails_last_is_heard(play):
-    """When process 0 has ended well, and nothing is left to be stopped."""
+    """When process 0 has ended without failure, and no process is left to be killed."""
     assert play(":", "sleep 0.3; echo late >&2; exit 3") == (3, "process 1:\nlate\n\n")
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_signals_are_passed_on_and_every_process_has_time_to_save(name, play, tmp_path):
-    """The first to leave, told to stop, takes nobody with it."""
+    """The first process to exit after the signal does not end the others."""
     ready = "touch ready$me; for i in $(seq 250); do sleep 0.02; done; exit 9"
     status, said = play(
         f"trap 'sleep 0.3; touch saved; exit 143' {name}; wait_for ready1; sleep 0.1; "

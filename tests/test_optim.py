@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from common import optim
+from common.config import section
 from common.errors import UserError
 
 STEPS, EPOCH = 12, 4
@@ -16,9 +17,7 @@ STEPS, EPOCH = 12, 4
 
 def make_config(batch_size=512, **fields):
     """The optimizer section with these fields, and the batch size."""
-    section = optim.default_config()
-    section.update(fields)
-    return section, batch_size
+    return section("optimizer", **fields), batch_size
 
 
 def rate_by_hand(t, peak, warmup, total):

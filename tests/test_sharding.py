@@ -76,7 +76,7 @@ def test_one_process_holds_all_rows_in_order(devices):
 
 
 def test_rows_follow_the_devices_of_a_process_even_when_the_mesh_reorders_them():
-    """A process with devices 1, 4, 5 of 8 holds the rows of these places, ascending."""
+    """A process with devices 1, 4, 5 of 8 holds the rows at these positions, ascending."""
 
     class Fake:
         size = 8
@@ -104,7 +104,7 @@ def test_a_batch_that_cannot_be_split_is_refused(batch, advice):
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_a_step_on_one_device_sends_nothing_not_even_to_itself(method, parts):
-    """A collective of one device computes nothing, and libtpu may die of it."""
+    """A collective of one device computes nothing, and libtpu may crash on it."""
     c = tiny.config(method, model__bn_groups=8, microbatch=16 // parts)
 
     def collectives(devices):

@@ -1,5 +1,6 @@
 """The flags of `main.py`; what is wrong with a command line is said in one line."""
 
+import functools
 import os
 import re
 import sys
@@ -33,36 +34,42 @@ def define(evaluations: Iterable[str], values: flags.FlagValues = flags.FLAGS) -
         evaluations: the modes that evaluate a workdir.
         values: where to.
     """
-    text, here = flags.DEFINE_string, {"flag_values": values}
-    text(
-        "config",
-        None,
-        "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it.",
-        **here,
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    text("config", None, "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it.")
+    text("eval", None, "How to evaluate, e.g. --eval.knn.k=20.")
+    text("workdir", None, "Where checkpoints, metrics and pictures go, or are.")
+    flags.DEFINE_enum(
+        "mode", "train", [*MODES, *evaluations], "What to do, see above.", flag_values=values
     )
-    text("eval", None, "How to evaluate, e.g. --eval.knn.k=20.", **here)
-    text("workdir", None, "Where checkpoints, metrics and pictures go, or are.", **here)
-    flags.DEFINE_enum("mode", "train", [*MODES, *evaluations], "What to do, see above.", **here)
     flags.DEFINE_list(
-        "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.", **here
-    )
-    flags.DEFINE_bool(
-        "quick", False, "With --topology: a fifth of the compile time; figures differ somewhat.",
-        **here,
+        "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.",
+        flag_values=values,
     )  # fmt: skip
     flags.DEFINE_bool(
-        "distributed", False, "One process a host of a pod: join the others first.", **here
-    )
-    text("coordinator", "", "HOST:PORT,COUNT,INDEX, where JAX cannot find that out itself.", **here)
-    text("compile_cache", CACHE, "Keeps compiled programs for the next start; '' = none.", **here)
+        "quick", False, "With --topology: a fifth of the compile time; figures differ somewhat.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "distributed", False, "One process a host of a pod: join the others first.",
+        flag_values=values,
+    )  # fmt: skip
+    text("coordinator", "", "HOST:PORT,COUNT,INDEX, where JAX cannot find that out itself.")
+    text("compile_cache", CACHE, "Keeps compiled programs for the next start; '' = none.")
 
 
-def check(values: flags.FlagValues, evaluations: Iterable[str]) -> None:
+def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence[str] = ()) -> None:
     """Checks that the flags fit together.
+
+    Args:
+        values: the flags, parsed.
+        evaluations: the modes that evaluate a workdir.
+        others: arguments that are no flags.
 
     Raises:
         UserError: saying which one is missing or too many.
     """
+    if others:
+        raise UserError(f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE")
     mode = values.mode
     if not values.workdir and mode != "plan":
         raise UserError("--workdir is missing: say where the results are to go, or are")

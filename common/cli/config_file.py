@@ -39,7 +39,9 @@ def load(text: str) -> ConfigDict:
         )
     name = "config_of_" + re.sub(r"\W", "_", path)
     loader = importlib.machinery.SourceFileLoader(name, path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None  # as of every loader of a file
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there for their module
     try:
         loader.exec_module(module)

@@ -153,8 +153,9 @@ def _value(flag: str, text: str, kind: type, name: str, now: Any, may_be_none: b
     if kind not in _BY_TYPE:
         raise UserError(f"{flag}: no flag can set a {kind.__name__}; change it in the config file")
     field = configs.FIELDS.get(name)
-    example = field.example if field and field.example else (
-        now if now not in (None, ()) else _BY_TYPE[kind])  # fmt: skip
+    example: Any = field.example if field else None
+    if not example:
+        example = now if now not in (None, ()) else _BY_TYPE[kind]
     try:
         return _tuple(text, example) if kind is tuple else _number(text, kind)
     except ValueError:

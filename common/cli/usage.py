@@ -42,7 +42,9 @@ def text(
         config: whose values are shown; None: the defaults.
     """
     lines = ["usage:", *(f"  {line}" for line in _LINES), "", "modes (--mode=NAME):"]
-    for mode in values["mode"].parser.enum_values:
+    parser = values["mode"].parser
+    assert isinstance(parser, flags.EnumParser)
+    for mode in parser.enum_values:
         lines += _row(mode, (modes | _EVALUATIONS)[mode])
     lines += ["", "flags:"]
     for name in flags_of(values):

@@ -1,7 +1,6 @@
-"""Saving and restoring a run; the only file that imports orbax."""
+"""Saving and restoring a run. (This file and `checkpoint_files.py` alone import orbax.)"""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -12,28 +11,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from common.errors import UserError, first_line
-from common.run import digests, files
+from common.errors import UserError
+from common.run import checkpoint_files, digests
+from common.run.checkpoint_files import position_of, reason
 from common.run.retention import Keep
 from common.sharding import any_process
 
-ASIDE = "damaged_checkpoints"
-
 
 class Checkpoints:
-    """The checkpoints of one workdir: the whole state, and where the run stood.
+    """The checkpoints of one workdir: the whole state, and the position of the run beside it.
 
     A checkpoint appears under its final name only when it is complete, so a run that is killed
     while it writes continues from the one before; older ones are deleted after that, never before.
     Writing goes on in the background; `save` has copied the arrays when it returns, so the state
-    may be donated. With each goes a digest of every array, and restoring checks it.
+    may be donated. A digest of every array is saved too, and checked on restoring.
 
     Args:
         workdir: of the run.
-        keep: the newest so many stay; None: all. With 1 there is none to go back to.
-        every: of each so many steps the first one stays too; 0: none does.
-        best: so many with the highest kNN stay too.
-        read_only: nothing is written, tidied up or deleted: another process may be training here.
+        keep: how many of the newest to keep; None: all. With 1 there is none to fall back to.
+        every: also keep the first checkpoint of each period of this many steps; 0: off.
+        best: also keep this many with the highest kNN accuracy.
+        read_only: write, clean up and delete nothing: another process may be training here.
     """
 
     def __init__(
@@ -69,19 +67,20 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Starts to write `state` and the JSON dictionary `progress`, unless `step` is there.
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Starts to write a checkpoint, unless there is one of this step.
+
+        Args:
+            step: of the run.
+            state: of the method, on the devices.
+            position: of the run, a JSON dictionary.
 
         Raises:
             UserError: if this one or the one before cannot be written.
         """
         if step == self._manager.latest_step():
             return
-        record = {
-            "progress": progress,
-            "sha256": digests.of_json(progress),
-            "digests": digests.of_state(state),
-        }
+        record = checkpoint_files.make_record(position, state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
         )
@@ -91,7 +90,7 @@ class Checkpoints:
         self._writing = step
 
     def check(self) -> None:
-        """Says of the last save, if it has ended by now, whether it failed.
+        """Raises the error of the last save, if that has ended by now and failed.
 
         Raises:
             UserError: as `save`.
@@ -100,7 +99,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything is written.
+        """Waits until everything is written.
 
         Raises:
             UserError: as `save`.
@@ -119,7 +118,7 @@ class Checkpoints:
             carry_on = f"carries on from step {good:,}" if good else "starts anew"
             raise UserError(
                 f"cannot write the checkpoint of step {step} in {self._workdir} "
-                f"({_reason(error)}): make room or mend the disk; the same command then "
+                f"({reason(error)}): make room or repair the disk; the same command then "
                 f"{carry_on}"
             ) from error
 
@@ -138,153 +137,126 @@ class Checkpoints:
             shardings: a tree like it.
 
         Returns:
-            `(state, progress)`.
+            `(state, position)`.
 
         Raises:
             UserError: if an array is not what was saved.
         """
+        try:
+            return self._restore(step, target, shardings)
+        except digests.Damage as damage:
+            raise self._damaged(step, str(damage)) from None
+
+    def _restore(self, step: int, target: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         out = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_place(target, shardings)),
+                state=ocp.args.StandardRestore(checkpoint_files.placed(target, shardings)),
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        try:
-            digests.compare(step, digests.of_state(out.state), out.progress)
-        except digests.Damage as damage:
-            raise self._damaged(step, str(damage)) from None
-        return out.state, out.progress.get("progress", out.progress)
+        digests.compare(step, digests.of_state(out.state), out.progress)
+        return out.state, position_of(out.progress)
 
     def restore_part(self, step: int, target: dict[str, Any], shardings: Any) -> dict[str, Any]:
-        """Reads some fields of the state: those of `target`, a dictionary of their shapes.
+        """Reads part of the state: the fields of `target`, a dictionary of their shapes.
 
         Raises:
             UserError: if an array is not what was saved, or cannot be read.
         """
-        placed = _place(target, shardings)
+        placed = checkpoint_files.placed(target, shardings)
         how = ocp.checkpoint_utils.construct_restore_args(placed)
         args = ocp.args.PyTreeRestore(placed, restore_args=how, partial_restore=True)
         try:
             state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-            digests.compare(step, digests.of_state(state), self._record(step))
+            record = checkpoint_files.read_record(self._directory(step))
+            digests.compare(step, digests.of_state(state), record)
         except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(step, _reason(error)) from error
+            raise self._damaged(step, reason(error)) from error
         return state
 
     def shapes(self, step: int) -> dict[str, Any]:
         """What `restore_part` can read of a checkpoint: `ShapeDtypeStruct`s by field and name."""
-        saved = ocp.PyTreeCheckpointHandler().metadata(
-            self._manager.directory / str(step) / "state"
-        )
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved.tree)
+        return checkpoint_files.read_shapes(self._directory(step))
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Reads a whole checkpoint into this process's memory, without the other processes.
-
-        Returns:
-            ({name: array}, progress); `digests.names` says how arrays are called.
-
-        Raises:
-            Exception: whatever is wrong with its files.
-            digests.Damage: an array is not what was saved.
-        """
-        path = self._manager.directory / str(step) / "state"
-        handler = ocp.PyTreeCheckpointHandler()
-        tree = handler.metadata(path).tree
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
-        arrays = dict(zip(digests.names(state), jax.tree.leaves(state), strict=True))
-        record = self._record(step)
-        found = {name: digests.of_array(array) for name, array in arrays.items()}
-        digests.compare(step, found, record)
-        return arrays, record.get("progress", record)
+        """See `checkpoint_files.read`."""
+        return checkpoint_files.read(step, self._directory(step))
 
     def restore_newest(self, target: Any, shardings: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest checkpoint that reads back as it was written.
 
-        Process 0 reads each whole before all of them do: one that fails alone would leave the
-        others waiting. Newer ones, which are damaged, are moved to `damaged_checkpoints/` (in an
-        object store, which cannot move, deleted), so that their steps can be saved again; that is
-        done and said when an older one has been restored, never before.
+        Of several processes, one whose read fails would leave the others waiting: there process 0
+        reads each checkpoint whole before all of them do. Newer ones, which are damaged, are moved
+        to `damaged_checkpoints/` (in an object store deleted), so that their steps can be saved
+        again; that happens, with a warning, once an older one has been restored, never before.
 
         Args:
-            target, shardings: as for `restore`.
+            target: as for `restore`.
+            shardings: the same.
 
         Returns:
-            `(step, state, progress)`; None if there is no checkpoint at all.
+            `(step, state, position)`; None if there is no checkpoint at all.
 
         Raises:
             UserError: if there are checkpoints and none of them is good.
         """
         damage: dict[int, str] = {}
-        alone = jax.process_count() == 1
+        several = _several_processes()
+        restore = self.restore if several else self._restore
         for step in reversed(self.all_steps()):
-            reason = None
+            found = None
             try:
-                if jax.process_index() == 0:
+                if several and jax.process_index() == 0:
                     self.read(step)
             except MemoryError:
                 raise
             except Exception as error:  # whatever a reader makes of damaged files
-                reason = _reason(error)
+                found = reason(error)
             try:
-                if not any_process(reason is not None):
-                    state, progress = self.restore(step, target, shardings)
+                if not any_process(found is not None):
+                    state, position = restore(step, target, shardings)
                     break
+            except MemoryError:
+                raise
             except Exception as error:
-                if not alone:  # where the others are by now is not known
+                if several:  # how far the others have got is not known
                     raise
-                reason = _reason(error)
-            damage[step] = reason or "process 0 says how"
+                found = reason(error)
+            damage[step] = found or "see the message of process 0"
         else:
             if damage:
                 newest = max(damage)
                 raise self._damaged(newest, damage[newest])
             return None
-        for bad, reason in damage.items():
+        for bad, found in damage.items():
             if jax.process_index() == 0:
                 logging.warning(
                     "the checkpoint of step %d is damaged (%s) and is now %s: going on from that "
-                    "of step %d", bad, reason, self._set_aside(bad), step,
+                    "of step %d", bad, found,
+                    checkpoint_files.set_aside(self._directory(bad), self._workdir), step,
                 )  # fmt: skip
         if damage:
             any_process(False)  # all wait for the move
             self._manager.reload()
-        return step, state, progress
+        return step, state, position
 
-    def _set_aside(self, step: int) -> str:
-        source = self._manager.directory / str(step)
-        if files.is_remote(source):
-            source.rmtree()
-            return "deleted"
-        target = self._workdir / ASIDE / str(step)
-        number = 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{step}.{number}")
-        target.parent.mkdir(exist_ok=True)
-        source.rename(target)
-        return f"in {target}"
-
-    def _record(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
-        return json.loads((self._manager.directory / str(step) / "progress/metadata").read_text())
-
-    def progress(self, step: int) -> dict[str, Any]:
-        """What was noted beside the state, without a look at that; {} if it cannot be read."""
+    def position(self, step: int) -> dict[str, Any]:
+        """The position of the run that was saved beside the state; {} if it cannot be read."""
         try:
-            record = self._record(step)
-            return dict(record.get("progress", record))
+            return dict(position_of(checkpoint_files.read_record(self._directory(step))))
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
     def score(self, step: int) -> float | None:
         """The last kNN accuracy before a checkpoint, None if there was none."""
         try:
-            return self.progress(step)["results"].get("knn_top1")
+            return self.position(step)["results"].get("knn_top1")
         except (KeyError, AttributeError):
             return None
+
+    def _directory(self, step: int) -> epath.Path:
+        return self._manager.directory / str(step)
 
     def _damaged(self, step: int, reason: str) -> UserError:
         others = ", ".join(str(s) for s in self.all_steps() if s != step)
@@ -302,23 +274,13 @@ class Checkpoints:
         known = kind or self._failed
         # Orbax tidies up in a thread, which complains at length if the interpreter ends before it.
         tidied_up = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
-        if tidied_up and jax.process_count() == 1:
+        if tidied_up and not _several_processes():
             with contextlib.suppress(Exception):
                 tidied_up()
         with contextlib.suppress(Exception) if known else self._written(self._writing):
             self._manager.close()
 
 
-def _place(target: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        target,
-        shardings,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """What is wrong, for a message; of an error from elsewhere its type too."""
-    if isinstance(error, digests.Damage):
-        return str(error)
-    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+def _several_processes() -> bool:
+    """Whether there are others, which would wait for this process if it failed in a read."""
+    return jax.process_count() > 1

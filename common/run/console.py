@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Literal, TextIO
 
 import jax
 
@@ -61,8 +61,8 @@ class Progress:
         stream: None is stderr, False is silence.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | bool | None = None):
-        self._stream = sys.stderr if stream is None else stream or None
+    def __init__(self, total_steps: int, stream: TextIO | Literal[False] | None = None):
+        self._stream: TextIO | None = (sys.stderr if stream is None else stream) or None
         self._total = total_steps
         self._terminal = bool(self._stream and self._stream.isatty())
         self._last = -math.inf
@@ -127,7 +127,8 @@ class Progress:
 
     def _columns(self) -> int:
         try:
-            return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
+            stream = self._stream or sys.stderr
+            return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
         except (OSError, ValueError, AttributeError):
             return _COLUMNS
 

@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
-
-from common.sharding import replicated
+from jax.sharding import NamedSharding, PartitionSpec
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -87,7 +85,9 @@ def compare(step: int, found: dict[str, int], record: dict[str, Any]) -> None:
 def everywhere(tree: Any) -> NamedSharding | None:
     """The sharding under which each process has the whole of a result about `tree`."""
     sharding = next((x.sharding for x in jax.tree.leaves(tree)), None)
-    return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 @functools.cache

@@ -79,8 +79,8 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     else:
         while len(comment := json.dumps(text).encode()) > zipfile.ZIP_MAX_COMMENT:
             del text[max(text, key=lambda name: len(text[name]))]  # the names of 20,000 classes
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        buffer, by_name = io.BytesIO(), dict[str, Any](arrays)
+        np.savez(buffer, **by_name)
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.comment = comment
         data = buffer.getvalue()

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -24,10 +25,10 @@ from etils import epath
 from common.errors import UserError
 from common.run import files
 
-try:
-    import fcntl
-except ImportError:  # Windows
+if sys.platform == "win32":
     fcntl = None
+else:
+    import fcntl
 
 FILE = "lock"
 BEAT_SECONDS = 20.0  # between two signs of life
@@ -37,10 +38,13 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Lock(Protocol):
-    """What `hold` gives."""
+    """The lock of a workdir."""
 
     def check(self) -> None:
         """Raises a `UserError` if another run has taken the workdir over in the meantime."""
+
+    def release(self) -> None:
+        """Lets other runs in; `hold` calls it."""
 
 
 @contextlib.contextmanager

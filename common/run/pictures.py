@@ -66,8 +66,9 @@ def nearest_neighbours(
         path: PNG to write.
     """
     n, k = neighbours.shape[:2]
-    labelled = query_labels is not None and neighbour_labels is not None
-    labelled = labelled and bool((np.asarray(query_labels) >= 0).any())
+    if query_labels is None or neighbour_labels is None:
+        query_labels, neighbour_labels = np.full(n, -1), np.full((n, k), -1)
+    labelled = bool((np.asarray(query_labels) >= 0).any())
     ratios = [1.0, 0.25] + [1.0] * k
     under = 0.24 if labelled else 0.0  # room for the class name, in images
     top, bottom = 0.52, 0.45 if labelled else 0.1

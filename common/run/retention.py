@@ -25,7 +25,7 @@ class Keep:
         steps = sorted(c.step for c in checkpoints)
         stay = set(steps if self._last is None else steps[-self._last :])
         if self._every:
-            first = {}
+            first: dict[int, int] = {}
             for step in steps:
                 first.setdefault(step // self._every, step)
             stay |= {step for number, step in first.items() if number}
@@ -33,7 +33,7 @@ class Keep:
             for step in steps[:-1]:  # the last is being written: it stays anyhow
                 if self._scores.get(step) is None:
                     self._scores[step] = self._score(step)
-            scored = [s for s in steps[:-1] if self._scores[s] is not None]
-            # of equals the older: it stays what it was
-            stay |= set(sorted(scored, key=lambda s: (-self._scores[s], s))[: self._best])
+            scores = {s: x for s in steps[:-1] if (x := self._scores[s]) is not None}
+            # of equal scores the older one: the choice then stays the same
+            stay |= set(sorted(scores, key=lambda s: (-scores[s], s))[: self._best])
         return [c.step in stay for c in checkpoints]

@@ -41,7 +41,7 @@ def check_start(run: Prepared, checkpoints: Checkpoints, workdir: epath.Path) ->
     moved = moved_from(run.config, workdir)
     ended = checkpoints.latest_step == run.extent.total_steps
     if moved or not ended:
-        saved = (checkpoints.progress(step) for step in reversed(checkpoints.all_steps()) if step)
+        saved = (checkpoints.position(step) for step in reversed(checkpoints.all_steps()) if step)
         if known := next(filter(None, saved), None):
             Position.of(known).check_same_data(run.source, moved)
     # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)

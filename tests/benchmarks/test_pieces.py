@@ -1,4 +1,4 @@
-"""A folder that was cut into pieces is the same folder again, or is not made at all."""
+"""A folder that was cut into pieces is restored exactly, or not at all."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def test_a_damaged_piece_is_named_and_nothing_is_made(folder, tmp_path):
     with pytest.raises(UserError, match=r"99,999 bytes of 100,000"):
         pieces.join(tmp_path / "out", tmp_path / "back", tmp_path / "keep")
     assert not (tmp_path / "back").exists()
-    # what is good was taken in, and a good copy replaces what is damaged in the store
+    # valid pieces were kept, and a valid copy replaces a damaged one in the store
     assert (tmp_path / "keep" / "data.002").exists()
     data[5] ^= 1
     (tmp_path / "keep" / "data.001").write_bytes(b"damaged")

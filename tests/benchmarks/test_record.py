@@ -1,4 +1,4 @@
-"""The kit for an accelerator: what it does when it is cut off, and what its checks see."""
+"""benchmarks.record: what it does when it is cut off, and what its checks detect."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     grandchild = int((tmp_path / "grandchild").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(grandchild, 0)
-    assert "No such file" in found["nowhere"]["figure"]  # said by the child
+    assert "No such file" in found["nowhere"]["figure"]  # from the child
     assert found["misread"]["figure"].startswith("its result cannot be read: TypeError")
     assert found["fails"]["figure"] == "exit status 1: error: no such thing"
     assert found["good"]["values"]["pid"] != found["late"]["values"]["pid"] != os.getpid()
@@ -94,7 +94,7 @@ def test_items_that_fail_die_or_hang_stop_no_other_and_are_tried_again(tmp_path,
     assert table[0].startswith(found["good"]["hardware"])
     assert [line.split(" | ")[1] for line in table[4:]] == list(found)
     assert "| sanity | raises | failed | ValueError: a / first line |" in table[6]
-    # what was ok is not done again; what has failed is
+    # ok items are not run again; failed ones are
     assert call(tmp_path) == 1
     assert counts(tmp_path) == {
         name: 2 if state == "failed" else 1 for name, state in states(tmp_path).items()
@@ -113,7 +113,7 @@ def test_when_the_time_is_up_a_training_run_is_saved_and_carries_on(tmp_path, fa
     assert call(tmp_path, "--stages=trains,scores") == 0
     assert states(tmp_path) == {"trains": "ok", "scores": "ok"}
     assert Ledger(tmp_path).records()[1]["figure"] == str(fake_items.STEPS)
-    # time that is too short for an item is not spent on it
+    # an item is not started when there is too little time
     assert call(tmp_path, "--stages=good,hangs", minutes=0.1 / 60) == 3
     assert "good" not in states(tmp_path)
 
@@ -133,7 +133,7 @@ def test_a_kill_of_the_whole_leaves_nothing_running_and_the_next_call_goes_on(tm
     until((tmp_path / "started").exists)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until((tmp_path / "progress").exists)  # its training run was told, and saved
+    until((tmp_path / "progress").exists)  # its training run got the signal, and saved
     assert states(tmp_path) == {"good": "ok"}
     with (tmp_path / ledger.LINES).open("a") as file:
         file.write('{"item": "trains", "sta')  # as a kill may leave it

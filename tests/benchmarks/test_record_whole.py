@@ -1,4 +1,4 @@
-"""The whole kit for an accelerator, tiny, without TensorFlow, and cut off on its way."""
+"""All of benchmarks.record in tiny sizes, without TensorFlow, and cut off in between."""
 
 import signal
 import subprocess

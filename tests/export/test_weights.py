@@ -407,6 +407,9 @@ def test_import_needs_weights_and_a_run_needs_a_checkpoint(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is not JSON \(.*restore it"):
         weights.load_weights(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json cannot be read \('augment'\): restore it"):
+        weights.load_weights(tmp_path / "run")
 
 
 @pytest.mark.slow

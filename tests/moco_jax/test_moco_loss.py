@@ -80,7 +80,7 @@ def test_the_oracle_agrees_with_finite_differences():
     [(None, 75, 16), *[(n, 75, 16) for n in (1, 2, 4)], *[(8, *size) for size in QUEUES]],
 )
 def test_against_numpy(devices, length, rows):
-    """Blocks of 7 divide neither the queries nor the share of a device."""
+    """Blocks of 7 divide neither the queries nor the rows of a device."""
     run = value_and_grad(devices, length, block=7)
     for temperature, noise, step in [(0.05, 1, 0), (0.05, 0.05, 7), (0.2, 1, 3), (1.0, 1, 9)]:
         queries, keys, negatives = example(length, rows, noise=noise)
@@ -193,7 +193,9 @@ def test_no_collective_moves_the_queue():
         for shape, _ in found
         for dims in re.findall(r"\[([\d,]*)\]", shape)
     ]
-    assert max(sizes) == b * d, found  # the gathered queries; a device's share is 16 times that
+    assert max(sizes) == b * d, (
+        found
+    )  # the gathered queries; a device's part of the queue is 16 times that
     assert slots * b * d // 8 == 16 * b * d
 
 

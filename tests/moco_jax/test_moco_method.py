@@ -144,7 +144,7 @@ def test_steps_equal_the_dense_oracle(variant):
 
 
 class Plain:
-    """A `Setup` whose network is one matrix and whose optimiser moves nothing."""
+    """A `Setup` whose network is one matrix and whose optimiser changes nothing."""
 
     def __init__(self, c):
         self.config, self.batch_size = c.moco, c.batch_size

@@ -1,4 +1,4 @@
-"""The gradients as a CPU computes them are the gradients."""
+"""The gradients for a CPU against XLA's and against sums by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_what_is_not_ordinary_is_left_to_xla(options, monkeypatch):
 
 @pytest.mark.optimised
 def test_in_a_loop_every_convolution_has_the_fast_form(monkeypatch):
-    """XLA brings only those outside of loops into it."""
+    """XLA itself transposes only those outside loops into this form."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
     def text(conv):
@@ -89,7 +89,7 @@ def test_in_a_loop_every_convolution_has_the_fast_form(monkeypatch):
     assert ours and all("dim_labels=b01f_01io->b01f" in line for line in ours)
     assert not all(
         "dim_labels=b01f_01io->b01f" in line for line in xlas
-    )  # or none of this is needed
+    )  # else this module is not needed
 
 
 def test_other_platforms_and_several_devices_get_what_xla_does(monkeypatch):

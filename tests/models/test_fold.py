@@ -1,4 +1,4 @@
-"""The batch norm worked into a widening 1x1 convolution, against the two done one by one."""
+"""Batch norm folded into a widening 1x1 convolution, against the two applied separately."""
 
 import functools
 
@@ -47,7 +47,7 @@ def test_the_same_function_in_float64(groups, train):
 
 @pytest.mark.slow
 def test_bfloat16_costs_no_more_than_without():
-    """Each against float64, tensor by tensor: not twice as far away, but for the smallest."""
+    """Errors against float64, tensor by tensor: at most twice as large, except for tiny ones."""
     with jax.enable_x64(True):
         exact = tiny.named_leaves(outcome(False, jnp.float64))
     errors = {}

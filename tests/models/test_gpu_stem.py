@@ -1,4 +1,4 @@
-"""The first layers of an ImageNet ResNet as a GPU computes them, against XLA's own."""
+"""The first layers of an ImageNet ResNet in the form for GPUs, against XLA's own."""
 
 import jax
 import jax.numpy as jnp

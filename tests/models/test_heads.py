@@ -77,7 +77,7 @@ def test_simclr_head_is_linear_bn_relu_and_ends_in_a_bn_without_shift(layers, tr
 
 
 def test_groups_reach_the_head():
-    """The statistics of the second half do not touch the first."""
+    """The statistics of the second half do not affect the first."""
     x = RNG.normal(size=(8, 6)).astype(np.float32)
     variables = None
     rows = []

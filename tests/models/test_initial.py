@@ -1,4 +1,4 @@
-"""How parameters start: each distribution against its formula, and where a network has which."""
+"""Initialisation: each distribution against its formula, and which layer has which."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def uniform(bound):
 
 
 def normal(deviation, cut=np.inf):
-    """Of a normal distribution, cut off at so many deviations of its own and stretched again."""
+    """Of a normal distribution truncated at that many deviations, then rescaled."""
     # Deviation of a standard normal between -2 and 2: sqrt(1 - 4 phi(2) / (Phi(2) - Phi(-2))).
     spread = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
     inner = deviation / spread if np.isfinite(cut) else deviation
@@ -43,7 +43,7 @@ def assert_drawn_from(values, law):
     deviation, largest, cumulative = law
     x = np.sort(np.asarray(values, np.float64).ravel())
     n = len(x)
-    assert n >= 1000  # else these bounds say little
+    assert n >= 1000  # else these bounds are too weak
     assert abs(x.mean()) < 5 * deviation / np.sqrt(n)
     np.testing.assert_allclose(x.std(), deviation, rtol=5 / np.sqrt(n))
     assert np.abs(x).max() <= largest * (1 + 1e-6)
@@ -81,7 +81,7 @@ def test_a_bias_is_drawn_as_in_pytorch_or_is_zero():
 
 @pytest.fixture
 def marked(monkeypatch):
-    """Kernels of a constant instead of random numbers show which initialisation is where."""
+    """Constant kernels instead of random ones show which layer has which initialisation."""
     marks = {name: float(i) for i, name in enumerate(initial.KERNELS, 2)}
     for name, mark in marks.items():
         monkeypatch.setitem(initial.KERNELS, name, nn.initializers.constant(mark))
@@ -155,7 +155,7 @@ def test_an_unknown_initialisation_is_refused(field):
 
 
 def test_a_run_is_evaluated_on_the_network_that_it_began_with(tmp_path):
-    """Also one that is older than these fields; `untrained` draws what that network draws."""
+    """Including one from before these fields existed; `untrained` draws the same network."""
     theirs = {"model__conv_init": "lecun", "model__stem_init": "torch", "head__init": "torch",
               "model__zero_init_residual": False}  # fmt: skip
     c = tiny.config("moco", **theirs)
@@ -183,7 +183,7 @@ def test_a_run_is_evaluated_on_the_network_that_it_began_with(tmp_path):
 
 @pytest.mark.torch
 def test_pytorch_draws_its_layers_as_is_said_here():
-    """Linear and Conv2d as they come, and a convolution as torchvision's ResNets redraw it."""
+    """Linear and Conv2d by default, and a convolution as torchvision's ResNets initialise it."""
     import torch
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A batch in parts: the step of the whole batch, in the memory of a part."""
+"""Micro-batches: the step of the whole batch, in the memory of a part."""
 
 import functools
 import re
@@ -15,7 +15,7 @@ from common.models import microbatch, resnet
 from common.plan.collectives import KINDS
 from common.train.step import cost
 
-# Large enough for whole BN groups of several images on 8 devices in 4 micro-batches.
+# Large enough for whole BN groups of more than one image on 8 devices in 4 micro-batches.
 BATCH, GROUPS = 128, 32
 
 

@@ -1,4 +1,4 @@
-"""The online probe against NumPy, and that nothing of it reaches the encoder."""
+"""The online probe against NumPy, and without effect on the encoder."""
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def test_unknown_schedule():
 
 
 def test_a_negative_learning_rate():
-    c = probe.default_config()
+    c = section("probe")
     c.learning_rate = -1.0
     with pytest.raises(UserError, match=r"probe\.learning_rate=-1.0: expected a finite"):
         probe.make_probe(c, C, 10)

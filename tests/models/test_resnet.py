@@ -385,6 +385,6 @@ def test_folded_norm_in_bfloat16_is_as_near_to_the_truth_as_the_plain_one():
         return {k: np.linalg.norm(flat[k] - want[k]) / np.linalg.norm(want[k]) for k in want}
 
     plain, folded = error(False), error(True)
-    assert max(plain.values()) < 0.2  # bfloat16 has eight bits, and turns some ReLUs
+    assert max(plain.values()) < 0.2  # bfloat16 has eight bits, and flips a few ReLUs
     for name in plain:
         assert folded[name] < 1.25 * plain[name], (name, folded, plain)

@@ -1,4 +1,4 @@
-"""Planning: collectives of a program, bounds, the table, and what is said of mistakes."""
+"""Planning: collectives of a program, bounds, the table, and messages about mistakes."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_collectives_of_a_text():
 
 
 def test_traffic_of_a_text():
-    """What lies in HBM counts where it is touched, a fetch by what it brings."""
+    """Operands in HBM count wherever they are used, a fetch counts the bytes that it moves."""
     text = """
 %fused (p: f32[9]) -> f32[9] {
   %inside = f32[9]{0:S(1)} add(%p, %p)
@@ -97,7 +97,7 @@ def test_collectives_of_a_real_program():
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_plan_of_this_machine(remat, capsys):
-    """The step that a run compiles: its state is what goes in, and what comes out is donated."""
+    """The step that a run compiles: the state is the input, and its memory is donated."""
     c = tiny.config("moco", data__source="fake", data__fake_examples=64, model__remat=remat,
                     model__bn_groups=8)  # fmt: skip
     (row,) = plan(main.METHODS["moco"], c)
@@ -117,7 +117,7 @@ def test_plan_of_this_machine(remat, capsys):
 
 
 def row_for(topology, monkeypatch, **found):
-    """The row of a plan with made-up findings for 32 devices."""
+    """The row of a plan with invented measurements for 32 devices."""
     base = {
         "devices": 32, "compile_seconds": 1.0, "arguments": 2**30, "temporaries": 2**32,
         "outputs": 2**30, "aliased": 2**30, "peak": 5 * 2**30, "flops": 6.17e12,
@@ -196,7 +196,7 @@ def test_a_slice_that_cannot_be_planned_does_not_lose_the_others(monkeypatch, ca
 
     monkeypatch.setattr(measure, "for_topology", found)
     c = tiny.config("simclr", data__source="tfds:imagenet2012", batch_size=4096)
-    with pytest.raises(UserError, match=r"died on v6e:4x8$"):
+    with pytest.raises(UserError, match=r"crashed on v6e:4x8$"):
         plan(main.METHODS["simclr"], c, ["v6e:4x8", "v5e:4x8"])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == real[0] and "v5e:4x8" in printed.err
@@ -265,7 +265,7 @@ def test_mistakes(monkeypatch):
 
 @pytest.mark.parametrize("topologies", [(), ("v5e:4x8",)])
 def test_a_setting_is_refused_before_anybody_waits(topologies, capsys, monkeypatch):
-    """And for a slice without touching a device, which may be busy with a run."""
+    """And for a slice without using a device, which may be busy with a run."""
     c = tiny.config("simclr", data__source="fake", optimizer__name="adam")
     if topologies:
         monkeypatch.setattr(measure.jax, "devices", None)
@@ -285,7 +285,7 @@ E1127 00:18:52.777298   23774 process_state.cc:708] RAW: Raising signal 6 with d
 
 
 def die(compile_for, topology, sender, log):
-    """Stands for a compiler that fails a check of its own."""
+    """Simulates a compiler that fails one of its own checks."""
     import os
     import pathlib
 
@@ -300,8 +300,8 @@ def die(compile_for, topology, sender, log):
         ("v5e:1x1", True, "libtpu; try another topology"),
     ],
 )
-def test_a_compiler_that_dies_is_an_error(topology, quick, advice, monkeypatch):
-    """Of one line: the check that failed, and what was not tried already."""
+def test_a_compiler_that_crashes_is_an_error(topology, quick, advice, monkeypatch):
+    """In one line: the check that failed, and what has not been tried yet."""
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(measure, "_child", die)
     task = measure.Task(main.METHODS["simclr"], tiny.config("simclr"), Extent(8, 4, 3), quick=quick)

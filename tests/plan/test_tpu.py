@@ -1,4 +1,4 @@
-"""Train steps compiled for TPU slices: what they hold in memory and send may not grow back.
+"""Train steps compiled for TPU slices: their memory and traffic must not grow.
 
 The smallest that shows everything: two residual blocks, 8 devices, bfloat16, global BN.
 """
@@ -53,7 +53,7 @@ def state_bytes(method):
 
 
 def assert_sends(found, method):
-    """What `tpu_figures.theory` names, and nothing beside it but metrics.
+    """What `tpu_figures.theory` names, and nothing else but metrics.
 
     The compiler sends 2 to 3 % less: it picks the type in which it sums a gradient itself.
     """
@@ -79,7 +79,7 @@ def test_moco_sends_nothing_of_the_queue():
         if c.kind == "all-to-all":
             assert c.bytes <= images
     share = size["all"] + size["queue"] / DEVICES
-    # layouts pad small arrays, by less than a second share would be
+    # layouts pad small arrays, by less than a second copy would take
     assert found["arguments"] < share + size["queue"] / DEVICES
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_topology_is_one_line():
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("method", main.METHODS)
 def test_one_chip_compiles_sends_nothing_and_overwrites_its_state(method, quick):
-    """With the settings of the Colab notebook, but for a network of one block.
+    """With the settings of the Colab notebook, but a network of one block.
 
     At full effort the notebook's own step takes the compiler minutes: that one has a small batch.
     """

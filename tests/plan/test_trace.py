@@ -1,4 +1,4 @@
-"""A profile as a table: texts as three compilers write them, profiles made up, and real steps."""
+"""A profile as a table: programs of three compilers, invented profiles, and real steps."""
 
 import re
 import types
@@ -127,7 +127,7 @@ ENTRY %main.1 (p: f32[8,4]) -> f32[4] {{
 
 def test_categories_of_a_gpu():
     want = {
-        "loop_maximum_fusion.12": "norms",  # with the ReLU behind
+        "loop_maximum_fusion.12": "norms",  # with the ReLU after it
         "gemm_fusion_dot.1": "other products",
         "input_transpose_fusion": "copies",  # whatever it is a copy for
         "cudnn-fusion": "convolutions",  # whatever is added to it
@@ -170,7 +170,7 @@ def test_categories_of_a_cpu():
 
 
 def times(events, of, steps=1):
-    """Milliseconds that are not 0; the shares are those of their sum."""
+    """Milliseconds that are not 0; the fractions add up to 1."""
     rows = trace.summary(events, of, steps)
     assert [row[0] for row in rows] == [*hlo_parts.ROWS, "idle"]
     total = sum(time for _, time, _ in rows)
@@ -309,7 +309,7 @@ def test_a_real_step(method, where, tmp_path):
     for name in ("convolutions", "norms", "loss", "probe", "update", "other products"):
         assert shares[name] > 0, name
     assert (shares["augmentation"] > 0) == (where == "device")
-    assert shares["other"] < 0.3  # most of what there is has a name
+    assert shares["other"] < 0.3  # most instructions have a name
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])
@@ -328,7 +328,7 @@ def test_the_products_of_a_loss_are_its_own(method):
 
 
 def test_a_program_has_the_names_of_its_own_code():
-    """The tests' cache on disk takes two programs for one that differ in names only."""
+    """Without this the tests' disk cache confuses programs that differ only in names."""
     for scope in ("probe", "update"):
 
         def step(x, scope=scope):
@@ -346,7 +346,7 @@ def test_half_of_the_augmentation_is_refused():
 
 
 def test_reading_a_cpu(tmp_path):
-    """A convolution goes on in other threads: it lasts until the mark of its end."""
+    """A convolution continues in other threads: it lasts until its end marker."""
     write(
         tmp_path,
         "/host:CPU",

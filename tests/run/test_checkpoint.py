@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from common.errors import UserError
-from common.run import digests
+from common.run import checkpoint, digests
 from common.run.checkpoint import Checkpoints
 from common.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from moco_jax import queue as queues
@@ -187,6 +187,39 @@ def test_a_damaged_newest_checkpoint_is_set_aside(part, how, two, tmp_path, capl
         assert checkpoints.restore_newest(abstract, shardings)[0] == 5
 
 
+class Recorder:
+    """A function, and what it was called with."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, []
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+        return self.function(*arguments)
+
+
+def test_one_process_reads_a_checkpoint_once(two, tmp_path, monkeypatch):
+    """Process 0 of several reads it before all do; alone it would be the same read twice."""
+    s, abstract, shardings = two
+    monkeypatch.setattr(Checkpoints, "read", lambda *_: pytest.fail("read twice"))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        step, got, _ = checkpoints.restore_newest(abstract, shardings)
+    assert step == 5
+    assert_equal(got, s)
+
+
+@leftovers
+def test_of_several_processes_one_reads_first(two, tmp_path, monkeypatch):
+    """What it finds damaged none of them restores."""
+    _, abstract, shardings = two
+    monkeypatch.setattr(checkpoint, "_several_processes", lambda: True)
+    damage(largest(tmp_path / "checkpoints" / "5" / "state"), "flipped")
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        monkeypatch.setattr(checkpoints, "restore", restored := Recorder(checkpoints.restore))
+        assert checkpoints.restore_newest(abstract, shardings)[0] == 3
+    assert [step for step, *_ in restored.calls] == [3]
+
+
 @leftovers
 def test_when_all_are_damaged_none_is_touched(two, tmp_path):
     _, abstract, shardings = two
@@ -234,7 +267,7 @@ def test_checkpoints_of_before_there_were_digests_are_read(two, tmp_path, caplog
 
 
 def test_which_checkpoints_stay(tmp_path):
-    """The last two, the first of each ten steps, and the two best, of equals the older."""
+    """The last two, the first of each ten steps, and the two best (of equal scores the older)."""
     s = {"w": jax.device_put(np.zeros(3, np.float32), replicated(make_mesh(jax.devices()[:1])))}
     scores = {4: 0.5, 8: 0.9, 10: 0.1, 14: 0.9, 20: None, 24: 0.2, 28: 0.3}
     for steps in ([4, 8, 10], [14, 20, 24, 28]):  # also after a restart

@@ -22,7 +22,7 @@ def views(n, d=8, seed=0, noise=1.0):
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(n, d))
     z1, z2 = (base + noise * rng.normal(size=(n, d)) for _ in range(2))
-    return z1.astype(np.float32), (3 * z2).astype(np.float32)  # lengths must not matter
+    return z1.astype(np.float32), (3 * z2).astype(np.float32)  # lengths must have no effect
 
 
 def mesh_of(devices):

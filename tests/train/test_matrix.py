@@ -11,9 +11,9 @@ import numpy as np
 import opened_run
 import pytest
 import tiny
-from common.evaluate.modes import MODES
 from test_end_to_end import lines
 
+from common.cli.modes import MODES
 from common.data.sources.opening import open_source
 from common.evaluate.online import make_evaluator
 from common.plan import measure

@@ -1,4 +1,4 @@
-"""SIGTERM: the step is saved, the process leaves, and the same command ends where it would have."""
+"""SIGTERM: the step is saved, the process exits, and the same command gives the same result."""
 
 import logging
 import os
@@ -49,7 +49,7 @@ def test_told_to_stop_and_started_again(step, tmp_path, monkeypatch):
 
 
 def test_that_processes_agree_to_stop_is_no_warning(monkeypatch, caplog):
-    """Orbax says so once a process and thread, as absl logs it; other warnings are shown."""
+    """Orbax's warning, once a process and thread, through absl; other warnings are shown."""
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
     log = logging.getLogger("absl")
     for inside in (True, False):

@@ -1,4 +1,4 @@
-"""Traces of the steps that were asked for, on a disk and in a bucket."""
+"""Traces of the requested steps, on a disk and in a bucket."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from common.train.profiling import Profile
 
 
 def trace(span, workdir, steps):
-    """Goes through some steps as the loop does; returns the names of the trace's files."""
+    """Runs a few steps as the loop does; returns the names of the trace's files."""
     profile = Profile(span, epath.Path(workdir))
     for step in range(1, steps + 1):
         with profile.step(step):
