@@ -6,6 +6,7 @@ global batch and update their running statistics.
 """
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common import optim
 from common.config import section
-from common.method import Setup, make_encoder_setup
+from common.method import Setup
 from common.run.console import Progress
 from common.run.writer import NonFiniteLossError
 from common.sharding import batch_sharding, replicated
@@ -54,8 +53,7 @@ class Finetuner:
     """Compiled steps of one network.
 
     Args:
-        config: of the run.
-        mesh: the device mesh.
+        setup: from `make_encoder_setup`.
         layer: what the classifier reads: "backbone", "head1" ..., "projection".
         num_classes: c.
         tx: the optimiser, see `optimizer`.
@@ -66,19 +64,17 @@ class Finetuner:
 
     def __init__(
         self,
-        config: ConfigDict,
-        mesh: Mesh,
+        setup: Setup,
         layer: str,
         num_classes: int,
         tx: optax.GradientTransformation,
     ) -> None:
-        config = config.copy_and_resolve_references()
-        config.model.bn_groups = 1  # divides any batch; no label leaks through it
-        self.setup: Setup = make_encoder_setup(config, mesh)
-        self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, mesh
+        # one BN group divides any batch, and no label leaks through it
+        self.setup = dataclasses.replace(setup, network=setup.network.with_groups(1))
+        self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, setup.mesh
         self.depth = self.setup.network.depth_of(layer)
-        everywhere, rows = replicated(mesh), batch_sharding(mesh)
-        options = compiler_options(mesh.devices.flat[0].platform, tpu=False)
+        everywhere, rows = replicated(self.mesh), batch_sharding(self.mesh)
+        options = compiler_options(self.mesh.devices.flat[0].platform, tpu=False)
         self.step: Callable = jax.jit(
             self._step, donate_argnums=0, out_shardings=(everywhere, everywhere),
             in_shardings=(everywhere, rows, rows), compiler_options=options,

@@ -17,6 +17,7 @@ from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import accuracy, batches, finetune
 from common.evaluate.pretrained import Pretrained
+from common.method import make_encoder_setup
 from common.run import console, files
 
 
@@ -44,7 +45,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         raise UserError(f"eval.finetune.epochs={epochs} is less than one step: expected more")
 
     tx = finetune.optimizer(c.learning_rate, c.weight_decay, size, steps)
-    tuner = finetune.Finetuner(opened.config, opened.mesh, s.layer, train.num_classes, tx)
+    setup = make_encoder_setup(opened.config, opened.mesh)
+    tuner = finetune.Finetuner(setup, s.layer, train.num_classes, tx)
     state = tuner.init(opened.state.params, opened.state.batch_stats)
     console.say(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
     pairs = batches.batches(images, opened.config, opened.mesh, size, s.seed, keep)

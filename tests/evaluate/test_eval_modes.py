@@ -27,6 +27,7 @@ from common.evaluate import (
     transfer_mode,
 )
 from common.evaluate.linear import Candidate
+from common.method import make_encoder_setup
 from common.run import jsonl
 from common.sharding import make_mesh
 
@@ -269,7 +270,7 @@ def test_finetune_is_the_same_on_any_number_of_devices():
     for devices in (1, 8):
         mesh = make_mesh(jax.devices()[:devices])
         tx = finetune.optimizer(0.5, 1e-3, 16, 3)
-        tuner = finetune.Finetuner(c, mesh, "backbone", 3, tx)
+        tuner = finetune.Finetuner(make_encoder_setup(c, mesh), "backbone", 3, tx)
         tuned = tuner.init(state.params, state.batch_stats)
         for t in range(3):
             batch = tiny.host_batch(c, t)
