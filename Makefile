@@ -1,4 +1,4 @@
-# `make demo` pretrains on real images and shows the result; `make test` tests. Both set up first.
+# `make demo` pretrains on real images and shows the result; `make test` tests. Both set up `.venv` first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,12 +10,12 @@ MUTANTS ?=
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
     --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_OPTIONS)
 PYTEST_OPTIONS ?=
-# uv installs in 15 s what takes pip 90; pip where there is no uv.
+# uv, where it is installed, takes 15 s for what takes pip 90.
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP_INSTALL))
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
-# Large arrays in pages of 2 MB where Linux hands them out on request: training on a CPU and the
-# input pipeline are a fifth faster (docs/benchmarks.md). Other systems pay no attention to it.
+# Large arrays in pages of 2 MB where Linux offers them on request: training on a CPU and the input
+# pipeline are a fifth faster (docs/benchmarks.md). Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo demo-moco pod-sim test test-long test-tpu test-notebook test-torch mutants lint docs clean
@@ -49,7 +49,7 @@ demo-moco: $(VENV)/ready
 	$(BIN)/python main.py --config=configs/moco_demo.py --config.seed=$(SEED) \
 	    --workdir=runs/moco_demo_seed$(SEED)
 
-# Two processes with two simulated devices each, as two hosts of a pod: it really trains.
+# Two processes with two simulated devices each, like two hosts of a pod; this trains for real.
 pod-sim: $(VENV)/ready
 	$(BIN)/python -m common.distributed --processes=2 --devices=2 -- \
 	    --config=configs/moco_demo.py --config.duration="1 epoch" --workdir=runs/pod_sim
@@ -57,8 +57,8 @@ pod-sim: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST)
 
-# All that `make test` leaves out, in one go, so that it is compiled once. With `make test` that is
-# every test.
+# All that `make test` leaves out, in one call, so that it is compiled once. Together with `make test`
+# that is every test.
 test-long: $(VENV)/notebook $(VENV)/torch $(VENV)/tpu
 	$(PYTEST) -m "slow or multiprocess or notebook or torch or tpu"
 
@@ -74,7 +74,7 @@ test-notebook: $(VENV)/notebook
 test-torch: $(VENV)/torch
 	$(BIN)/python -m pytest -m torch
 
-# Puts single faults into copies of this checkout: the test named for each has to fail. MUTANTS are
+# Puts single faults into copies of this checkout: the test named for each must fail. MUTANTS has
 # options, e.g. MUTANTS="--every=10".
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
