@@ -115,13 +115,12 @@ def first_views(
     recipe: FeedRecipe, source: Source, batches: Batches | ResidentBatches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [b] and views uint8 [b, 2, s, s, 3] of the next batch, to look at."""
+    ids, batch = batches.take(1)
+    if recipe.augment_on == "host":
+        return ids[0], batch["images"]
+    function: Callable = on_device.augment_colour
     if recipe.augment_on == "device":
-        _, batch = batches.take(1)
-        batch = {name: value[:, 0] for name, value in batch.items() if name != "steps"}
-        batch["images"], function = source.fetch(batch["ids"]), on_device.augment_pixels
-    else:
-        batch, function = next(batches), on_device.augment_colour
-        if recipe.augment_on == "host":
-            return batch["ids"], batch["images"]
+        batch = {"images": source.fetch(ids[0]), "parameters": batch["parameters"][:, 0]}
+        function = on_device.augment_pixels
     made = jax.jit(lambda x, p: on_device.to_bytes(function(x, p, recipe.views)))
-    return batch["ids"], np.asarray(made(batch["images"], batch["parameters"]))
+    return ids[0], np.asarray(made(batch["images"], batch["parameters"]))

@@ -97,7 +97,8 @@ def some_pairs(recipe: FeedRecipe, source: Source, n: int) -> tuple[np.ndarray, 
         # --eval.source names other images than the run's
         small = dataclasses.replace(small, augment_on="host")
     if source.kind == "stream":  # a picture needs no shuffling among thousands
-        source = dataclasses.replace(source, shuffle_buffer=n)
+        fewer: dict[str, Any] = {"shuffle_buffer": n}
+        source = dataclasses.replace(source, **fewer)
     batches = pipeline.train_batches(source, small, rows=np.arange(n))
     return dispatch.first_views(small, source, batches)
 

@@ -54,10 +54,12 @@ def train_feed(
         )
         return ids, labels, payload, parameters, crops
 
+    shape = source.image_shape or ()  # () where `whole` is not used
+
     @plain
     def whole(ids, labels, images, parameters, crops):
         parameters = tf.ensure_shape(parameters, [b, 2, draws.PARAMETERS])
-        images = tf.ensure_shape(images, [b, *source.image_shape, 3])
+        images = tf.ensure_shape(images, [b, *shape, 3])
         return batch(augment(images, parameters), labels, ids, parameters)
 
     @plain

@@ -60,6 +60,11 @@ class Source:
         """Of kind "stream": one pass over (id, encoded image, label), nothing decoded."""
         raise NotImplementedError
 
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """int32 labels of the examples [b], of a source that knows them without its images."""
+        assert self.labels is not None
+        return self.labels[ids]
+
     def stand_ins(self, ids: np.ndarray) -> np.ndarray:
         """The ids, with those of corrupt examples replaced."""
         if not self.replaced:
@@ -105,7 +110,7 @@ class ArraySource(Source):
     images: np.ndarray
 
     def read(self, ids):
-        return self.images[ids], self.labels[ids]
+        return self.images[ids], self.labels_of(ids)
 
 
 def listed(names: list[str], noun: str, verb: str, most: int = 5) -> str:

@@ -18,7 +18,8 @@ class FakeSource(Source):
     """A small pool of random images, seen again and again."""
 
     def read(self, ids):
-        return self.views(ids, self.image_shape[0]), self.labels[ids % self.num_examples]
+        assert self.image_shape is not None
+        return self.views(ids, self.image_shape[0]), self.labels_of(ids % self.num_examples)
 
     def views(self, ids: np.ndarray, size: int) -> np.ndarray:
         """The images as views of another size than `image_shape`: other random pixels."""

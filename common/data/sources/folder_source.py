@@ -31,7 +31,7 @@ class FolderSource(Source):
     def read(self, ids):
         # as bytes, because a name need not be valid UTF-8
         paths = [os.fsencode(path) for path in self.paths[ids]]
-        return np.array(paths, object), self.labels[ids]
+        return np.array(paths, object), self.labels_of(ids)
 
     def describe(self, index):
         return shown(self.paths[index])
