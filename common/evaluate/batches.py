@@ -40,7 +40,7 @@ def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
 
 
 def crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> FeedRecipe:
-    """A run's crops and flips alone, as large as in the test: `data.image_size`."""
+    """A run's crops and flips without its colours, at the size of evaluation."""
     view = presets.crop_only(presets.resolve(config.augment, config.data.image_size))
     view = dataclasses.replace(view, size=config.data.image_size)
     return FeedRecipe(seed, batch_size, (view, view), config.data.augment_on)

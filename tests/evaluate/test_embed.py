@@ -20,7 +20,7 @@ from PIL import Image
 from common import config as configs
 from common import version
 from common.cli import modes
-from common.data.sources.base import ArraySource
+from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
 from common.evaluate import embed_mode, feature_files, pretrained
 from common.evaluate.page import build, feature_map, history, inline
@@ -367,7 +367,7 @@ def test_parquet_without_pyarrow(monkeypatch):
 
 
 def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
-    source = ArraySource("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
+    source = Source("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
     assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     others = np.array([False, False, False, True, False])
