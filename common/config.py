@@ -1,4 +1,4 @@
-"""The config every run starts from, its checks, and what of it may change on resume."""
+"""The config of a run: defaults, checks, and what may change on resume."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not ...} | field
 
 
 def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
-    """Defaults of every field; a config file starts from here and changes what it must.
+    """Defaults of every field; a config file starts from these and changes some.
 
     Args:
         method: name of the method, which is also the name of its section.
@@ -91,10 +91,10 @@ def one_of_field(name: str, found: str) -> str:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what no builder sees alone; the builders check their own sections.
+    """Checks bounds, and what no builder sees alone; the builders check their own sections.
 
     Raises:
-        UserError: naming the field, what was found and what would do.
+        UserError: with the field, its value and the values allowed.
     """
     for name, value in flat(config).items():
         field = FIELDS.get(name)
@@ -118,7 +118,7 @@ def check(config: ConfigDict) -> None:
     if config.data.augment_on not in ("host", "both", "device"):
         raise UserError(
             f"data.augment_on={config.data.augment_on!r}: choose host, both (colour and blur on "
-            "the device) or device (all of it, with the data set in device memory)"
+            "the device) or device (all of it, with the dataset in device memory)"
         )
     if config.steps_per_dispatch > 1 and config.data.augment_on != "device":
         raise UserError(
@@ -134,19 +134,19 @@ def check(config: ConfigDict) -> None:
 
 
 def as_dict(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON has it: tuples become lists, placeholders None."""
+    """The config as JSON: tuples become lists, placeholders None."""
     return json.loads(config.to_json_best_effort())
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """Every field of a config by its full name, with its value as JSON has it."""
+    """Every field of a config by its full name, with its value as in JSON."""
     return flatten(as_dict(config))
 
 
 def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
-    """Sets the fields of a config to what `as_dict` gave, lists becoming tuples again.
+    """Sets the fields of a config to what `as_dict` returned; lists become tuples again.
 
-    Fields that are newer than what was saved get what the code did before they were there.
+    Fields that are newer than `saved` get what the code did before it had them.
 
     Raises:
         UserError: for a field that this version of the code does not have.
@@ -156,13 +156,13 @@ def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
 
 
 def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
-    """The config with which a run goes on that began under `saved`.
+    """The config with which to resume a run that began under `saved`.
 
-    What was "auto" then is as it was decided, and fields that are newer than the run are what the
-    code did without them.
+    A field that is "auto" gets the value decided when the run began, and a field that is newer
+    than the run what the code did without it.
 
     Returns:
-        A copy, and those newer fields for which `config` asks something else.
+        A copy, and those newer fields for which `config` has another value.
     """
     saved, current = flatten(saved), flat(config)
     decided = {n: saved[n] for n, value in current.items() if value == AUTO and n in saved}
@@ -173,7 +173,7 @@ def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dic
 
 
 def with_decided(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """A saved config (as JSON has it) with the values of another for what is "auto" in it."""
+    """A saved config (as JSON) in which the fields that are "auto" have the values of another."""
     return {
         name: with_decided(value, current[name]) if isinstance(value, dict) and name in current
         else current.get(name, value) if value == AUTO else value
@@ -211,7 +211,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str) -> None:
-    """Refuses to continue a run under a config that would have trained something else.
+    """Refuses to resume a run under a config that would have trained something else.
 
     Raises:
         UserError: naming the fields that differ.
@@ -239,7 +239,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         advice = (
             "give another --workdir, or the config of that run (its config.json) to continue it"
         )
-        if differing == ["duration"]:  # a finished run that is to train for longer, most likely
+        if differing == ["duration"]:  # most likely a finished run that should train for longer
             advice = (
                 "its learning rates follow from that, so train on in a new --workdir, with "
                 f"--config.resume_from={workdir} --config.resume_optimizer"

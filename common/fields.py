@@ -1,4 +1,4 @@
-"""Every field of a config: its default, its meaning, its bounds, what it may do on resume.
+"""Every field of a config: default, meaning, bounds, and what may change on resume.
 
 `common/config.py` builds the config from these tables and checks it against them; `python main.py
 -h` and docs/reference/config.md print them. `common/eval_fields.py` has the fields of `--eval`. A
@@ -16,18 +16,18 @@ class Field:
     """One field.
 
     Attributes:
-        default: its value unless the config file or a flag sets another; its type is the field's.
+        default: the value unless the config file or a flag sets another; its type is the field's.
         meaning: one line for the help.
         kind: the type, where the default is None.
         least: the smallest value allowed.
         one_of: the values allowed.
-        free: it may change when a run is resumed: it changes no training step that was taken, and
-            not what a score means.
+        free: it may change when a run is resumed, because it changes neither a training step
+            already taken nor the meaning of a score.
         before: what the code did before it had this field: a run whose config.json lacks the field
-            is resumed and evaluated with that value. Not given: the code did what a falsy value
-            (0, "", False) stands for.
+            is resumed and evaluated with that value. Not given: the code did the same as with a
+            falsy value (0, "", False).
         decided: "auto" is replaced by a value when a run begins, and config.json keeps that value.
-        example: a value to show in messages, where the default is no good example.
+        example: a value for messages, if the default is not a good one.
     """
 
     default: Any
@@ -42,15 +42,15 @@ class Field:
 
 
 # fmt: off
-# Of a view; None stands for the value of the preset.
+# One view; None means the preset's value.
 AUGMENT: dict[str, Field] = {
     "preset": Field("simclr",
-        "simclr | cifar | moco_v1 | moco_v2: what None stands for below", kind=str),
+        "simclr | cifar | moco_v1 | moco_v2: the values of fields that are None", kind=str),
     "strength": Field(None,
         "multiplies the preset's brightness, contrast, saturation and hue", kind=float),
     "size": Field(None, "side of the views in pixels; None = data.image_size", kind=int),
     "crop": Field(None,
-        "how boxes are drawn: tf (as SimCLR's code) | torch (as torchvision)", kind=str),
+        "sampling of crop boxes: tf (as SimCLR's code) | torch (as torchvision)", kind=str),
     "area_min": Field(None, "smallest share of the image's area in a crop", kind=float),
     "area_max": Field(None, "largest share of the image's area in a crop", kind=float),
     "ratio_min": Field(None, "smallest width / height of a crop", kind=float),
@@ -68,7 +68,7 @@ AUGMENT: dict[str, Field] = {
     "color_style": Field(None, "tf (as SimCLR's code) | pil (as torchvision)", kind=str),
     "brightness_style": Field(None, "multiply | add (SimCLR's first version)", kind=str),
     "grey": Field(None, "probability of a greyscale view", kind=float),
-    "grey_first": Field(None, "grey comes before the jitter (MoCo v1)", kind=bool),
+    "grey_first": Field(None, "apply grey before the jitter (MoCo v1)", kind=bool),
     "blur": Field(None, "probability of a Gaussian blur", kind=float),
     "sigma_min": Field(None, "smallest standard deviation of the blur, in pixels", kind=float),
     "sigma_max": Field(None, "largest standard deviation of the blur, in pixels", kind=float),
@@ -84,63 +84,68 @@ AUGMENT: dict[str, Field] = {
         "subtracted from pixels in [0, 1], on the device: red, green, blue",
         kind=tuple, example=(0.485, 0.456, 0.406)),
     "std": Field(None,
-        "divided by after that: red, green, blue", kind=tuple, example=(0.229, 0.224, 0.225)),
+        "divided by after the subtraction: red, green, blue",
+        kind=tuple, example=(0.229, 0.224, 0.225)),
 }
 
 # By section, in the order of config.json; "" holds the fields outside any section.
 CONFIG: dict[str, dict[str, Field]] = {
     "": {
         "method": Field("", "simclr | moco: set by the config file, with the section of that name"),
-        "seed": Field(0, "of everything that is drawn: weights, order, crops, shuffles", least=0),
+        "seed": Field(0, "of all random draws: weights, order, crops, shuffles", least=0),
         "batch_size": Field(256, "images of the global batch; each gives two views", least=2),
         "microbatch": Field(0,
-            "images that the encoder sees at a time, 0 = all: less memory, the same step; "
+            "images in one pass of the encoder, 0 = all: less memory, the same step; "
             "model.bn_groups must be a multiple of batch_size / microbatch x devices",
             least=0, free=True),
-        "duration": Field("100 epochs", 'of the run: "100 epochs", "5000 steps"'),
+        "duration": Field("100 epochs", 'length of the run: "100 epochs", "5000 steps"'),
         "log_every": Field(50, "steps between lines of metrics.jsonl", least=1, free=True),
         "init_from": Field("",
             "start from the weights of a file or of a run's workdir (docs/export.md)"),
-        "resume_from": Field("", "start from all that fits of another run: DIR or DIR@STEP"),
-        "resume_optimizer": Field(False, "with resume_from: momenta too, not only the weights"),
+        "resume_from": Field("", "start from the matching arrays of another run: DIR or DIR@STEP"),
+        "resume_optimizer": Field(False,
+            "with resume_from: also take the optimizer state, not only the weights"),
         "on_nonfinite": Field("stop",
-            "at a loss or weight that is not finite: stop | skip that update and count it",
+            "if a loss or weight is not finite: stop | skip (leave that update out and count it)",
             one_of=("stop", "skip"), free=True),
         "max_skipped": Field(10,
-            "skipped updates in a row after which the run stops after all", least=1, free=True),
+            "number of skipped updates in a row after which the run stops", least=1, free=True),
         "steps_per_dispatch": Field(1,
-            "steps that one call of the compiled program takes, at most; more than 1 needs "
+            "at most this many steps in one call of the compiled program; more than 1 needs "
             "data.augment_on=device", least=1, free=True),
         "profile": Field("", "FIRST:LAST: trace these steps for TensorBoard", free=True),
         "tpu_compiler_options": Field(True,
-            "on TPUs, those of common/train/xla_options.py; False: XLA's defaults", free=True),
+            "use the options of common/train/xla_options.py on TPUs; False: XLA's defaults",
+            free=True),
     },
     "data": {
         "source": Field("embedded",
             "embedded | tfds:NAME | folder:PATH | shards:PATH | fake; paths may be gs://..."),
-        "train_split": Field("train", "split that is trained on"),
-        "test_split": Field("test", "split that is classified by kNN and probe; empty = no scores"),
+        "train_split": Field("train", "split to train on"),
+        "test_split": Field("test", "split to classify by kNN and probe; empty = no scores"),
         "bank_split": Field("", "split whose images vote in kNN; empty = data.train_split"),
         "labels": Field("auto",
-            "auto | folders (each folder is a class) | none, where a folder can be read in two "
-            "ways; legacy = as before there was the field", before="legacy"),
+            "auto | folders (each folder is a class) | none; legacy = as before the field existed",
+            before="legacy"),
         "dir": Field("",
-            "of TensorFlow Datasets; empty = TFDS_DATA_DIR, or else its own default", free=True),
+            "data directory of TensorFlow Datasets; empty = TFDS_DATA_DIR, or its own default",
+            free=True),
         "image_size": Field(28,
             "side of the training views and of the evaluation images, in pixels", least=1),
         "cache_gib": Field(16.0,
-            "images held in memory at most; a larger TFRecord dataset is streamed", free=True),
+            "limit for images in memory; a larger TFRecord dataset is streamed", free=True),
         "shuffle_buffer": Field(16384,
-            "encoded images among which a streamed dataset is shuffled", least=1),
+            "size of the shuffle buffer of a streamed dataset, in encoded images", least=1),
         "on_corrupt": Field("error",
-            "at an image that cannot be read: error | replace it by the next good one", free=True),
+            "if an image cannot be read: error | replace (by the next good one)", free=True),
         "value_range": Field("auto",
-            "LOW:HIGH, the values that become black and white in images of more than 8 bits; auto "
-            "= by a sample of the training images, once; upper8 = as before",
+            "LOW:HIGH, the values mapped to black and white in images of more than 8 bits; auto = "
+            "from a sample of the training images, once; upper8 = as before the field existed",
             before="upper8", decided=True),
         "jpeg": Field("exact",
             "how JPEGs are decoded: exact (as Pillow) | fast (off by some levels)", before="fast"),
-        "exif_rotation": Field(False, "turn photographs as their EXIF says (ImageFolder does not)"),
+        "exif_rotation": Field(False,
+            "rotate photographs by their EXIF orientation (ImageFolder does not)"),
         "augment_on": Field("host",
             "host | both (the host decodes, crops and flips, the train step does the rest) | "
             "device (all in the train step, with the dataset in device memory)"),
@@ -150,52 +155,53 @@ CONFIG: dict[str, dict[str, Field]] = {
     "augment": AUGMENT,
     "augment_view2": AUGMENT | {
         "preset": Field(None,
-            "of view 2, which has all fields of augment; None: as view 1", kind=str),
+            "of view 2, which has all fields of augment; None = as view 1", kind=str),
     },
     "model": {
         "depth": Field(50, "of the ResNet: 18, 34, 50, 101, 152, 200"),
         "stages": Field((),
-            "blocks of each stage of a network of your own; then depth is ignored",
+            "blocks per stage of a custom network; depth is then ignored",
             example=(2, 2, 2, 2)),
         "width": Field(64, "channels of the first stage"),
-        "width_multiplier": Field(1, "of all channels, e.g. 2 for a ResNet-50 (2x)"),
+        "width_multiplier": Field(1, "multiplies all channels, e.g. 2 for a ResNet-50 (2x)"),
         "stem": Field("imagenet",
             "imagenet (7x7, stride 2, max pool) | cifar (3x3) | patch2 | patch4"),
         "bn_groups": Field(1,
             "blocks of the global batch that share batch statistics; 1 = all of it", least=1),
         "dtype": Field("float32", "of convolutions and matrix products: float32 | bfloat16"),
         "remat": Field("none",
-            "recompute activations, less memory for more work: none | convs | blocks", free=True),
+            "recompute activations (less memory, more compute): none | convs | blocks", free=True),
         "fold_norm": Field(True,
-            "batch norm folded into widening 1x1 convolutions: less memory traffic"),
+            "fold batch norm into widening 1x1 convolutions: less memory traffic"),
         "conv_init": Field("he",
-            "how convolutions start: he | lecun | torch | normal, see common/models/initial.py",
+            "initialization of convolutions: he | lecun | torch | normal, see"
+            " common/models/initial.py",
             before="he"),
-        "stem_init": Field("", "the same of the first one; empty = as the others", before=""),
+        "stem_init": Field("", "the same for the first one; empty = as the others", before=""),
         "zero_init_residual": Field(True,
-            "the last scale of a residual block starts at 0, as in SimCLR's code; False: at 1, as "
+            "start the last scale of a residual block at 0, as in SimCLR's code; False: at 1, as "
             "in torchvision", before=True),
     },
     "head": {
         "kind": Field("simclr",
-            "simclr (with batch norm) | moco_v1 (one linear map) | moco_v2 (two layers)"),
-        "layers": Field(2, "linear maps of a simclr head"),
-        "hidden": Field(0, "width of its middle layers; 0 = that of the features"),
-        "dim": Field(128, "length of the embeddings that are contrasted"),
+            "simclr (with batch norm) | moco_v1 (one linear layer) | moco_v2 (two layers)"),
+        "layers": Field(2, "number of linear layers of a simclr head"),
+        "hidden": Field(0, "width of its hidden layers; 0 = that of the features"),
+        "dim": Field(128, "dimension of the embeddings in the loss"),
         "init": Field("lecun",
-            "how linear maps start: lecun (Flax) | torch | normal | he", before="lecun"),
+            "initialization of linear layers: lecun (Flax) | torch | normal | he", before="lecun"),
     },
     "optimizer": {
         "name": Field("sgd", "sgd | lars | adamw", one_of=("sgd", "lars", "adamw")),
-        "learning_rate": Field(0.06, "base value; optimizer.scaling makes the peak of it"),
+        "learning_rate": Field(0.06, "base value; optimizer.scaling turns it into the peak"),
         "scaling": Field("linear",
             "peak = base x: linear (batch / 256) | sqrt (square root of batch) | none",
             one_of=("linear", "sqrt", "none")),
         "weight_decay": Field(0.0001, "on kernels only, unless decay_bn_and_bias"),
         "decay_bn_and_bias": Field(False,
-            "decay biases and batch-norm scales too, as MoCo's PyTorch code"),
+            "also decay biases and batch-norm scales, as MoCo's PyTorch code does"),
         "momentum": Field(0.9, "of sgd and lars"),
-        "nesterov": Field(False, "look-ahead form of the momentum (any optimiser)"),
+        "nesterov": Field(False, "Nesterov momentum (any optimizer)"),
         "b1": Field(0.9, "adamw: decay of the first moment"),
         "b2": Field(0.999, "adamw: decay of the second moment"),
         "trust_coefficient": Field(0.001, "lars: eta in You et al. 2017, eq. 6"),
@@ -210,7 +216,7 @@ CONFIG: dict[str, dict[str, Field]] = {
     },
     "probe": {
         "learning_rate": Field(1.0,
-            "of the linear probe that is trained alongside; not scaled by the batch"),
+            "of the linear probe trained during the run; not scaled by the batch"),
         "momentum": Field(0.9, "of its SGD"),
         "schedule": Field("constant",
             "constant | cosine (to 0 at the end of the run)", one_of=("constant", "cosine")),
@@ -218,26 +224,28 @@ CONFIG: dict[str, dict[str, Field]] = {
     "evaluate": {
         "every": Field("10 %",
             'kNN and probe during the run; "0 steps" = only before and after it', free=True),
-        "knn_k": Field(0, "neighbours that vote; 0 = min(200, n / 10)", least=0),
+        "knn_k": Field(0, "number of neighbours that vote; 0 = min(200, n / 10)", least=0),
         "knn_temperature": Field(0.1, "a vote weighs exp(similarity / temperature)"),
-        "knn_center": Field(False, "subtract the mean of the voting features first"),
-        "knn_examples": Field(0, "training images that vote; 0 = all", least=0),
+        "knn_center": Field(False, "subtract the mean of the training features first"),
+        "knn_examples": Field(0, "number of training images that vote; 0 = all", least=0),
         "batch_size": Field(0,
-            "images encoded at a time; 0 = the training batch", least=0, free=True),
+            "batch size for encoding; 0 = the training batch", least=0, free=True),
         "pictures": Field(True,
-            "augmented pairs and nearest neighbours, as PNG in the workdir", free=True),
+            "draw augmented pairs and nearest neighbours as PNG in the workdir", free=True),
     },
     "checkpoint": {
         "every": Field("5 %",
             'duration between checkpoints: "1 epoch", "500 steps", "5 %"', free=True),
         "keep": Field(2,
-            "the newest so many stay; with 1 there is none to fall back to", least=1, free=True),
+            "how many of the newest to keep; with 1 there is none to fall back to",
+            least=1, free=True),
         "keep_every": Field("0 steps",
-            "the first of each so many steps stays too; 0 steps: none does", free=True),
-        "keep_best": Field(0, "so many with the highest kNN accuracy stay too", least=0, free=True),
+            "also keep the first of each period of this length; 0 steps: off", free=True),
+        "keep_best": Field(0,
+            "also keep this many with the highest kNN accuracy", least=0, free=True),
     },
 }
 # fmt: on
 
-# As `before`, for sections of methods.
+# `before` of fields in the sections of methods.
 METHODS_BEFORE = {"simclr.loss_scale": 1.0}

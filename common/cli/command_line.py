@@ -1,4 +1,4 @@
-"""The flags of `main.py`; what is wrong with a command line is said in one line."""
+"""The flags of `main.py`; every mistake in a command line is reported in one line."""
 
 import functools
 import os
@@ -16,11 +16,11 @@ from common.run import files
 
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
 MODES = {
-    "train": "train, or go on with the run of --workdir",
-    "plan": "only compile the train step and say what it costs",
+    "train": "train, or resume the run of --workdir",
+    "plan": "compile the train step and report its cost, without training",
     "prepare": "write the data as shards",
-    "import": "make a workdir of the weights of --config.init_from",
-    "replay": "take the step again at which the run of --workdir diverged",
+    "import": "make a workdir from the weights of --config.init_from",
+    "replay": "repeat the step at which the run of --workdir diverged",
 }  # the others evaluate a run
 _HELP = ("-h", "--help", "-help")
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,@]+")  # of "folder:gs://bucket/images@train"
@@ -32,12 +32,12 @@ def define(evaluations: Iterable[str], values: flags.FlagValues = flags.FLAGS) -
 
     Args:
         evaluations: the modes that evaluate a workdir.
-        values: where to.
+        values: where they are defined.
     """
     text = functools.partial(flags.DEFINE_string, flag_values=values)
-    text("config", None, "Config file, e.g. configs/simclr_demo.py, or with :smoke behind it.")
+    text("config", None, "Config file, e.g. configs/simclr_demo.py; :smoke may be appended.")
     text("eval", None, "How to evaluate, e.g. --eval.knn.k=20.")
-    text("workdir", None, "Where checkpoints, metrics and pictures go, or are.")
+    text("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
     flags.DEFINE_enum(
         "mode", "train", [*MODES, *evaluations], "What to do, see above.", flag_values=values
     )
@@ -50,10 +50,10 @@ def define(evaluations: Iterable[str], values: flags.FlagValues = flags.FLAGS) -
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_bool(
-        "distributed", False, "One process a host of a pod: join the others first.",
+        "distributed", False, "One process per host of a pod: join the others first.",
         flag_values=values,
     )  # fmt: skip
-    text("coordinator", "", "HOST:PORT,COUNT,INDEX, where JAX cannot find that out itself.")
+    text("coordinator", "", "HOST:PORT,COUNT,INDEX, if JAX cannot detect them itself.")
     text("compile_cache", CACHE, "Keeps compiled programs for the next start; '' = none.")
 
 
@@ -66,7 +66,7 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
         others: arguments that are no flags.
 
     Raises:
-        UserError: saying which one is missing or too many.
+        UserError: naming the flag that is missing or does not fit.
     """
     if others:
         raise UserError(f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE")
@@ -132,7 +132,7 @@ def parse(
 
 
 def reach_stores(values: flags.FlagValues) -> None:
-    """Asks every object store that the flags and the config name whether it answers.
+    """Checks that every object store named by the flags or the config answers.
 
     Raises:
         UserError: if one does not.
@@ -145,7 +145,7 @@ def reach_stores(values: flags.FlagValues) -> None:
 
 
 def _last(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag on a command line, before absl reads it; None if it is not there."""
+    """The value of a flag on a command line, before absl parses it; None if it is absent."""
     found = None
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
@@ -157,7 +157,7 @@ def _last(argv: Sequence[str], name: str) -> str | None:
 
 
 def _all_have_values(argv: Sequence[str], values: flags.FlagValues) -> None:
-    """Refuses `--workdir --mode=knn`, where absl would take the second flag for a value."""
+    """Refuses `--workdir --mode=knn`, where absl would parse the second flag as a value."""
     for argument, after in zip(argv[1:], [*argv[2:], "--"], strict=True):
         name = argument.removeprefix("-").removeprefix("-")
         if argument == "--":
@@ -168,7 +168,7 @@ def _all_have_values(argv: Sequence[str], values: flags.FlagValues) -> None:
 
 
 def _in_one_line(error: flags.Error, values: flags.FlagValues, methods: Mapping[str, Any]) -> str:
-    """What a person needs to know of an error of absl."""
+    """The message of an absl error, in one line with a suggestion."""
     if isinstance(error, flags.UnrecognizedFlagError):
         known = {flag: flag for flag in usage.flags_of(values)}  # what follows may add to these
         trees = [("eval", configs.eval_config())]

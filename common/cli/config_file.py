@@ -1,4 +1,4 @@
-"""`--config=FILE`: a Python file with a function `get_config`, and what can be wrong with it."""
+"""`--config=FILE`: loads a Python file with a function `get_config`, and locates its errors."""
 
 import difflib
 import glob
@@ -40,7 +40,7 @@ def load(text: str) -> ConfigDict:
     name = "config_of_" + re.sub(r"\W", "_", path)
     loader = importlib.machinery.SourceFileLoader(name, path)
     spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None  # as of every loader of a file
+    assert spec is not None  # there is one for every file loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there for their module
     try:
@@ -62,7 +62,7 @@ def _stem(path: str) -> str:
 
 
 def _in_a_file(error: Exception, path: str) -> str:
-    """What is wrong in a config file, and in which line."""
+    """The error in a config file, with its line."""
     here = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     line = error.lineno if isinstance(error, SyntaxError) else here[-1] if here else None
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"

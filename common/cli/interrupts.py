@@ -1,4 +1,4 @@
-"""Ctrl-C in `main.py`, but for the first one in a training loop (`common/train/preemption.py`)."""
+"""Ctrl-C in `main.py`, except the first in a training loop (`common/train/preemption.py`)."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ from types import FrameType
 
 
 def install() -> None:
-    """From now on Ctrl-C ends the process at once, with one line and status 130.
+    """Makes Ctrl-C end the process at once, with one line and status 130.
 
-    Threads of the input pipeline, and a checkpoint that is being written, are not waited for: what
-    is on the disk is whole without them. A signal that is ignored, as under nohup, stays so.
+    It does not wait for threads of the input pipeline or for a checkpoint that is being written:
+    the files on the disk are complete without them. An ignored signal (nohup) stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -1,6 +1,6 @@
-"""`--config.NAME=VALUE` and `--eval.NAME=VALUE`: what a command line changes of a config.
+"""`--config.NAME=VALUE` and `--eval.NAME=VALUE`: changes of a config on the command line.
 
-Every mistake is a line that says which flag, what was found and what was expected.
+Every mistake is reported in one line: the flag, its value and what was expected.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from common.errors import UserError
 _OVERRIDE = re.compile(r"--?(no)?(config|eval)\.([^=]+)(?:=(.*))?", re.DOTALL)
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 _BY_TYPE = {int: 32, float: 0.5, bool: True, tuple: (0.5,)}  # examples for fields without a value
-# What a field is called elsewhere.
+# Names of fields in other projects.
 _OTHER_NAMES = {
     "bs": "batch_size",
     "epochs": "duration",
@@ -36,11 +36,11 @@ _AS_GOOD = 0.04
 
 
 def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[str]:
-    """Sets what the flags `--config.NAME=VALUE` and `--eval.NAME=VALUE` say.
+    """Applies the flags `--config.NAME=VALUE` and `--eval.NAME=VALUE`.
 
     Values are read by the type of the field. None, where a field may be None, leaves the choice to
     the preset; true and false can be written `--config.NAME` and `--noconfig.NAME`; a tuple is
-    written `1,2,3` or `(1, 2, 3)`; of a field that is given twice the last value counts.
+    written `1,2,3` or `(1, 2, 3)`; of a field given twice the last value counts.
 
     Args:
         argv: the program's name and its arguments.
@@ -82,7 +82,7 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """Those of the names `known` that somebody may have meant by `name`, at most three."""
+    """At most three of the names `known` that the user may have meant by `name`."""
     first, dot, last = name.rpartition(".")
     name = first + dot + _OTHER_NAMES.get(last, last)
     scores = {field: _likeness(name, field) for field in known}
@@ -96,7 +96,7 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 
 def _likeness(found: str, field: str) -> float:
-    """From 0 to 1; what a field is called in its section counts most."""
+    """Similarity from 0 to 1; the last part of a name counts most."""
     a, b = found.split("."), field.split(".")
     whole, last = "_".join(a), b[-1]
     alike = max(_ratio(a[-1], last), _ratio(whole, last))
@@ -111,7 +111,7 @@ def _ratio(a: str, b: str) -> float:
 
 
 def _find(config: ConfigDict, flag: str, name: str) -> tuple[ConfigDict, str]:
-    """The section that has a field, and what it is called there."""
+    """The section that has a field, and the name of the field in it."""
     section, *rest = config, *name.split(".")
     for part in rest[:-1]:
         section = section.get(part) if isinstance(section, ConfigDict) else None
@@ -127,14 +127,14 @@ def _find(config: ConfigDict, flag: str, name: str) -> tuple[ConfigDict, str]:
 
 
 def _may_be_none(tree: str, name: str) -> bool:
-    """Whether None means something: a field of a preset, or one that a config left open."""
+    """Whether the field may be None: it belongs to a preset."""
     section, _, last = name.partition(".")
     return tree == "config" and section in ("augment", "augment_view2") and (
         name != "augment.preset" and last in fields.AUGMENT)  # fmt: skip
 
 
 def _value(flag: str, text: str, kind: type, name: str, now: Any, may_be_none: bool) -> Any:
-    """The value of a field of type `kind` that a command line spells `text`."""
+    """Parses `text` as a value of a field of type `kind`."""
     if kind is ConfigDict:
         raise UserError(
             f"{flag}={text}: {name} is a section; set its fields, e.g. {flag}.{next(iter(now))}="
@@ -180,12 +180,12 @@ def _number(text: str, kind: type) -> Any:
 
 
 def _kinds(example: Sequence[Any]) -> list[type]:
-    """The types of the elements of a tuple like this one, the strictest first."""
+    """The types of the elements of this tuple, the strictest first."""
     return [kind for kind in (int, float, str) if any(type(x) is kind for x in example)]
 
 
 def _tuple(text: str, example: Sequence[Any]) -> tuple:
-    """The values of "1,2", "(1, 2)" or "[1, 2]", of the types that the example has."""
+    """Parses "1,2", "(1, 2)" or "[1, 2]"; the elements have the types of the example."""
     text = text.strip()
     for left, right in ("()", "[]"):
         if text.startswith(left) or text.endswith(right):

@@ -1,4 +1,4 @@
-"""What `python main.py -h` prints, and the table of docs/reference/config.md: of one source."""
+"""The text of `python main.py -h`, and the tables of docs/reference/config.md."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -15,16 +15,16 @@ _LINES = (
     "python main.py --config=FILE --workdir=DIR [--config.NAME=VALUE ...]",
     "python main.py --mode=MODE --workdir=DIR [--eval.NAME=VALUE ...]",
 )
-# Of those that evaluate a run.
+# The modes that evaluate a run.
 _EVALUATIONS = {
     "embed": "features of a split, and a report with pictures of it (docs/embed.md)",
     "knn": "classify the test images by their nearest training images",
     "linear_eval": "train a linear classifier on the features",
-    "finetune": "train the whole network on a share of the labels",
+    "finetune": "train the whole network on a fraction of the labels",
     "transfer": "logistic regression on the features of other datasets",
     "export": "write the encoder for other programs (docs/export.md)",
 }
-_SECOND = "augment_view2."  # whose fields are those of `augment` once more
+_SECOND = "augment_view2."  # has the same fields as `augment`
 
 
 def text(
@@ -62,7 +62,7 @@ def text(
 
 
 def flags_of(values: flags.FlagValues) -> list[str]:
-    """The names of the flags that are ours, in the order of their definition."""
+    """The names of our own flags, in the order of their definition."""
     ours = ("config", "workdir", "mode", "topology", "quick", "distributed", "coordinator",
             "compile_cache", "eval")  # fmt: skip
     return [name for name in ours if name in values]
@@ -73,7 +73,7 @@ def of_methods(
 ) -> Iterator[list[tuple[str, Any, str]]]:
     """(name, default, meaning) of every field, by section; each method's own among them.
 
-    Of the second view only what differs from the first.
+    Of the second view only the fields that differ from the first.
 
     Args:
         methods: by name.
@@ -134,12 +134,12 @@ def _table(title: str, tree: str, rows: list[tuple[str, Any, str]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a command line spells it."""
+    """A value as written on a command line."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _row(name: str, meaning: str) -> list[str]:
-    """A name and what it means, the second column wrapped."""
+    """A name and its meaning, the second column wrapped."""
     room = _COLUMNS - _NAMES - 1
     wrapped = textwrap.wrap(meaning, room, break_long_words=False) or [""]
     first = f"  {name}".ljust(_NAMES - 1)

@@ -115,11 +115,11 @@ class Checkpoints:
         except Exception as error:  # of tensorstore, of the file system, of orbax
             self._failed = True
             good = max((s for s in self._steps_on_disk() if s != step), default=None)
-            carry_on = f"carries on from step {good:,}" if good else "starts anew"
+            then = f"resumes from step {good:,}" if good else "starts from scratch"
             raise UserError(
                 f"cannot write the checkpoint of step {step} in {self._workdir} "
                 f"({reason(error)}): make room or repair the disk; the same command then "
-                f"{carry_on}"
+                f"{then}"
             ) from error
 
     def _steps_on_disk(self) -> list[int]:
@@ -263,24 +263,24 @@ class Checkpoints:
         found = f"there are also those of step {others}" if others else "there is no other"
         return UserError(
             f"the checkpoint of step {step} in {self._workdir} is damaged ({reason}), and "
-            f"{found}: restore the files from a copy, or train anew in another --workdir"
+            f"{found}: restore the files from a copy, or train again in another --workdir"
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
-        # when something went wrong already, that is the error to show
+        # if there is an error already, that is the one to show
         known = kind or self._failed
-        # Orbax tidies up in a thread, which complains at length if the interpreter ends before it.
-        tidied_up = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
-        if tidied_up and not _several_processes():
+        # Orbax cleans up in a thread, which prints long errors if the interpreter exits first.
+        await_cleanup = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
+        if await_cleanup and not _several_processes():
             with contextlib.suppress(Exception):
-                tidied_up()
+                await_cleanup()
         with contextlib.suppress(Exception) if known else self._written(self._writing):
             self._manager.close()
 
 
 def _several_processes() -> bool:
-    """Whether there are others, which would wait for this process if it failed in a read."""
+    """Whether others would wait for this process if it failed in a read."""
     return jax.process_count() > 1

@@ -1,8 +1,9 @@
 """TensorBoard's event files, also in an object store.
 
-tensorboardX writes them in a thread of its own. If a write fails there the thread ends, its queue
-fills, and the training waits for ever, so no write may fail: the files here warn and drop what they
-cannot write. The numbers are in `metrics.jsonl` all the same.
+tensorboardX and not `clu.metric_writers` or `tf.summary`: both import TensorFlow, which takes
+seconds and which runs without the host pipeline do not need. It writes in a thread. If a write
+fails there the thread ends, its queue fills, and training blocks for ever; so no write may fail:
+the files here warn once and drop what they cannot write. `metrics.jsonl` has the same numbers.
 """
 
 import logging
@@ -19,7 +20,7 @@ def open_writer(path: epath.Path, start_step: int) -> Any:
 
     Args:
         path: local or e.g. `gs://...`.
-        start_step: the step restored. TensorBoard hides what was written before of later steps.
+        start_step: the step restored; TensorBoard hides events of later steps written before.
     """
     import tensorboardX
     from tensorboardX import record_writer
@@ -38,7 +39,7 @@ _LOCAL = "careful"  # a scheme by which tensorboardX finds `_Local`
 
 
 class _Local:
-    """What tensorboardX asks for a path with a scheme, for a disk."""
+    """What tensorboardX needs for paths with a scheme, for a disk."""
 
     def directory_check(self, path: str) -> None:
         os.makedirs(path.removeprefix(f"{_LOCAL}:"), exist_ok=True)
@@ -49,7 +50,7 @@ class _Local:
 
 
 class _Remote:
-    """What tensorboardX asks for a path with a scheme; its own needs a client for each store."""
+    """The same for an object store. (Its own needs a client library for each.)"""
 
     def directory_check(self, path: str) -> None:
         """Object stores have no directories."""
@@ -59,7 +60,7 @@ class _Remote:
 
 
 class _Careful:
-    """A file whose writes never fail: after the first that does, nothing more is written."""
+    """A file whose writes never raise: after the first failure nothing more is written."""
 
     def __init__(self, file: "BinaryIO | _WholeFile", path: str) -> None:
         self._file, self._path, self._broken = file, path, False
@@ -78,16 +79,16 @@ class _Careful:
             return
         try:
             action(*arguments)
-        except Exception as error:  # of a disk, or of whatever client an object store has
+        except Exception as error:  # of a disk, or of the client of an object store
             self._broken = True
             logging.warning(
-                "cannot write %s (%s): training goes on without TensorBoard; metrics.jsonl has "
+                "cannot write %s (%s): training continues without TensorBoard; metrics.jsonl has "
                 "the same numbers", self._path, error,
             )  # fmt: skip
 
 
 class _WholeFile:
-    """A file that is written anew at each flush; event files are small."""
+    """A file that is rewritten at each flush; event files are small."""
 
     def __init__(self, path: epath.Path) -> None:
         self._path, self._content, self._written = path, bytearray(), 0

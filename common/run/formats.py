@@ -1,4 +1,4 @@
-"""Files of named arrays: `.safetensors` and `.npz`, and PyTorch's, which are only read.
+"""Files of named arrays: `.safetensors` and `.npz`, and PyTorch's, which can only be read.
 
 Nothing read here can run code: safetensors holds none, `.npz` is read without pickle, and a PyTorch
 file is left to `torch.load(weights_only=True)`.
@@ -43,11 +43,14 @@ def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
         the file.
 
     Raises:
-        UserError: no such file, an unknown ending, a damaged file, one that is not only arrays, or
+        UserError: no such file, an unknown file extension, a damaged file, one with other things
+            than arrays, or
             a PyTorch file where PyTorch is not installed.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} has an unknown ending: expected one of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{path} has an unknown file extension: expected one of {', '.join(SUFFIXES)}"
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -63,7 +66,7 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     """Writes a `.safetensors` or `.npz` file, whole or not at all.
 
     Args:
-        path: its ending chooses the format.
+        path: its file extension chooses the format.
         arrays: by name.
         metadata: what JSON can hold. In safetensors it is the `__metadata__` of the header, where
             what is no string is written as JSON; in `.npz` the comment of the zip file, so that
@@ -148,7 +151,7 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
 
 
 def _decode(metadata: Any) -> dict[str, Any]:
-    """Values as they were before `write` made text of them."""
+    """Values as they were before `write` converted them to text."""
 
     def value(text: Any) -> Any:
         try:

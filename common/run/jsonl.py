@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which a run may stop writing and later take up again."""
+"""Files of one JSON object per line, which a resumed run continues."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from common.errors import UserError
 from common.run import files
 
 FILE = "metrics.jsonl"
-RESULTS = "results.jsonl"  # of evaluations, a line each
+RESULTS = "results.jsonl"  # one line per evaluation
 DISCARDED = "metrics.discarded.jsonl"
 _MOST_WAITING = 10_000  # lines
 _REMOTE_SECONDS = 30.0  # between two rewrites of a file in an object store
 
 
 def dump(record: Mapping[str, Any]) -> str:
-    """Returns one line of strict JSON: what is not finite becomes null."""
+    """Returns one line of strict JSON: numbers that are not finite become null."""
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
@@ -36,7 +36,7 @@ def read(path: str | epath.PathLike) -> list[dict[str, Any]]:
 
 
 def append(path: epath.Path, record: Mapping[str, Any]) -> None:
-    """Adds one record to a file and makes it outlive this process."""
+    """Appends one record to a file, on the disk when it returns."""
     lines = Lines(path)
     lines.add(dump(record))
     lines.close()
@@ -69,7 +69,7 @@ def discard_after(workdir: epath.Path, step: int) -> None:
 
 def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     out = []
-    # Bytes that a power cut left behind need not be text.
+    # After a power cut the bytes may not be text.
     for line in path.read_bytes().decode("utf-8", "replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
@@ -81,7 +81,8 @@ def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
 class Lines:
     """A text file that grows by lines; object stores cannot append, so there it is rewritten.
 
-    A disk that is full or away for a while costs no line: they wait in memory. `flush` insists.
+    While a disk is full or unreachable, lines wait in memory and none is lost; `flush` writes them
+    or fails.
     """
 
     _failing = False
@@ -94,7 +95,7 @@ class Lines:
         if self._remote:
             self._text = path.read_text() if path.exists() else ""
         else:
-            # no buffer: what a failed write has left of a line is then known, and cut off again
+            # no buffer: the part of a line left by a failed write is then known, and is cut off
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._size = self._file.seek(0, os.SEEK_END)
 
@@ -102,7 +103,7 @@ class Lines:
         """Writes a line, now or, if that is not possible, later.
 
         Raises:
-            UserError: if too many wait.
+            UserError: if too many lines are waiting.
         """
         self._waiting.append(line + "\n")
         if self._remote and time.monotonic() - self._saved <= _REMOTE_SECONDS:
@@ -118,7 +119,7 @@ class Lines:
                 raise self._lost(error) from error
 
     def flush(self) -> None:
-        """Makes every line so far outlive this process.
+        """Writes all lines so far to the disk.
 
         Raises:
             UserError: if that is not possible.
@@ -146,7 +147,7 @@ class Lines:
             data = text.encode()
             try:
                 written = self._file.write(data)
-                if written < len(data):  # the disk is full; the rest says so
+                if written < len(data):  # the disk is full: writing the rest raises
                     self._file.write(data[written:])
             except OSError:
                 os.ftruncate(self._file.fileno(), self._size)
@@ -158,5 +159,5 @@ class Lines:
         reason = error.strerror or error
         return UserError(
             f"cannot write {self._path} ({reason}; {len(self._waiting)} lines wait): make room or "
-            "mend the disk; the same command then carries on from the last checkpoint"
+            "repair the disk; the same command then resumes from the last checkpoint"
         )

@@ -1,9 +1,9 @@
 """One run at a time in a workdir.
 
-On a disk the operating system holds the lock (`flock`) and lets go of it when the process ends,
-however it ends. An object store knows no locks, and neither do some network disks: there the owner
-writes a sign of life every few seconds, and whoever comes next watches for one before it takes
-over. Evaluations only read, and need no lock.
+On a disk the operating system holds the lock (`flock`) and releases it when the process ends,
+however it ends. Object stores and some network disks have no locks: there the owner writes a
+heartbeat every few seconds, and the next run watches for one before it takes over. Evaluations only
+read, and need no lock.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ else:
     import fcntl
 
 FILE = "lock"
-BEAT_SECONDS = 20.0  # between two signs of life
-WATCHED_BEATS = 2.5  # without one, for so long, the owner is taken for dead
-SETTLE_SECONDS = 2.0  # in which one of two that start together sees the other
+BEAT_SECONDS = 20.0  # between two heartbeats
+WATCHED_BEATS = 2.5  # after this many missed heartbeats the owner counts as dead
+SETTLE_SECONDS = 2.0  # of two runs that start together, one sees the other in this time
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -52,7 +52,7 @@ def hold(workdir: epath.Path) -> Iterator[Lock]:
     """Keeps other runs out of `workdir`, an existing directory, while the context is open.
 
     Raises:
-        UserError: another run is in it; the message says where that one runs, and since when.
+        UserError: another run is in it; the message names its host, process and start time.
     """
     lock = None if files.is_remote(workdir) else _flock(workdir)
     lock = lock or _Heartbeat(workdir)
@@ -76,7 +76,7 @@ def _refusal(workdir: epath.Path, owner: dict[str, Any]) -> UserError:
 
 
 def _flock(workdir: epath.Path) -> Lock | None:
-    """The lock of the operating system; None where it has none for this disk."""
+    """The lock of the operating system; None if it has none for this disk."""
     if fcntl is None:
         return None
     path = workdir / FILE
@@ -100,14 +100,14 @@ class _Flock:
         self._file = file
 
     def check(self) -> None:
-        """Nobody can take it away."""
+        """No other process can take this lock."""
 
     def release(self) -> None:
-        self._file.close()  # the file stays: another may be waiting at it
+        self._file.close()  # the file stays: another process may have it open
 
 
 class _Heartbeat:
-    """A file that says of its owner that it lives."""
+    """A file with a counter, which its owner keeps increasing."""
 
     def __init__(self, workdir: epath.Path) -> None:
         self._workdir, self._path = workdir, workdir / FILE
@@ -117,7 +117,7 @@ class _Heartbeat:
         if before:
             seconds = WATCHED_BEATS * BEAT_SECONDS
             logging.warning(
-                "%s is locked by process %s on %s: watching for a sign of life, for %.0f s",
+                "%s is locked by process %s on %s: watching for a heartbeat for %.0f s",
                 workdir, before.get("pid"), before.get("host"), seconds,
             )  # fmt: skip
             self._watch(before, seconds)
@@ -135,14 +135,14 @@ class _Heartbeat:
         while time.monotonic() < end:
             time.sleep(min(1.0, seconds / 10))
             now = _read(self._path)
-            if not now:  # it has finished
+            if not now:  # the owner has finished
                 return
             if now != before:
                 raise _refusal(self._workdir, now)
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the store is away for a moment
+            with contextlib.suppress(OSError):  # the store is unreachable for a moment
                 now = _read(self._path)
                 if now and now.get("owner") != self._record["owner"]:
                     self._taken_by = now
@@ -166,7 +166,7 @@ class _Heartbeat:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    """The record of a lock file; {} if there is none, or none that can be read."""
+    """The record in a lock file; {} if it is missing or unreadable."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Pictures for the workdir: what the augmentation does, what the encoder finds alike, the curves.
+"""Pictures for the workdir: augmented pairs, nearest neighbours, training curves.
 
 matplotlib is imported on the first picture only. Figures are drawn without pyplot: no window, no
 state that outlives the call.
@@ -43,7 +43,7 @@ def augmented_pairs(
             axes = _show(figure, grid[row, column * (width + 1) + j], view)
             if row == 0:
                 axes.set_title(titles[j], fontsize=8, pad=3)
-    _title(figure, "What the encoder is told to see as the same")
+    _title(figure, "Pairs that the encoder learns to match")
     _save(figure, path)
 
 
@@ -122,7 +122,7 @@ def curves(
         x, y = series(records, "knn_top1")
         for axes in right:
             axes.plot(x, 100 * y, label=name or None, marker="o", markersize=3.5, linewidth=1.3)
-    # Runs on one dataset share the value: one line, not one a run.
+    # Runs on one dataset share the value: one line, not one per run.
     raw = sorted({value for records in runs.values() for value in _raw_pixels(records)})
     for value in raw:
         label = "raw pixels" if len(raw) == 1 else f"raw pixels ({100 * value:.1f} %)"

@@ -1,17 +1,17 @@
-"""Which of the checkpoints of a run stay."""
+"""Which checkpoints of a run are kept."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 class Keep:
-    """Which checkpoints stay; called by orbax, of whose `PreservationPolicy` it has the form.
+    """Which checkpoints to keep: a `PreservationPolicy` of orbax.
 
     Args:
         score: step -> kNN accuracy, None if unknown.
-        last: the newest so many; None: all.
-        every: of each so many steps the first one; 0: none.
-        best: so many with the highest score.
+        last: how many of the newest; None: all.
+        every: the first checkpoint of each period of this many steps; 0: none.
+        best: how many with the highest score.
     """
 
     def __init__(
@@ -21,7 +21,7 @@ class Keep:
         self._scores: dict[int, float | None] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each of `checkpoints` (which have a `step`) whether it stays."""
+        """Whether to keep each of `checkpoints` (which have a `step`)."""
         steps = sorted(c.step for c in checkpoints)
         stay = set(steps if self._last is None else steps[-self._last :])
         if self._every:
@@ -30,7 +30,7 @@ class Keep:
                 first.setdefault(step // self._every, step)
             stay |= {step for number, step in first.items() if number}
         if self._best:
-            for step in steps[:-1]:  # the last is being written: it stays anyhow
+            for step in steps[:-1]:  # the last is being written: it is kept anyway
                 if self._scores.get(step) is None:
                     self._scores[step] = self._score(step)
             scores = {s: x for s in steps[:-1] if (x := self._scores[s]) is not None}

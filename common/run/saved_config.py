@@ -1,4 +1,4 @@
-"""`config.json`, the resolved config of a run: all that reads or writes it is here."""
+"""`config.json`, the resolved config of a run. Only this file reads or writes it."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def write(workdir: epath.Path, config: dict[str, Any]) -> None:
 def load(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
     """The config of the run in `workdir`, locked.
 
-    Fields that are newer than the run have the value that stands for what the code did then.
+    Fields that are newer than the run get what the code did before it had them.
 
     Args:
         workdir: of a run.

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is."""
+"""The directory of a run, and which run it belongs to."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.run import files, jsonl, lock, saved_config
 from common.sharding import first_process
 
-# What a run leaves in its workdir before the first step.
+# What a run may leave in its workdir before the first step.
 OWN_FILES = {
     saved_config.FILE,
     jsonl.FILE,
@@ -32,7 +32,7 @@ OWN_FILES = {
 def claim(
     workdir: str | epath.PathLike, config: ConfigDict
 ) -> Iterator[tuple[epath.Path, lock.Lock | None]]:
-    """Makes `workdir` this run's: writes `config.json`, or checks that the one there agrees.
+    """Claims `workdir` for this run: writes `config.json`, or checks that the existing one agrees.
 
     A context manager; while it is open no other run can claim the directory.
 
@@ -56,18 +56,18 @@ def claim(
                 refusal = UserError(
                     f"cannot use {workdir} as a workdir: {reason}; give another --workdir"
                 )
-        # one decides for all, and nobody goes on before config.json is written
+        # process 0 decides for all, and none continues before config.json is written
         if first_process(refusal is not None) and not refusal:
-            refusal = UserError(f"process 0 refuses the workdir {workdir}: see what it says")
+            refusal = UserError(f"process 0 refuses the workdir {workdir}: see its message")
         if refusal:
             raise refusal
         yield workdir, held
 
 
 def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
-    """The config with which the run in `workdir` goes on; without a run there, `config`.
+    """The config with which the run in `workdir` is resumed; without a run there, `config`.
 
-    See `common.config.as_begun`. What is wrong with the directory, `claim` says.
+    See `common.config.as_begun`. Errors in the directory are reported by `claim`.
     """
     directory = files.path(workdir)
     if not (directory / saved_config.FILE).exists() or not _has_trained(directory):
@@ -81,14 +81,14 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
     config, newer = configs.as_begun(config, saved)
     for name, value in sorted(newer.items()):
         logging.warning(
-            "the run in %s began before there was a field %s: it goes on as it began, with %s=%s",
+            "the run in %s is older than the field %s: it is resumed as it began, with %s=%s",
             workdir, name, name, value,
         )  # fmt: skip
     return config
 
 
 def _make(workdir: epath.Path) -> None:
-    """Makes the directory; one that holds something else is refused before it gets a lock."""
+    """Makes the directory; one that holds something else is refused before it is locked."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: give a new or an empty directory as --workdir")
     names = {p.name for p in workdir.iterdir()} if workdir.is_dir() else set()
@@ -103,7 +103,7 @@ def _make(workdir: epath.Path) -> None:
 def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
     names = {p.name for p in workdir.iterdir()}
     if names <= OWN_FILES and not _has_trained(workdir):
-        # also what a mistake in the config leaves that shows before or in the first step
+        # also what is left by a mistake in the config that shows before or in the first step
         saved_config.write(workdir, current)
         logging.info("new run in %s", workdir)
         return

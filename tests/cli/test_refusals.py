@@ -126,7 +126,7 @@ def test_process_0_decides_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(1))
     refused(
-        f"process 0 refuses the workdir {tmp_path / 'w'}: see what it says", hold, tmp_path / "w"
+        f"process 0 refuses the workdir {tmp_path / 'w'}: see its message", hold, tmp_path / "w"
     )
     assert not (tmp_path / "w").exists()
 

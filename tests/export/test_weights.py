@@ -357,7 +357,7 @@ FILES = {
     "cut.npz": (
         lambda p: p.write_bytes(save(p, encoder()).read_bytes()[:-300]), "cannot be read as .npz",
     ),
-    "weights.h5": (lambda p: p.write_bytes(b"x"), "unknown ending: expected one of .safetensors"),
+    "weights.h5": (lambda p: p.write_bytes(b"x"), "unknown file extension: expected one of"),
     "absent.npz": (lambda p: None, "absent.npz: No such file .*; give a file of weights or a w"),
     "directory": (lambda p: p.mkdir(), r"is a directory and holds no run \(no config.json\)"),
     "vit.npz": (

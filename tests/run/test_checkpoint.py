@@ -283,7 +283,7 @@ def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(two, tmp_path):
     """The limit on the size of a file stands for it: a write fails in the middle."""
     s, abstract, shardings = two
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    said = r"cannot write the checkpoint of step 7 .*: make room .* carries on from step 5"
+    said = r"cannot write the checkpoint of step 7 .*: make room .* resumes from step 5"
     with Checkpoints(tmp_path, 1) as checkpoints:
         # less than half of `w`: each device writes one, at times into a file of its own
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
@@ -313,6 +313,6 @@ def test_a_save_that_failed_shows_as_soon_as_it_has_ended(tmp_path, monkeypatch)
         monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
         checkpoints.check()
         monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: False)
-        with pytest.raises(UserError, match=r"checkpoint of step 7 .*no space left.* starts anew"):
+        with pytest.raises(UserError, match=r"step 7 .*no space left.* starts from scratch"):
             checkpoints.check()
         checkpoints.check()  # it was said

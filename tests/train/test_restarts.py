@@ -123,7 +123,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_as_it_began(tmp_path, monkeypa
     with caplog.at_level("WARNING"):
         begun = workdirs.as_begun(c, tmp_path)
     assert (begun.seed, begun.augment_view2.crop) == (0, "torch") and c.seed == 3
-    assert "began before there was a field seed: it goes on as it began, with seed=0" in caplog.text
+    assert "is older than the field seed: it is resumed as it began, with seed=0" in caplog.text
     assert saved_config.load(tmp_path, {"simclr": toy.Toy}).seed == 0
     toy.train(c, tmp_path)
     assert workdirs.as_begun(c, tmp_path / "new") is c
