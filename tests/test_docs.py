@@ -73,13 +73,13 @@ def type_in(page, checkout):
         (checkout / name).write_text(code)
     (changed,) = re.findall(r"In `main.py`,.*?```python\n(.*?)```", text, re.DOTALL)
     lines = changed.split("\n\n")
-    assert [line.split()[0] for line in lines] == ["from", "METHODS"]
+    assert [line.split()[0] for line in lines] == ["from", "METHODS:"]
     main = (checkout / "main.py").read_text()
     first = main.index("from moco_jax")
     main = main[:first] + lines[0] + "\n" + main[first:]
-    main, n = re.subn(r"^METHODS = .*\n", lines[1], main, flags=re.MULTILINE)
-    assert n == 1
-    (checkout / "main.py").write_text(main)
+    (before,) = re.findall(r"^METHODS.*\}\n", main, re.MULTILINE)
+    assert lines[1].startswith(before.rstrip("}\n"))  # the page adds to it
+    (checkout / "main.py").write_text(main.replace(before, lines[1]))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reading.md"
-BASE = "common"  # the files of common/ itself that are no room of their own
+BASE = "common"  # files of common/ and common/data/ that are not a room of their own
 # From left to right: a file imports from its own room and from those to the left of it.
 ROOMS = (
     BASE, "common.run", "common.data.images", "common.data.sources", "common.data.augment",
