@@ -20,7 +20,6 @@ from common.data.augment import draws, on_device
 from common.data.feed import resident
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe
-from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
 from common.sharding import batch_sharding, replicated
 from common.train.divergence import WATCHED
@@ -113,9 +112,10 @@ def program(train_step: Step, recipe: FeedRecipe, mesh: Mesh) -> Step:
 
 
 def first_views(
-    recipe: FeedRecipe, source: Source, batches: Batches | ResidentBatches
+    recipe: FeedRecipe, source: Source, batches: Batches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [b] and views uint8 [b, 2, s, s, 3] of the next batch, to look at."""
+    function: Callable
     if recipe.augment_on == "device":
         _, batch = batches.take(1)
         batch = {name: value[:, 0] for name, value in batch.items() if name != "steps"}
