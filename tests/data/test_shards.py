@@ -193,7 +193,7 @@ def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypa
 def test_a_split_of_damaged_files_only(folder, tmp_path):
     for path in (folder / "val" / "class1").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for one"):
+    with pytest.raises(UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for example"):
         shard_writer.write(config(f"folder:{folder}", on_corrupt="replace").data, tmp_path / "s")
     assert not (tmp_path / "s" / "index.json").exists()
 
