@@ -155,7 +155,7 @@ def test_mistakes(folder, tmp_path):
         open_source(config(good, cache_gib=0.0).data, "train")
     shard = next((tmp_path / "good").glob("train*.npz"))
     shard.write_bytes(shard.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"cannot read .*: copy it anew, or prepare again"):
+    with pytest.raises(UserError, match=r"cannot read .*: copy it again, or prepare again"):
         open_source(config(good).data, "train")
     index = tmp_path / "good" / "index.json"
     index.write_text(index.read_text().replace(shard.name, "../../etc/x.npz"))
@@ -193,7 +193,9 @@ def test_damaged_files_are_left_out_if_that_is_wanted(folder, tmp_path, monkeypa
 def test_a_split_of_damaged_files_only(folder, tmp_path):
     for path in (folder / "val" / "class1").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for example"):
+    with pytest.raises(
+        UserError, match=r"no image of photos .test. is whole, .*1/0.jpg for example"
+    ):
         shard_writer.write(config(f"folder:{folder}", on_corrupt="replace").data, tmp_path / "s")
     assert not (tmp_path / "s" / "index.json").exists()
 

@@ -283,7 +283,9 @@ def test_parquet_without_pyarrow(monkeypatch):
 
 
 def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
-    source = ArraySource("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
+    source = ArraySource(
+        "x", "test", "encoded", 5, 0, (), None, replaced={1: 2}, images=np.empty(5, object)
+    )
     assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     others = np.array([False, False, False, True, False])
