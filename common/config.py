@@ -43,7 +43,7 @@ def base_config(method: str, method_config: ConfigDict) -> ConfigDict:
     return _add_sections(c, fields.CONFIG).lock()
 
 
-def section(name: str, **changes: Any) -> ConfigDict:
+def section(name: str, /, **changes: Any) -> ConfigDict:
     """One section of the config, not locked: its defaults, except for `changes`.
 
     Args:

@@ -106,7 +106,7 @@ def _from_device(
         yield made(to_global(mesh, batch) | data)
 
 
-def _planned(source: Source, recipe: FeedRecipe, mesh: Mesh) -> Batches | resident.ResidentBatches:
+def _planned(source: Source, recipe: FeedRecipe, mesh: Mesh) -> Batches:
     return pipeline.train_batches(
         source, recipe, rows=local_rows(mesh, recipe.batch_size),
         process_index=jax.process_index(), process_count=jax.process_count(),

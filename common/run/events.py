@@ -50,7 +50,7 @@ class _Local:
 
 
 class _Remote:
-    """The same for an object store. (Its own needs a client library for each.)"""
+    """The same for an object store; tensorboardX's own needs a client library for each."""
 
     def directory_check(self, path: str) -> None:
         """Object stores have no directories."""

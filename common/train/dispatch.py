@@ -20,7 +20,6 @@ from common.data.augment import draws, on_device
 from common.data.feed import resident
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe
-from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
 from common.method import Step
 from common.sharding import batch_sharding, replicated
@@ -112,7 +111,7 @@ def program(train_step: Step, recipe: FeedRecipe, mesh: Mesh) -> Step:
 
 
 def first_views(
-    recipe: FeedRecipe, source: Source, batches: Batches | ResidentBatches
+    recipe: FeedRecipe, source: Source, batches: Batches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [b] and views uint8 [b, 2, s, s, 3] of the next batch, to look at."""
     ids, batch = batches.take(1)

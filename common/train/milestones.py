@@ -9,7 +9,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from common.data.feed.batches import Batches
-from common.data.feed.resident import ResidentBatches
 from common.optim import steps_of
 from common.run.checkpoint import Checkpoints
 from common.run.lock import Lock
@@ -96,7 +95,7 @@ class Milestones:
         lock: Lock | None,
         writer: MetricsWriter,
         watch: Watch,
-        batches: Batches | ResidentBatches,
+        batches: Batches,
         start: int,
         position: Position,
         begin: float,

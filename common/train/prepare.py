@@ -13,7 +13,6 @@ from common import config as configs
 from common.data.feed import pipeline, resident, survey
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe
-from common.data.feed.resident import ResidentBatches
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -183,7 +182,7 @@ def resident_data(run: Prepared) -> dict[str, jax.Array]:
     return resident.load(run.source, run.mesh) if on_device else {}
 
 
-def batches_from(run: Prepared, position: Position) -> Batches | ResidentBatches:
+def batches_from(run: Prepared, position: Position) -> Batches:
     """The batches of a run, from where it stands."""
     return pipeline.train_batches(
         run.source,

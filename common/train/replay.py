@@ -6,8 +6,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import jax
 import numpy as np
+import optax
 from etils import epath
 
 from common.data.sources.opening import open_source
@@ -21,6 +23,9 @@ from common.train.divergence import FOLDER, not_finite, skip_nonfinite
 from common.train.first_state import first_state
 from common.train.prepare import batches_from, prepare, resident_data
 from common.train.step import compile_step
+
+# Their frames say nothing of where a NaN came from in the method.
+_LIBRARIES = tuple(module.__path__[0] for module in (jax, flax, optax))
 
 
 def replay(
@@ -112,7 +117,7 @@ def _first_nan(program: Step, state: Any, batch: Any, key: jax.Array) -> str:
             ours = [
                 f
                 for f in traceback.extract_tb(error.__traceback__)
-                if "site-packages" not in f.filename and f.filename != __file__
+                if not f.filename.startswith(_LIBRARIES) and f.filename != __file__
             ]
             frame = f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else ""
             return first_line(error) + frame

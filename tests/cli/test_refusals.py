@@ -176,7 +176,7 @@ def test_shards_that_are_not_whole(tmp_path):
     words = ["has format 9, this code reads 1", "prepare the set again"]
     refused(words, open_source, c, "train")
     index.write_text(json.dumps(whole)[:-9])
-    words = ["index.json is damaged (", "copy the directory anew, or prepare again"]
+    words = ["index.json is damaged (", "copy the directory again, or prepare again"]
     refused(words, open_source, c, "train")
     index.write_text(json.dumps(whole))
     (shard,) = (tmp_path / "s").glob("train*.npz")

@@ -155,7 +155,7 @@ def test_mistakes(folder, tmp_path):
         open_source(config(good, cache_gib=0.0).data, "train")
     shard = next((tmp_path / "good").glob("train*.npz"))
     shard.write_bytes(shard.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"cannot read .*: copy it anew, or prepare again"):
+    with pytest.raises(UserError, match=r"cannot read .*: copy it again, or prepare again"):
         open_source(config(good).data, "train")
     index = tmp_path / "good" / "index.json"
     index.write_text(index.read_text().replace(shard.name, "../../etc/x.npz"))

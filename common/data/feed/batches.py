@@ -1,6 +1,7 @@
 """The iterator that training reads its batches from."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Batches:
         self.position += 1
         return batch
 
-    def take(self, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The ids `[steps, b_local]` and what the program of the next step takes; `steps` is 1."""
+    def take(self, steps: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The ids `[steps, b_local]` and what the program of the next steps takes; here 1 step."""
         batch = next(self)
         return batch.pop("ids")[None], batch
 

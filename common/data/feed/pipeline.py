@@ -48,7 +48,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     saved_readers: int | None = None,
-) -> Batches | ResidentBatches:
+) -> Batches:
     """Batches without end, over epochs.
 
     Args:
@@ -63,7 +63,8 @@ def train_batches(
     Returns:
         Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
         unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
-        draws.PARAMETERS] with `augment_on="both"`. With "device" there are `ResidentBatches`.
+        draws.PARAMETERS] with `augment_on="both"`. With "device" there are
+        `ResidentBatches`, of which only `take` gives anything.
 
     Raises:
         UserError: batch larger than the set, bad augmentation, a corrupt image (while iterating).

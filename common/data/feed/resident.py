@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from common.data.augment import draws, on_device
 from common.data.augment.presets import Augmentation
+from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe, Plan
 from common.data.sources.base import Source
 from common.errors import UserError
@@ -107,7 +108,7 @@ def views(
     return images, batch["data_labels"][ids]
 
 
-class ResidentBatches:
+class ResidentBatches(Batches):
     """Which examples come next and what is to happen to them; see `batches.Batches`.
 
     Args:
@@ -118,9 +119,6 @@ class ResidentBatches:
         position: of the first batch.
     """
 
-    readers = 0
-    corrupt_count = 0
-
     def __init__(
         self,
         source: Source,
@@ -129,8 +127,8 @@ class ResidentBatches:
         steps: int,
         position: int,
     ) -> None:
+        super().__init__(iter(()), source, steps, position, readers=0)
         self._shape, self._recipe, self._plan = source.image_shape, recipe, plan
-        self.steps_per_epoch, self.position = steps, position
 
     def take(self, steps: int) -> tuple[np.ndarray, dict[str, Any]]:
         """What the program of the next steps takes.

@@ -103,7 +103,7 @@ def _index(path: str) -> dict:
         index = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(
-            f"{path}/{INDEX} is damaged ({error}): copy the directory anew, or prepare again"
+            f"{path}/{INDEX} is damaged ({error}): copy the directory again, or prepare again"
         ) from error
     if index["version"] != VERSION:
         raise UserError(
@@ -139,7 +139,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 return arrays["images"], labels, names
             data, offsets = arrays["data"].tobytes(), arrays["offsets"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({error}): copy it anew, or prepare again") from error
+        raise UserError(f"cannot read {path} ({error}): copy it again, or prepare again") from error
     images = np.empty(len(labels), object)
     images[:] = [data[a:b] for a, b in itertools.pairwise(offsets)]
     return images, labels, names

@@ -91,4 +91,4 @@ def numbered(shards: list[Shard], files_at_once: int) -> tf.data.Dataset:
 def unreadable(name: str, error: Exception) -> UserError:
     """The error of a set whose files are damaged or missing."""
     reason = first_line(error)
-    return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it anew")
+    return UserError(f"cannot read tfds:{name}: {reason}; prepare the set again, or copy it again")
