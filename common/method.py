@@ -262,9 +262,22 @@ def embedding_metrics(features: jax.Array, embeddings: jax.Array) -> dict[str, j
 
 
 def make_setup(
-    config: ConfigDict, mesh: Mesh, total_steps: int, steps_per_epoch: int, num_classes: int
+    config: ConfigDict,
+    mesh: Mesh,
+    total_steps: int,
+    steps_per_epoch: int,
+    num_classes: int,
+    view: presets.Augmentation | None = None,
 ) -> Setup:
     """Builds network, optimiser and probe of a resolved config.
+
+    Args:
+        config: of the run.
+        mesh: the devices.
+        total_steps: of the run.
+        steps_per_epoch: full batches in the dataset.
+        num_classes: of the probe; 0 without labels.
+        view: the augmentation of view 1, whose mean and std scale the images; None: resolved here.
 
     Raises:
         UserError: from the builders, for a value that none of them knows, or for micro-batches
@@ -273,7 +286,7 @@ def make_setup(
     tx, schedule = optim.make_optimizer(
         config.optimizer, config.batch_size, total_steps, steps_per_epoch
     )
-    augmentation = presets.resolve(config.augment, config.data.image_size)
+    view = view or presets.resolve(config.augment, config.data.image_size)
     return Setup(
         config=config[config.method],
         batch_size=config.batch_size,
@@ -283,8 +296,8 @@ def make_setup(
         tx=tx,
         schedule=schedule,
         probe=probe.make_probe(config.probe, num_classes, total_steps),
-        mean=augmentation.mean,
-        std=augmentation.std,
+        mean=view.mean,
+        std=view.std,
         steps_per_epoch=steps_per_epoch,
         microbatches=microbatch.count(
             config.batch_size, config.microbatch, config.model.bn_groups, mesh.size

@@ -134,7 +134,11 @@ def prepare(
             for line in seen:
                 console.say(line)
         extent = Extent.of(config, source)
-    setup = make_setup(config, mesh, extent.total_steps, extent.steps_per_epoch, extent.num_classes)
+    recipe = FeedRecipe.of(config)
+    setup = make_setup(
+        config, mesh, extent.total_steps, extent.steps_per_epoch, extent.num_classes,
+        recipe.views[0],
+    )  # fmt: skip
     setup = dataclasses.replace(setup, training=training)
     method = make_method(setup)
     # touches no device: they may be busy with a run, or not be there
@@ -147,7 +151,7 @@ def prepare(
         method,
         setup,
         extent,
-        FeedRecipe.of(config),
+        recipe,
         abstract,
         shardings,
         source,
