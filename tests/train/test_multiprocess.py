@@ -127,8 +127,9 @@ def worker(port, index, directory):
     import tiny
     from jax.experimental import multihost_utils
 
+    from common.evaluate.online import make_evaluator
     from common.sharding import local_rows, make_mesh
-    from common.train import loop as loop
+    from common.train import loop
 
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
     rows = local_rows(make_mesh(), 16)
@@ -151,13 +152,13 @@ def worker(port, index, directory):
     if index == 0:
         shutil.copytree(directory / "run", directory / "of two")  # for one process to continue
     multihost_utils.sync_global_devices("copied")
-    summary = loop.train(tiny.METHODS["moco"], loop_config(), directory / "run")
+    summary = loop.train(tiny.METHODS["moco"], loop_config(), directory / "run", make_evaluator)
     (directory / f"summary{index}.json").write_text(json.dumps(summary))
-    loop.train(tiny.METHODS["moco"], loop_config(), directory / "of one")
+    loop.train(tiny.METHODS["moco"], loop_config(), directory / "of one", make_evaluator)
 
-    loop.train(tiny.METHODS["moco"], long_config(), directory / "whole")
+    loop.train(tiny.METHODS["moco"], long_config(), directory / "whole", make_evaluator)
     (directory / f"told{index}").write_text(told(directory / "told", index))
-    loop.train(tiny.METHODS["moco"], long_config(), directory / "told")
+    loop.train(tiny.METHODS["moco"], long_config(), directory / "told", make_evaluator)
     jax.distributed.shutdown()
 
 
@@ -249,10 +250,11 @@ def test_the_loop_in_two_processes_interrupted_and_resumed_ends_like_one(outcome
     import numpy as np
     import tiny
 
+    from common.evaluate.online import make_evaluator
     from common.run.writer import TIMING_KEYS
     from common.train.loop import train
 
-    train(tiny.METHODS["moco"], loop_config(), tmp_path / "run")
+    train(tiny.METHODS["moco"], loop_config(), tmp_path / "run", make_evaluator)
     lines = []
     for workdir in (outcome / "run", tmp_path / "run"):
         text = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -290,12 +292,13 @@ def test_a_checkpoint_moves_between_two_processes_and_one(outcome, tmp_path):
     import numpy as np
     import tiny
 
+    from common.evaluate.online import make_evaluator
     from common.sharding import make_mesh
     from common.train.loop import train
 
     two = make_mesh(jax.devices()[:2])
-    train(tiny.METHODS["moco"], loop_config(), tmp_path / "whole", two)
-    train(tiny.METHODS["moco"], loop_config(), outcome / "of two", two)
+    train(tiny.METHODS["moco"], loop_config(), tmp_path / "whole", make_evaluator, two)
+    train(tiny.METHODS["moco"], loop_config(), outcome / "of two", make_evaluator, two)
     want = losses(tmp_path / "whole")
     assert sorted(want) == [1, 2, 3, 4, 5]
     for moved in ("of two", "of one"):
@@ -326,5 +329,6 @@ def test_sigterm_for_one_of_two_processes_stops_both_at_one_step(outcome):
 
 if __name__ == "__main__":
     root = HERE.parents[2]
-    sys.path[:0] = [str(root), *(str(root / "tests" / room) for room in (".", "data", "train"))]
+    rooms = {path.parent for path in (root / "tests").glob("**/test_*.py")}
+    sys.path[:0] = [str(root), *map(str, rooms)]
     worker(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))
