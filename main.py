@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import logging
 import sys
-from collections.abc import Callable
 
 import jax
 from absl import app, flags
@@ -19,7 +18,7 @@ from common.cli import command_line, modes
 from common.data.sources import shard_writer
 from common.errors import UserError, one_of
 from common.evaluate.online import make_evaluator
-from common.method import Method, Setup
+from common.method import Method
 from common.plan.plan import plan
 from common.run import files
 from common.run.writer import NonFiniteLossError
@@ -30,7 +29,7 @@ from common.train.replay import replay
 from moco_jax.method import MoCo
 from simclr_jax.method import SimCLR
 
-METHODS: dict[str, Callable[[Setup], Method]] = {"simclr": SimCLR, "moco": MoCo}
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "moco": MoCo}
 
 
 def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:

@@ -52,7 +52,7 @@ STEPS = {
 def compiled(name: str, devices: int) -> list:
     """A row: one step on a number of devices."""
     c = STEPS[name]()
-    task = measure.Task(METHODS[c.method], c, (100, 10), 10)
+    task = measure.Task(METHODS[c.method], c, Extent(100, 10, 10))
     found = measure.for_mesh(task, make_mesh(jax.devices()[:devices]))
     moved = [collectives.Collective(*x) for x in found["collectives"]]
     kinds = collectives.totals(x for x in moved if x.group > 1)

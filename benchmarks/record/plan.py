@@ -16,6 +16,7 @@ from benchmarks.record import quality, steps
 from benchmarks.scaling import METHODS
 from common.errors import UserError
 from common.plan import measure
+from common.train.prepare import Extent
 
 GIB = 2**30
 
@@ -29,10 +30,8 @@ def every(sizes: steps.Sizes) -> dict[str, ConfigDict]:
 def planned(c: ConfigDict, topology: str, quick: bool = False) -> dict:
     """What `common.plan.measure.for_mesh` returns for a step on a slice."""
     per_epoch = max(1, c.data.fake_examples // c.batch_size)
-    steps_of = 100 * per_epoch, per_epoch
-    return measure.for_topology(
-        measure.Task(METHODS[c.method], c, steps_of, 10, quick=quick), topology
-    )
+    extent = Extent(100 * per_epoch, per_epoch, num_classes=10)
+    return measure.for_topology(measure.Task(METHODS[c.method], c, extent, quick=quick), topology)
 
 
 def row(name: str, c: ConfigDict, found: dict) -> str:

@@ -109,7 +109,7 @@ def meanings(method: str, make: Any) -> dict[str, str]:
         method: its name.
         make: its class; `MEANINGS` says what the fields of its section mean.
     """
-    own = getattr(make, "MEANINGS", {})
+    own = make.MEANINGS
     return {name: field.meaning for name, field in configs.FIELDS.items()} | {
         f"{method}.{name}": text for name, text in own.items()
     }
