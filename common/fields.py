@@ -91,7 +91,8 @@ AUGMENT: dict[str, Field] = {
 # By section, in the order of config.json; "" holds the fields outside any section.
 CONFIG: dict[str, dict[str, Field]] = {
     "": {
-        "method": Field("", "simclr | moco: set by the config file, with the section of that name"),
+        "method": Field("",
+            "name of the method: set by the config file, with the section of that name"),
         "seed": Field(0, "of all random draws: weights, order, crops, shuffles", least=0),
         "batch_size": Field(256, "images of the global batch; each gives two views", least=2),
         "microbatch": Field(0,
@@ -104,7 +105,7 @@ CONFIG: dict[str, dict[str, Field]] = {
             "start from the weights of a file or of a run's workdir (docs/export.md)"),
         "resume_from": Field("", "start from the matching arrays of another run: DIR or DIR@STEP"),
         "resume_optimizer": Field(False,
-            "with resume_from: also take the optimizer state, not only the weights"),
+            "with resume_from: also take the optimiser state, not only the weights"),
         "on_nonfinite": Field("stop",
             "if a loss or weight is not finite: stop | skip (leave that update out and count it)",
             one_of=("stop", "skip"), free=True),
@@ -174,7 +175,7 @@ CONFIG: dict[str, dict[str, Field]] = {
         "fold_norm": Field(True,
             "fold batch norm into widening 1x1 convolutions: less memory traffic"),
         "conv_init": Field("he",
-            "initialization of convolutions: he | lecun | torch | normal, see"
+            "initialisation of convolutions: he | lecun | torch | normal, see"
             " common/models/initial.py",
             before="he"),
         "stem_init": Field("", "the same for the first one; empty = as the others", before=""),
@@ -189,7 +190,7 @@ CONFIG: dict[str, dict[str, Field]] = {
         "hidden": Field(0, "width of its hidden layers; 0 = that of the features"),
         "dim": Field(128, "dimension of the embeddings in the loss"),
         "init": Field("lecun",
-            "initialization of linear layers: lecun (Flax) | torch | normal | he", before="lecun"),
+            "initialisation of linear layers: lecun (Flax) | torch | normal | he", before="lecun"),
     },
     "optimizer": {
         "name": Field("sgd", "sgd | lars | adamw", one_of=("sgd", "lars", "adamw")),

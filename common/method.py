@@ -50,8 +50,8 @@ class Method(Protocol):
     Attributes:
         MEANINGS: what each field of the method's section is for, by name; `main.py -h` shows it.
         setup: what the method was built from.
-        chance: accuracy of guessing in the contrastive task, below which training has not got
-            anywhere; None: there is no such task.
+        chance: accuracy of guessing in the contrastive task: at or below it, nothing has been
+            learned; None: there is no such task.
     """
 
     MEANINGS: ClassVar[Mapping[str, str]] = {}
@@ -128,7 +128,7 @@ class Setup:
         steps_per_epoch: of the run.
         microbatches: parts of a batch, see `common/models/microbatch.py`.
         initial: `(params, batch_stats)` to start from, whole or without the head.
-        training: False: nothing but network and scale of images is used.
+        training: False if only the network and the scaling of images are used.
     """
 
     config: ConfigDict

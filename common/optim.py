@@ -185,7 +185,7 @@ def make_optimizer(
                 nesterov=c.nesterov,
             )
         )
-    else:
+    else:  # adamw: `one_of_field` has refused every other name
         parts.append(
             optax.adamw(
                 schedule,

@@ -16,8 +16,8 @@ class SimCLR(Method):
 
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it",
-        "loss_scale": "the gradient is that of so many times eq. 1: 1 in the paper, 2 in its "
-        "authors' code",
+        "loss_scale": "factor on the loss (eq. 1) before its gradient is taken: 1 in the paper, "
+        "2 in its authors' code",
     }
 
     @staticmethod

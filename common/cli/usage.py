@@ -91,7 +91,9 @@ def of_methods(
                 continue
             section = name.rpartition(".")[0]
             rows.setdefault(section, {}).setdefault(name, (name, value, texts.get(name, "")))
-    yield from (list(section.values()) for section in rows.values())
+    # the methods' sections side by side, after the fields without a section
+    order = sorted(rows, key=lambda section: (section != "", section not in methods))
+    yield from (list(rows[section].values()) for section in order)
 
 
 def of_eval() -> list[tuple[str, Any, str]]:
@@ -109,7 +111,7 @@ def meanings(method: str, make: Any) -> dict[str, str]:
         method: its name.
         make: its class; `MEANINGS` says what the fields of its section mean.
     """
-    own = make.MEANINGS
+    own = getattr(make, "MEANINGS", {})  # of a method that nobody has, none
     return {name: field.meaning for name, field in configs.FIELDS.items()} | {
         f"{method}.{name}": text for name, text in own.items()
     }

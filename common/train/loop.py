@@ -65,7 +65,8 @@ def train(
     config, total = run.config, run.extent.total_steps
     bank, test = open_evaluation(config.data, run.source)
     evaluator = make_evaluator(run, bank, test)
-    due, keep = Due.of(config, run.extent), config.checkpoint
+    due = Due.of(config, run.extent)
+    keep = config.checkpoint
     with (
         claim(workdir, config) as (workdir, lock),
         Checkpoints(workdir, keep.keep, every=due.keep_every, best=keep.keep_best) as checkpoints,
@@ -74,7 +75,8 @@ def train(
         if ended and (result := summary.finished(workdir)):
             note_changes(config, workdir)
             return result
-        data, skip = resident_data(run), config.on_nonfinite == "skip"
+        data = resident_data(run)
+        skip = config.on_nonfinite == "skip"
         train_step = run.method.train_step
         step_fn = compile_step(skip_nonfinite(train_step) if skip else train_step, run, data)
         start, state, position = first_state(run, checkpoints, workdir)
@@ -88,8 +90,8 @@ def train(
         )  # fmt: skip
         with writer, Preemption() as preemption, contextlib.closing(profile):
             milestones = Milestones(
-                run, workdir, due, evaluator, checkpoints, lock, writer, watch, batches, start,
-                position, begin,
+                run, workdir, due, evaluator, checkpoints, lock, writer, watch, batches,
+                start=start, position=position, begin=begin,
             )  # fmt: skip
             milestones.before(state)
             key = run.root_key

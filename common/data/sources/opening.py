@@ -32,6 +32,7 @@ from common.errors import UserError
 
 ROLES = ("train", "test", "bank")
 KINDS = ("embedded", "fake", "folder", "shards", "tfds")
+WITH_PATH = ("folder", "shards", "tfds")  # what stands behind the colon of those
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
@@ -96,7 +97,7 @@ def kind_of(source: str) -> tuple[str, str]:
         UserError: an unknown kind.
     """
     kind, _, rest = source.partition(":")
-    if kind in KINDS and bool(rest) == (kind in ("folder", "shards", "tfds")):
+    if kind in KINDS and bool(rest) == (kind in WITH_PATH):
         return kind, rest
     near = f" Did you mean 'folder:{source}'?" if pathlib.Path(source).is_dir() else ""
     raise UserError(
