@@ -222,7 +222,7 @@ class Checkpoints:
             except Exception as error:
                 if several:  # how far the others have got is not known
                     raise
-                found = reason(error)
+                found = self._reason(step, error)
             damage[step] = found or "see the message of process 0"
         else:
             if damage:
@@ -254,6 +254,16 @@ class Checkpoints:
             return self.position(step)["results"].get("knn_top1")
         except (KeyError, AttributeError):
             return None
+
+    def _reason(self, step: int, error: Exception) -> str:
+        """Why a checkpoint cannot be restored, by a read, which names array and file."""
+        try:
+            self.read(step)
+        except MemoryError:
+            raise
+        except Exception as found:
+            error = found
+        return reason(error)
 
     def _directory(self, step: int) -> epath.Path:
         return self._manager.directory / str(step)

@@ -17,10 +17,10 @@ FILE = "config.json"
 
 
 def read(workdir: epath.Path) -> dict[str, Any]:
-    """What `config.json` holds, as `config.as_dict` made it; {} if that is no dictionary.
+    """What `config.json` holds, as `config.as_dict` made it.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: there is none, it is not JSON, or not a dictionary.
     """
     path = workdir / FILE
     if not path.exists():
@@ -33,7 +33,12 @@ def read(workdir: epath.Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not JSON ({error}): restore it from a copy, or give another --workdir"
         ) from error
-    return saved if isinstance(saved, dict) else {}
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path} holds no config but a {type(saved).__name__}: restore it from a copy, or give "
+            "another --workdir"
+        )
+    return saved
 
 
 def write(workdir: epath.Path, config: dict[str, Any]) -> None:

@@ -107,6 +107,11 @@ def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
         saved_config.write(workdir, current)
         logging.info("new run in %s", workdir)
         return
+    if saved_config.FILE not in names:
+        raise UserError(
+            f"{workdir} holds a run whose config.json is missing: restore it from a copy, or give "
+            "another --workdir"
+        )
     configs.check_same_run(saved_config.read(workdir), current, str(workdir))
 
 

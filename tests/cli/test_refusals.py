@@ -87,7 +87,16 @@ def test_a_config_json_that_is_torn(tmp_path):
     refused(words, saved_config.load, tmp_path, tiny.METHODS)
 
 
-@pytest.mark.parametrize("saved", ['{"method": "byol"}', "{}", "[1]"])
+def test_a_config_json_that_holds_something_else_or_is_missing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused("holds a run whose config.json is missing: restore it", hold, tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    words = ["config.json holds no config but a list: restore it from a copy"]
+    refused(words, hold, tmp_path)
+    refused(words, saved_config.load, tmp_path, tiny.METHODS)
+
+
+@pytest.mark.parametrize("saved", ['{"method": "byol"}', "{}"])
 def test_a_run_of_another_method(tmp_path, saved):
     (tmp_path / "config.json").write_text(saved)
     words = ["is of the method ", "expected one of simclr, moco"]
