@@ -28,7 +28,7 @@ def test_the_kit_ends_after_it_was_cut_off_and_killed(tmp_path):
 
     every = [item.name for item in items.every(steps.TINY)]
     assert start(minutes=0.7).wait() == 3
-    assert "the same command goes on" in said.read_text()
+    assert "the same command continues" in said.read_text()
     done = [r["item"] for r in Ledger(out).records() if r["state"] == "ok"]
     assert done == every[: len(done)] and 0 < len(done) < len(every)
 
