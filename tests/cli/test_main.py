@@ -78,6 +78,7 @@ def test_smoke_run_prints_its_result_and_no_noise_and_needs_no_tensorflow(tmp_pa
 EVERY_MODE = """
 import pathlib, sys
 from common.cli import modes
+from common.config import eval_config
 from main import METHODS
 for mode, changes in {
     "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},
