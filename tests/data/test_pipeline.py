@@ -446,7 +446,7 @@ def test_a_run_that_crashes_ends(own_folder):
     program = f"""
 import numpy as np
 from common.data.sources import opening
-from test_pipeline import config, pipeline
+from test_pipeline import FeedRecipe, config, pipeline
 
 c = config("folder:{own_folder}", 2)
 source = opening.open_source(c.data, "train")
