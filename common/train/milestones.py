@@ -82,7 +82,7 @@ class Milestones:
         begin: `time.perf_counter()` when the process began.
 
     Attributes:
-        position: of the newest checkpoint.
+        position: of the newest checkpoint, with the newest scores.
     """
 
     def __init__(
@@ -124,6 +124,8 @@ class Milestones:
         elif self._before.scores_due:
             with self._writer.pause():
                 self._score(self._start, state)
+            # of a run that was told to stop at its last step no other checkpoint follows
+            self.position = dataclasses.replace(self.position, results=dict(self._results))
         self._first = time.perf_counter()
 
     def after(self, step: int, state: Any, ids: np.ndarray, preemption: Preemption) -> None:

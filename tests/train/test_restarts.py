@@ -56,22 +56,25 @@ def test_a_run_that_is_killed_twice_is_the_run_that_never_stopped(tmp_path, monk
     assert toy.train(c, broken, make_evaluator=toy.scored(toy.SCORES)) == resumed
 
 
-def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(tmp_path, monkeypatch):
-    """SIGTERM arrives in step 4, twice, after which scores are due."""
+@pytest.mark.parametrize(("step", "saved", "scored"), [(4, [3, 4], [0]), (7, [6, 7], [0, 4])])
+def test_scores_for_which_there_was_no_time_are_made_by_the_next_start(
+    step, saved, scored, tmp_path
+):
+    """SIGTERM arrives twice in a step after which scores are due, be it the last."""
     c = toy.config(evaluate__every="4 steps")
     whole, told = tmp_path / "whole", tmp_path / "told"
     summary = toy.train(c, whole, make_evaluator=toy.scored(toy.SCORES))
 
     def tell(n):
-        for _ in range(2 * (n == 4)):
+        for _ in range(2 * (n == step)):
             os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
     with toy.before_each_step(tell), pytest.raises(PreemptedError):
         toy.train(c, told, make_evaluator=toy.scored(toy.SCORES))
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert toy.saved_steps(told) == [3, 4]
-    assert [r["step"] for r in lines(told) if "knn_top1" in r] == [0]
+    assert toy.saved_steps(told) == saved
+    assert [r["step"] for r in lines(told) if "knn_top1" in r] == scored
     assert toy.untimed(toy.train(c, told, make_evaluator=toy.scored(toy.SCORES))) == toy.untimed(
         summary
     )
