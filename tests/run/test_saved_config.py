@@ -3,12 +3,9 @@
 import json
 import pathlib
 
-import pytest
 import tiny
-from etils import epath
 
 from common import config
-from common.errors import UserError
 from common.run import saved_config, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -22,17 +19,6 @@ def test_a_run_writes_its_config_as_it_is_read_back(tmp_path):
     assert text == json.dumps(config.as_dict(c), indent=2) + "\n"
     assert list(json.loads(text))[:3] == ["method", "seed", "batch_size"]
     assert saved_config.load(path, tiny.METHODS) == c
-
-
-def test_what_is_no_dictionary_is_of_no_method(tmp_path):
-    (tmp_path / "config.json").write_text("[1]")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert saved_config.read(epath.Path(tmp_path)) == {}
-    with (
-        pytest.raises(UserError, match="holds the run of another config"),
-        workdir.claim(tmp_path, tiny.config("simclr")),
-    ):
-        pass
 
 
 def test_one_file_reads_and_writes_it():
