@@ -25,9 +25,8 @@ from common.models import layout
 from common.run import formats
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh
-from common.train import first_state, weights
+from common.train import first_state, loop, weights
 from common.train import import_weights as import_mode
-from common.train import loop as loop
 from common.train.import_weights import import_weights
 
 NETWORK = {"stages": (1, 1), "width": 4, "stem": "cifar"}  # of `tiny.config`

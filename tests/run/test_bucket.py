@@ -19,7 +19,7 @@ from common.evaluate.online import make_evaluator
 from common.run import files
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh
-from common.train import loop as loop
+from common.train import loop
 
 
 def test_the_bucket_refuses_what_a_store_cannot_do(tmp_path, monkeypatch):

@@ -17,8 +17,7 @@ from common.errors import UserError
 from common.evaluate.online import make_evaluator
 from common.run.writer import NonFiniteLossError
 from common.sharding import make_mesh
-from common.train import divergence, replay
-from common.train import loop as loop
+from common.train import divergence, loop, replay
 from common.train.prepare import Extent
 from simclr_jax.method import SimCLR
 

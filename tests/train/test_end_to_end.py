@@ -21,7 +21,7 @@ from common.run import jsonl
 from common.run.checkpoint import Checkpoints
 from common.run.writer import TIMING_KEYS
 from common.sharding import make_mesh
-from common.train import loop as loop
+from common.train import loop
 from common.train.position import Position
 from common.train.prepare import Extent, prepare
 

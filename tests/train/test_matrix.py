@@ -18,8 +18,7 @@ from common.data.sources.opening import open_source
 from common.evaluate.online import make_evaluator
 from common.plan import measure
 from common.sharding import make_mesh
-from common.train import loop as loop
-from common.train import replay
+from common.train import loop, replay
 from common.train.divergence import FOLDER, Watch
 from common.train.import_weights import import_weights
 from common.train.prepare import Extent

@@ -8,8 +8,7 @@ import pytest
 from test_end_to_end import assert_same_run, lines, run, small
 
 from common.run import jsonl
-from common.train import loop as loop
-from common.train import preemption
+from common.train import loop, preemption
 from common.train.preemption import PreemptedError
 
 

@@ -18,8 +18,7 @@ from common.errors import UserError
 from common.run import saved_config
 from common.run import workdir as workdirs
 from common.run.writer import NonFiniteLossError
-from common.train import loop as loop
-from common.train import milestones, preemption, prepare
+from common.train import loop, milestones, preemption, prepare
 from common.train.position import Position
 from common.train.preemption import PreemptedError
 from simclr_jax.method import SimCLR
