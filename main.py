@@ -27,9 +27,10 @@ from common.train.loop import train
 from common.train.preemption import PreemptedError
 from common.train.replay import replay
 from moco_jax.method import MoCo
+from moco_jax.v3 import MoCoV3
 from simclr_jax.method import SimCLR
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "moco": MoCo}
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3}
 
 
 def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:

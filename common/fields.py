@@ -9,6 +9,9 @@ import dataclasses
 from typing import Any
 
 AUTO = "auto"
+# What the backward pass recomputes instead of storing, from least to most memory saved: docs/tpu.md
+# has the figures.
+REMAT = ("none", "convs", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Field:
 # One view; None means the preset's value.
 AUGMENT: dict[str, Field] = {
     "preset": Field("simclr",
-        "simclr | cifar | moco_v1 | moco_v2: the values of fields that are None", kind=str),
+        "simclr | cifar | moco_v1 | moco_v2 | moco_v3: the values of fields that are None", kind=str),
     "strength": Field(None,
         "multiplies the preset's brightness, contrast, saturation and hue", kind=float),
     "size": Field(None, "side of the views in pixels; None = data.image_size", kind=int),
@@ -159,6 +162,10 @@ CONFIG: dict[str, dict[str, Field]] = {
             "of view 2, which has all fields of augment; None = as view 1", kind=str),
     },
     "model": {
+        "encoder": Field("resnet",
+            "resnet | vit (a vision transformer, of the section vit; of this one it reads "
+            "bn_groups, dtype and remat)",
+            one_of=("resnet", "vit"), before="resnet"),
         "depth": Field(50, "of the ResNet: 18, 34, 50, 101, 152, 200"),
         "stages": Field((),
             "blocks per stage of a custom network; depth is then ignored",
@@ -171,7 +178,9 @@ CONFIG: dict[str, dict[str, Field]] = {
             "blocks of the global batch that share batch statistics; 1 = all of it", least=1),
         "dtype": Field("float32", "of convolutions and matrix products: float32 | bfloat16"),
         "remat": Field("none",
-            "recompute activations (less memory, more compute): none | convs | blocks", free=True),
+            "recompute activations (less memory, more compute): none | convs (of a ViT: all but "
+            "matrix products) | blocks",
+            one_of=REMAT, free=True),
         "fold_norm": Field(True,
             "fold batch norm into widening 1x1 convolutions: less memory traffic"),
         "conv_init": Field("he",
@@ -183,10 +192,37 @@ CONFIG: dict[str, dict[str, Field]] = {
             "start the last scale of a residual block at 0, as in SimCLR's code; False: at 1, as "
             "in torchvision", before=True),
     },
+    "vit": {
+        "variant": Field("S",
+            "Ti | S | B | L: width, depth and heads of the fields below that are 0",
+            one_of=("Ti", "S", "B", "L"), before="S"),
+        "patch": Field(16, "side of a patch in pixels", least=1, before=16),
+        "width": Field(0, "of the tokens; 0 = the variant's (192, 384, 768, 1024)", least=0),
+        "depth": Field(0,
+            "number of blocks; 0 = the variant's (12, 12, 12, 24), one less with patches=conv",
+            least=0),
+        "heads": Field(0,
+            "of attention; 0 = the variant's (3, 6, 12, 16); MoCo v3 has 12 in its ViT-S", least=0),
+        "mlp_ratio": Field(4.0, "width of the perceptron of a block / width", before=4.0),
+        "pool": Field("token",
+            "token (a class token, after a norm) | mean (of the patches, no norm)",
+            one_of=("token", "mean"), before="token"),
+        "positions": Field("sincos",
+            "sincos (MoCo v3's fixed table) | learned",
+            one_of=("sincos", "learned"), before="sincos"),
+        "patches": Field("linear",
+            "linear | frozen (linear, and not trained: MoCo v3) | conv (convolutions with batch "
+            "norm)",
+            one_of=("linear", "frozen", "conv"), before="linear"),
+        "drop_path": Field(0.0,
+            "probability of leaving out a branch of the last block, in proportion for earlier "
+            "ones", least=0),
+    },
     "head": {
         "kind": Field("simclr",
-            "simclr (with batch norm) | moco_v1 (one linear layer) | moco_v2 (two layers)"),
-        "layers": Field(2, "number of linear layers of a simclr head"),
+            "simclr (with batch norm) | moco_v1 (one linear layer) | moco_v2 (two layers) | "
+            "moco_v3 (batch norm, the last without scale and shift)"),
+        "layers": Field(2, "number of linear layers of a simclr or moco_v3 head"),
         "hidden": Field(0, "width of its hidden layers; 0 = that of the features"),
         "dim": Field(128, "dimension of the embeddings in the loss"),
         "init": Field("lecun",

@@ -5,6 +5,7 @@ config. `common` never asks which one runs.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -76,7 +77,7 @@ class Method(Protocol):
         Args:
             state: of step t.
             batch: `images` uint8 `[b, 2, h, w, c]`, `labels` int32 `[b]` (-1: none).
-            key: root key of the run; fold in `state.step`, then a stream of one's own.
+            key: root key of the run; `stream` makes that of a use in this step.
 
         Returns:
             The state of step t+1 and float scalars, "loss" among them.
@@ -104,6 +105,26 @@ class Method(Protocol):
         return state, []
 
 
+def _training(
+    network: heads.Network, part: str, params: Any, batch_stats: Any, *inputs: Any
+) -> tuple[Any, Any]:
+    """`(output, new batch_stats)` of a method of the network, in training."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    output, new = network.apply(variables, *inputs, method=part, mutable=["batch_stats"])
+    return output, new.get("batch_stats", {})
+
+
+def stream(key: jax.Array, step: jax.Array, name: str) -> jax.Array:
+    """The key of one use of randomness in one step, e.g. "query": no other use gets it.
+
+    Args:
+        key: of all steps of the run.
+        step: int32 scalar.
+        name: of the use.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(name.encode()) >> 1)
+
+
 def root_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """The keys of a run: of `init`, and of all its steps."""
     init_key, loop_key = jax.random.split(jax.random.key(seed))
@@ -119,12 +140,13 @@ class Setup:
         batch_size: images of the global batch.
         image_size: side of the training views, in pixels.
         mesh: the devices.
-        network: encoder and projection head.
+        network: encoder and projection head, and a predictor if the method has one.
         tx: the optimiser.
         schedule: its learning rate by step.
         probe: the online linear probe.
         mean: of the images, one value a channel, in [0, 1].
         std: likewise.
+        total_steps: of the run.
         steps_per_epoch: of the run.
         microbatches: parts of a batch, see `common/models/microbatch.py`.
         initial: `(params, batch_stats)` to start from, whole or without the head.
@@ -141,6 +163,7 @@ class Setup:
     probe: probe.Probe
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    total_steps: int
     steps_per_epoch: int
     microbatches: int = 1
     initial: Any = None
@@ -162,7 +185,7 @@ class Setup:
         size = self.image_size
         variables = self.network.init(key, jnp.zeros((1, size, size, 3)), train=False)
         params, batch_stats = self.initial or ({}, {})
-        return variables["params"] | params, variables["batch_stats"] | batch_stats
+        return variables["params"] | params, variables.get("batch_stats", {}) | batch_stats
 
     def scale(self, images: jax.Array) -> jax.Array:
         """uint8 `[..., h, w, 3]` to [0, 1], then standardised if the preset has mean and std."""
@@ -173,25 +196,44 @@ class Setup:
         )
         return (images.astype(kind) / 255 - mean) / std
 
-    def forward(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple:
-        """Training forward pass of uint8 images: `(features, embeddings, new batch_stats)`."""
+    def forward(
+        self, params: Any, batch_stats: Any, images: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Training forward pass of encoder and head.
+
+        Args:
+            params: of the network.
+            batch_stats: likewise.
+            images: uint8 `[b, h, w, c]`.
+            key: of this pass alone, see `stream`; used by an encoder with draws of its own.
+
+        Returns:
+            `(features [b, d], embeddings [b, dim], new batch_stats)`.
+        """
         network, parts = self.network, self.microbatches
-        if parts > 1:
+        keys = jax.random.split(key, len(images)) if network.backbone.is_random else None
+        if parts > 1 and network.backbone.has_batch_norm:
             groups = network.backbone.bn_groups // (parts * self.mesh.size)
             network = network.with_groups(groups)
 
-        def apply(params: Any, batch_stats: Any, images: jax.Array) -> tuple:
-            (features, embeddings), new = network.apply(
-                {"params": params, "batch_stats": batch_stats},
-                self.scale(images),
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return features, embeddings, new["batch_stats"]
+        def encode(params: Any, batch_stats: Any, rows: tuple) -> tuple:
+            images, keys = rows
+            return _training(network, "features", params, batch_stats, self.scale(images), keys)
 
+        of_encoder = [{k: x for k, x in t.items() if k == "backbone"} for t in (params, batch_stats)]
+        rows = images, keys
         if parts == 1:
-            return apply(params, batch_stats, images)
-        return microbatch.forward(apply, params, batch_stats, images, parts=parts, mesh=self.mesh)
+            features, new = encode(*of_encoder, rows)
+        else:
+            features, new = microbatch.forward(
+                encode, *of_encoder, rows, parts=parts, mesh=self.mesh
+            )
+        embeddings, batch_stats = self.apply("project", params, batch_stats | new, features)
+        return features, embeddings, batch_stats
+
+    def apply(self, part: str, params: Any, batch_stats: Any, x: jax.Array) -> tuple:
+        """`(output, new batch_stats)` of a training pass of a part: "project" or "predict"."""
+        return _training(self.network, part, params, batch_stats, x)
 
     def encode(self, params: Any, batch_stats: Any, images: jax.Array, layer: str) -> jax.Array:
         """Eval-mode features of uint8 images."""
@@ -229,6 +271,9 @@ class Setup:
                 "parameter_norm": optax.tree.norm(state.params),
                 "learning_rate": self.schedule(state.step),
             }
+            if watched := self.network.backbone.watched:
+                of_layer = grads["backbone"][watched]
+                metrics[f"gradient_norm_{watched}"] = optax.tree.norm(of_layer)
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("probe"):
             labels = jnp.repeat(labels, len(features) // len(labels))
@@ -283,24 +328,29 @@ def make_setup(
         UserError: from the builders, for a value that none of them knows, or for micro-batches
             that do not fit the mesh.
     """
-    tx, schedule = optim.make_optimizer(
-        config.optimizer, config.batch_size, total_steps, steps_per_epoch
-    )
     view = view or presets.resolve(config.augment, config.data.image_size)
+    network = heads.make_network(config, view.size)
+    tx, schedule = optim.make_optimizer(
+        config.optimizer, config.batch_size, total_steps, steps_per_epoch, network.frozen
+    )
     return Setup(
         config=config[config.method],
         batch_size=config.batch_size,
         image_size=config.data.image_size,
         mesh=mesh,
-        network=heads.make_network(config.model, config.head),
+        network=network,
         tx=tx,
         schedule=schedule,
         probe=probe.make_probe(config.probe, num_classes, total_steps),
         mean=view.mean,
         std=view.std,
+        total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         microbatches=microbatch.count(
-            config.batch_size, config.microbatch, config.model.bn_groups, mesh.size
+            config.batch_size,
+            config.microbatch,
+            config.model.bn_groups if network.backbone.has_batch_norm else None,
+            mesh.size,
         ),
     )
 

@@ -4,8 +4,10 @@ Every update rule is optax's own; this file only chooses, scales by the global b
 masks that the published recipes need.
 """
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -116,12 +118,22 @@ def learning_rate_schedule(
 
 
 def kernels(params: Any) -> Any:
-    """Mask that is False on biases and on batch-norm scales: whatever has at most one axis.
+    """Mask that is True on matrices and convolutions, by their name, "kernel".
 
-    By shape and not by name, so that it holds for any module. LARS needs it twice, for the decay
-    and for the trust ratio: optax defaults both to every parameter.
+    Not by the number of axes: class tokens and position tables have as many as a kernel. LARS needs
+    the mask twice, for the decay and for the trust ratio: optax defaults both to every parameter.
     """
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _frozen(labels: tuple[str, str], frozen: Sequence[tuple[str, ...]], params: Any) -> Any:
+    """A tree like `params` of the first label, and of the second under the paths `frozen`."""
+
+    def label(path: tuple, _: Any) -> str:
+        names = tuple(key.key for key in path)
+        return labels[any(names[: len(start)] == start for start in frozen)]
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _everything(params: Any) -> Any:
@@ -129,7 +141,11 @@ def _everything(params: Any) -> Any:
 
 
 def make_optimizer(
-    c: ml_collections.ConfigDict, batch_size: int, total_steps: int, steps_per_epoch: int
+    c: ml_collections.ConfigDict,
+    batch_size: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    frozen: Sequence[tuple[str, ...]] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optax transformation and its schedule.
 
@@ -138,14 +154,16 @@ def make_optimizer(
            eta |p| / |g + weight_decay p|, then the learning rate, and the momentum last
     adamw: Loshchilov & Hutter 2019, decoupled weight decay times the learning rate
 
-    Biases and batch-norm parameters take no weight decay (unless `decay_bn_and_bias`) and never a
-    trust ratio. Clipping, when on, comes first.
+    Only kernels take weight decay (everything, with `decay_bn_and_bias`) and a trust ratio.
+    Clipping, when on, comes first. Frozen parameters are left out of all of it: a gradient of zero
+    would not keep decay from moving them, and they have no part in the norm that is clipped.
 
     Args:
         c: the optimizer section, see `common/fields.py`.
         batch_size: images in the global batch.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
+        frozen: paths in the parameters, e.g. `("backbone", "patches")`; all below stays as it is.
 
     Returns:
         The transformation and the schedule (for the logs and the start-up summary).
@@ -196,4 +214,8 @@ def make_optimizer(
                 nesterov=c.nesterov,
             )
         )
-    return optax.chain(*parts), schedule
+    tx = optax.chain(*parts)
+    if frozen:
+        labels = functools.partial(_frozen, ("train", "freeze"), tuple(frozen))
+        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+    return tx, schedule

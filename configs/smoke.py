@@ -29,6 +29,7 @@ def apply(config: ConfigDict, arg: str) -> ConfigDict:
         c.log_every = 1
         c.model.stages = (1, 1)
         c.model.width = 8
+        c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 16, 2, 2, 8
         c.head.hidden = 16
         c.head.dim = 16
         c.model.bn_groups = min(c.model.bn_groups, 4)
@@ -38,4 +39,6 @@ def apply(config: ConfigDict, arg: str) -> ConfigDict:
         c.checkpoint.every = "2 steps"
         if "moco" in c:
             c.moco.queue_length = min(c.moco.queue_length, 40)
+        if "moco_v3" in c:
+            c.moco_v3.predictor_hidden = 16
     return config

@@ -1,33 +1,30 @@
 """MoCo v1 and v2 (He et al. 2020; Chen et al. 2020c): momentum encoder and queue of keys."""
 
-import dataclasses
 import logging
 from typing import Any, ClassVar
 
 import flax
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from common.contrast import normalize
 from common.errors import UserError
-from common.method import Method, Setup, TrainState, embedding_metrics
+from common.method import Setup, embedding_metrics, stream
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
+from moco_jax.momentum import MomentumMethod, MomentumState
 from moco_jax.shuffle import shuffle, unshuffle
 
 
 @flax.struct.dataclass
-class MoCoState(TrainState):
+class MoCoState(MomentumState):
     """The state of a run, with the momentum encoder and its keys."""
 
-    key_params: Any
-    key_batch_stats: Any
     queue: queues.Queue
 
 
-class MoCo(Method):
+class MoCo(MomentumMethod):
     """MoCo v1 and v2."""
 
     MEANINGS: ClassVar = {
@@ -66,46 +63,32 @@ class MoCo(Method):
         network_key, probe_key, queue_key = jax.random.split(key, 3)
         start = self.setup.init(network_key, probe_key)
         length, dim = self.setup.config.queue_length, self.setup.network.head.dim
-        return MoCoState(
-            **{field.name: getattr(start, field.name) for field in dataclasses.fields(start)},
-            key_params=jax.tree.map(jnp.copy, start.params),
-            key_batch_stats=jax.tree.map(jnp.copy, start.batch_stats),
-            queue=queues.init(queue_key, length, self.rows, dim),
-        )
-
-    def adopted(self, state: MoCoState, taken: set[str]) -> tuple[MoCoState, list[str]]:
-        """Without a momentum encoder in that run, the key encoder is a copy of its weights."""
-        if any(name.startswith("key_params/") for name in taken):
-            return state, []
-        state = dataclasses.replace(
-            state,
-            key_params=jax.tree.map(jnp.copy, state.params),
-            key_batch_stats=jax.tree.map(jnp.copy, state.batch_stats),
-        )
-        return state, ["key_params", "key_batch_stats"]
+        queue = queues.init(queue_key, length, self.rows, dim)
+        return MoCoState(**self.started(start), queue=queue)
 
     def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
         """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""
-        del key  # nothing in this step is random: shuffling BN deals rows in a fixed order
         setup, moco = self.setup, self.setup.config
-        groups = setup.network.backbone.bn_groups
+        # (shuffling BN deals rows in a fixed order, and there is none without batch norm)
+        groups = setup.network.head.bn_groups if setup.network.has_batch_norm else 1
         images = batch["images"]
         # (query view, key view)
         pairs = ((0, 1), (1, 0)) if moco.symmetric else ((0, 1),)
 
-        with jax.named_scope("update"):
-            key_params = optax.incremental_update(state.params, state.key_params, 1 - moco.momentum)
+        key_params = self.averaged(state, moco.momentum)
         key_stats, keys = state.key_batch_stats, []
         for _, view in pairs:
             shuffled = shuffle(images[:, view], groups, setup.mesh)
-            _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled)
+            draws = stream(key, state.step, f"key{view}")  # drop path, where there is any
+            _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled, draws)
             # unit length already here: these rows enter the queue
             keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups, setup.mesh))))
 
         def loss_fn(params: Any) -> tuple:
             stats, losses, metrics, seen, queries = state.batch_stats, [], [], [], []
             for (view, _), key_embeddings in zip(pairs, keys, strict=True):
-                f, q, stats = setup.forward(params, stats, images[:, view])
+                draws = stream(key, state.step, f"query{view}")
+                f, q, stats = setup.forward(params, stats, images[:, view], draws)
                 loss, scores = info_nce(
                     q,
                     key_embeddings,
@@ -145,7 +128,7 @@ class MoCo(Method):
 
 def _warn_of_doubtful(setup: Setup) -> None:
     """Settings that are legal and hardly what the user means."""
-    if setup.network.backbone.bn_groups == 1:
+    if setup.network.has_batch_norm and setup.network.head.bn_groups == 1:
         logging.warning(
             "bn_groups=1: a query and its key see the same batch statistics, which lets the "
             "network cheat (He et al. 2020, section 3.3); use 8 or more groups"

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Method, Setup, TrainState, embedding_metrics
+from common.method import Method, Setup, TrainState, embedding_metrics, stream
 from simclr_jax.loss import nt_xent_with_metrics
 
 
@@ -49,15 +49,15 @@ class SimCLR(Method):
         Of the metrics "loss" is eq. 1 whatever `loss_scale` is, and "gradient_norm" is of the
         gradient that the optimiser gets, which is `loss_scale` times that of eq. 1.
         """
-        del key  # nothing in this step is random: the views come augmented
         setup, config = self.setup, self.setup.config
         b, views, *shape = batch["images"].shape
         # [b, 2, ...] -> [2b, ...] keeps an image's views on one device; view-major order would
         # cost an all-to-all
         images = batch["images"].reshape(b * views, *shape)
+        draws = stream(key, state.step, "encoder")  # drop path, where there is any
 
         def loss_fn(params: Any) -> tuple:
-            features, embeddings, stats = setup.forward(params, state.batch_stats, images)
+            features, embeddings, stats = setup.forward(params, state.batch_stats, images, draws)
             loss, metrics = nt_xent_with_metrics(
                 embeddings.reshape(b, views, -1), temperature=config.temperature, mesh=setup.mesh
             )

@@ -13,9 +13,10 @@ from common.sharding import make_mesh, replicated, state_shardings, to_global
 from common.train.prepare import Extent, Prepared, prepare
 from common.train.step import compile_step
 from moco_jax.method import MoCo
+from moco_jax.v3 import MoCoV3
 from simclr_jax.method import SimCLR
 
-METHODS = {"simclr": SimCLR, "moco": MoCo}
+METHODS = {"simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3}
 CLASSES = 3
 
 
@@ -32,7 +33,7 @@ def config(method: str, **changes: Any) -> ConfigDict:
         "model__stages": (1, 1),
         "model__width": 4,
         "model__stem": "cifar",
-        "head__kind": "simclr" if method == "simclr" else "moco_v2",
+        "head__kind": {"moco": "moco_v2"}.get(method, method),
         "head__hidden": 8,
         "head__dim": 8,
         "optimizer__learning_rate": 0.5,
@@ -43,6 +44,8 @@ def config(method: str, **changes: Any) -> ConfigDict:
     }
     if method == "moco":
         settings |= {"moco__queue_length": 40, "moco__momentum": 0.75}
+    if method == "moco_v3":
+        settings |= {"moco_v3__momentum": 0.75, "moco_v3__predictor_hidden": 8}
     for name, value in (settings | changes).items():
         *path, last = name.split("__")
         section = c
@@ -188,6 +191,12 @@ def avals(tree: Any) -> dict[str, tuple]:
     }
 
 
+# A ViT of kilobytes with all that a step may have to deal with: frozen patches, drop path, and no
+# batch norm; views of 8 pixels.
+VIT: dict[str, Any] = {
+    "model__encoder": "vit", "vit__width": 12, "vit__depth": 2, "vit__heads": 3, "vit__patch": 4,
+    "vit__mlp_ratio": 2.0, "vit__patches": "frozen", "vit__drop_path": 0.3,
+}  # fmt: skip
 VARIANTS: dict[str, dict] = {
     "simclr": {},
     "simclr_groups": {"model__bn_groups": 4, "head__layers": 3},
@@ -198,6 +207,10 @@ VARIANTS: dict[str, dict] = {
     "moco_short_queue": {
         "model__bn_groups": 1, "moco__queue_length": 5, "head__kind": "moco_v1",
     },
+    "moco-v3": {},
+    "moco-v3_vit": VIT | {"head__layers": 3},
+    "simclr_vit": VIT | {"vit__patches": "conv", "vit__positions": "learned"},
+    "moco_vit": VIT | {"vit__pool": "mean", "model__bn_groups": 4},
 }  # fmt: skip
 
 
@@ -209,7 +222,8 @@ def cached_run(variant: str, devices: int, dtype: str = "float64") -> Run:
 @functools.cache
 def _cached_run(variant: str, devices: int, dtype: str) -> Run:
     with jax.enable_x64(dtype == "float64"):
-        c = config(variant.split("_")[0], model__dtype=dtype, **VARIANTS[variant])
+        method = variant.split("_")[0].replace("-", "_")
+        c = config(method, model__dtype=dtype, **VARIANTS[variant])
         return run(build(c, devices))
 
 

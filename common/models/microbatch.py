@@ -1,14 +1,15 @@
 """A large batch on a small machine: the encoder sees it in parts, the loss sees it whole.
 
-`config.microbatch` images (with all their views) go through encoder and head at a time, and only
-the features and embeddings of each pass are kept; one loss then contrasts all of them. In the
-backward pass each part is computed again with the cotangents of its embeddings (as GradCache does
-by hand, Gao et al. 2021). That is the gradient of the full contrast. Gradient accumulation is not:
-there every part would have only its own, fewer negatives.
+`config.microbatch` images (with all their views) go through the encoder at a time, and only the
+features of each pass are kept; head and loss then see all of them at once. In the backward pass
+each part is computed again with the cotangents of its features (as GradCache does by hand, Gao et
+al. 2021). That is the gradient of the full contrast. Gradient accumulation is not: there every part
+would have only its own, fewer negatives.
 
-It is exact because a micro-batch is a set of whole BN groups. Every device contributes its own rows
-to every micro-batch, and holds whole groups of them, so that a pass needs no communication:
-gradients and running statistics are summed over the devices once a step, not once a micro-batch.
+It is exact because a micro-batch is a set of whole BN groups, where the encoder has batch norm; the
+head may have any, because it is not split. Every device contributes its own rows to every
+micro-batch, and holds whole groups of them, so that a pass needs no communication: gradients and
+running statistics are summed over the devices once a step, not once a micro-batch.
 """
 
 import functools
@@ -22,13 +23,14 @@ from common.errors import UserError
 from common.sharding import AXIS, each_device
 
 
-def count(batch_size: int, microbatch: int, bn_groups: int, devices: int) -> int:
+def count(batch_size: int, microbatch: int, bn_groups: int | None, devices: int) -> int:
     """Number of micro-batches M of a step; 1 where the batch is not split.
 
     Args:
         batch_size: images in the global batch.
         microbatch: images in a micro-batch; 0 = the batch.
-        bn_groups: groups of the global batch that share batch statistics.
+        bn_groups: groups of the global batch that share batch statistics in the encoder; None for
+            one without batch norm.
         devices: in the mesh.
 
     Raises:
@@ -46,7 +48,7 @@ def count(batch_size: int, microbatch: int, bn_groups: int, devices: int) -> int
             f"{devices} device(s), choose {_either([*near, '0 (the whole batch at once)'])}"
         )
     parts = b // size
-    if groups % (parts * devices):
+    if groups is not None and groups % (parts * devices):
         fitting = [g for g in range(parts * devices, b + 1, parts * devices) if b % g == 0]
         raise UserError(
             f"model.bn_groups={groups} with {parts} micro-batches (batch_size={b}, microbatch="
@@ -58,32 +60,33 @@ def count(batch_size: int, microbatch: int, bn_groups: int, devices: int) -> int
 
 
 def forward(
-    apply: Callable[[Any, Any, jax.Array], tuple],
+    apply: Callable[[Any, Any, Any], tuple],
     params: Any,
     batch_stats: Any,
-    images: jax.Array,
+    rows: Any,
     *,
     parts: int,
     mesh: Mesh,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, Any]:
     """Applies `apply` to a sharded batch in parts that are recomputed in the backward pass.
 
     Args:
-        apply: `(params, batch_stats, images) -> (features, embeddings, new batch_stats)`, the
-            training pass of one device's rows of a micro-batch. The new statistics must be linear
-            in those of the groups, as a running mean is: then the mean over parts and devices is
-            what one update with all groups gives.
+        apply: `(params, batch_stats, rows) -> (features, new batch_stats)`, the training pass of
+            one device's rows of a micro-batch. The new statistics must be linear in those of the
+            groups, as a running mean is: then the mean over parts and devices is what one update
+            with all groups gives.
         params: replicated.
         batch_stats: replicated.
-        images: `[rows, ...]`, split over the devices, rows a multiple of `parts` x devices.
+        rows: a tree of arrays `[rows, ...]` (images, and keys of their draws), split over the
+            devices, rows a multiple of `parts` x devices.
         parts: number of micro-batches.
         mesh: the device mesh.
 
     Returns:
-        `features [rows, d]`, `embeddings [rows, dim]` in the order of `images`, and the statistics.
+        `features [rows, d]` in the order of the rows, and the statistics.
     """
 
-    def local(params: Any, batch_stats: Any, images: jax.Array, axis: str | None) -> tuple:
+    def local(params: Any, batch_stats: Any, rows: Any, axis: str | None) -> tuple:
         # They become one copy a device *before* the loop, so that the gradient is summed over the
         # devices after it.
         if axis is not None:
@@ -91,21 +94,21 @@ def forward(
 
         # the loop itself keeps the two passes apart, which prevent_cse is for
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def encode(params: Any, images: jax.Array) -> tuple:
-            features, embeddings, stats = apply(params, batch_stats, images)
-            return features, embeddings, jax.lax.stop_gradient(stats)
+        def encode(params: Any, block: Any) -> tuple:
+            features, stats = apply(params, batch_stats, block)
+            return features, jax.lax.stop_gradient(stats)
 
-        blocks = images.reshape(parts, images.shape[0] // parts, *images.shape[1:])
-        _, out = jax.lax.scan(lambda _, block: (None, encode(params, block)), None, blocks)
-        features, embeddings = (x.reshape(images.shape[0], -1) for x in out[:2])
-        stats = jax.tree.map(lambda x: x.mean(0), out[2])
+        blocks = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+        _, (features, stats) = jax.lax.scan(lambda _, b: (None, encode(params, b)), None, blocks)
+        stats = jax.tree.map(lambda x: x.mean(0), stats)
         if axis is not None:
             stats = jax.lax.pmean(stats, axis)
-        return features, embeddings, stats
+        return features.reshape(-1, features.shape[-1]), stats
 
-    rows, whole = PartitionSpec(AXIS), PartitionSpec()
-    run = each_device(local, mesh, (whole, whole, rows), (rows, rows, whole))
-    return run(params, batch_stats, images)
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    return each_device(local, mesh, (whole, whole, split), (split, whole))(
+        params, batch_stats, rows
+    )
 
 
 def _either(choices: list) -> str:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from common.errors import UserError, one_of
 from common.models import cpu_conv, fold, gpu_stem, initial
+from common.models.encoder import Encoder, at_least_float32
 
 # depth -> (bottleneck?, blocks per stage), He et al. 2016, table 1
 DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {
@@ -29,14 +30,6 @@ DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {
     200: (True, (3, 24, 36, 3)),
 }
 STEMS = ("imagenet", "cifar", "patch2", "patch4")
-# What the backward pass recomputes instead of storing, from least to most memory saved: docs/tpu.md
-# has the figures.
-REMAT = ("none", "convs", "blocks")
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """float32, or the wider type if `dtype` is one (tests run in float64)."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class BatchNorm(nn.Module):
@@ -205,7 +198,7 @@ class Block(nn.Module):
         return normalise(checkpoint_name(y, "conv"), train)
 
 
-class ResNet(nn.Module):
+class ResNet(Encoder):
     """Images to pooled features.
 
     Attributes:
@@ -248,20 +241,23 @@ class ResNet(nn.Module):
         expansion = 4 if bottleneck else 1
         return self.width * self.width_multiplier * 2 ** (len(stages) - 1) * expansion
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """See `Encoder`."""
+        return True
+
+    def in_words(self) -> str:
+        """See `Encoder`."""
+        name = f"ResNet{list(self.stages)}" if self.stages else f"ResNet-{self.depth}"
+        return f"{name} width {self.width * self.width_multiplier}"
+
     def _layout(self) -> tuple[bool, Sequence[int]]:
         return (False, tuple(self.stages)) if self.stages else DEPTHS[self.depth]
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Encodes images.
-
-        Args:
-            images: `[b, h, w, c]`, already scaled.
-            train: batch statistics (True) or running statistics (False).
-
-        Returns:
-            `[b, feature_dim]`, mean over positions, at least float32.
-        """
+    def __call__(self, images: jax.Array, train: bool, keys: jax.Array | None = None) -> jax.Array:
+        """See `Encoder`; the features are the mean over positions."""
+        del keys  # nothing in it is random
         norm = functools.partial(BatchNorm, groups=self.bn_groups, dtype=self.dtype)
         bottleneck, stages = self._layout()
         width = self.width * self.width_multiplier
@@ -291,11 +287,12 @@ class ResNet(nn.Module):
 
 
 def space_to_depth(x: jax.Array, block: int) -> jax.Array:
-    """`[b, h, w, c]` to `[b, h/block, w/block, block*block*c]`."""
+    """`[b, h, w, c]` to `[b, h/block, w/block, block*block*c]`; a patch by row, column, colour."""
     b, h, w, c = x.shape
     if h % block or w % block:
         raise UserError(
-            f"stem patch{block} needs an image size that is a multiple of {block}, found {h}x{w}"
+            f"patches of {block} pixels need an image size that is a multiple of {block}, found "
+            f"{h}x{w}"
         )
     x = x.reshape(b, h // block, block, w // block, block, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // block, w // block, block * block * c)
@@ -312,7 +309,6 @@ def make_encoder(model: ConfigDict) -> ResNet:
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "
             "or give model.stages=(blocks, blocks, ...)"
         )
-    one_of("model.remat", model.remat, REMAT)
     one_of("model.stem", model.stem, STEMS)
     one_of("model.conv_init", model.conv_init, initial.KERNELS)
     if model.stem_init:

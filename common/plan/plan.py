@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common.data.sources.opening import open_source
 from common.errors import UserError
+from common.fields import REMAT
 from common.method import Method, Setup
-from common.models.resnet import REMAT
 from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
 from common.run import console

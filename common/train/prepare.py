@@ -149,7 +149,7 @@ def prepare(
         mesh,
         make_method,
         method,
-        setup,
+        method.setup,
         extent,
         recipe,
         abstract,

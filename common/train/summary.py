@@ -49,14 +49,12 @@ def start_up(
     backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
     flops = cost(step_fn, run.setup.microbatches).get("flops", float("nan")) * mesh.size
     model = run.setup.network.backbone
-    name = f"ResNet{list(model.stages)}" if model.stages else f"ResNet-{model.depth}"
     lines = {
         "method": config.method,
         "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
-        "network": f"{name} width {model.width * model.width_multiplier}, "
-        f"{backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
+        "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],

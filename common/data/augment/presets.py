@@ -141,6 +141,9 @@ PRESETS: dict[str, dict] = {
     "moco_v1": _MOCO | dict(jitter=1.0, hue=0.4, grey_first=True, blur=0.0),
     # Chen et al. 2020 (arXiv:2003.04297): `--aug-plus`.
     "moco_v2": _MOCO | dict(hue=0.1),
+    # Chen et al. 2021 (arXiv:2104.02057), view 1; view 2 has blur 0.1 and solarise 0.2. Crops as
+    # for ViTs; for ResNets area_min is 0.2.
+    "moco_v3": _MOCO | dict(area_min=0.08, saturation=0.2, hue=0.1, blur=1.0),
 }
 
 _SCALED = ("brightness", "contrast", "saturation", "hue")
