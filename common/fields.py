@@ -48,7 +48,8 @@ class Field:
 # One view; None means the preset's value.
 AUGMENT: dict[str, Field] = {
     "preset": Field("simclr",
-        "simclr | cifar | moco_v1 | moco_v2 | moco_v3: the values of fields that are None", kind=str),
+        "simclr | cifar | moco_v1 | moco_v2 | moco_v3: the values of fields that are "
+        "None", kind=str),
     "strength": Field(None,
         "multiplies the preset's brightness, contrast, saturation and hue", kind=float),
     "size": Field(None, "side of the views in pixels; None = data.image_size", kind=int),

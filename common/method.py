@@ -220,13 +220,14 @@ class Setup:
             images, keys = rows
             return _training(network, "features", params, batch_stats, self.scale(images), keys)
 
-        of_encoder = [{k: x for k, x in t.items() if k == "backbone"} for t in (params, batch_stats)]
+        part = {"backbone": params["backbone"]}
+        stats = {k: x for k, x in batch_stats.items() if k == "backbone"}
         rows = images, keys
         if parts == 1:
-            features, new = encode(*of_encoder, rows)
+            features, new = encode(part, stats, rows)
         else:
             features, new = microbatch.forward(
-                encode, *of_encoder, rows, parts=parts, mesh=self.mesh
+                encode, part, stats, rows, parts=parts, mesh=self.mesh
             )
         embeddings, batch_stats = self.apply("project", params, batch_stats | new, features)
         return features, embeddings, batch_stats

@@ -8,8 +8,8 @@ The recipe is Chen et al. 2021 (arXiv:2104.02057) with the authors' code and REA
 that stay as drawn. Published top-1 of a linear classifier: 76.7 %. Not run by us.
 
 `:vit_s` is their ViT-S/16, which has 12 heads: 73.2 %. `:r50` is their ResNet-50 for 300 epochs
-(LARS, 0.3 x batch / 256, weight decay 1.5e-6 only for 1,000 epochs, T 1.0, crops from 20 %): 72.8 %;
-for 100 epochs their learning rate is 0.6 (68.9 %). What else differs: docs/fidelity.md.
+(LARS, 0.3 x batch / 256, weight decay 1e-6, T 1.0, crops from 20 %): 72.8 %; for 100 epochs their
+learning rate is 0.6 (68.9 %). What else differs: docs/fidelity.md.
 
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """

@@ -114,7 +114,7 @@ class MoCoV3(MomentumMethod):
         return state, {"loss": loss} | metrics | more
 
     def momentum(self, step: jax.Array) -> jax.Array:
-        """m of the update in step t (0, 1, ...) of T: `1 - (1 - m_0) (1 + cos(pi t / T)) / 2`."""
+        """Of the update in step t = 0, 1, ... of T: `1 - (1 - m) (1 + cos(pi t / T)) / 2`."""
         m = self.setup.config.momentum
         if self.setup.config.momentum_schedule == "constant":
             return jnp.asarray(m)

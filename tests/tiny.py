@@ -150,8 +150,11 @@ class Run:
     traces: int  # how often Python went through `train_step`
 
     def gradient(self) -> Any:
-        """Of the first step: its momentum."""
-        return self.states[1].opt_state[0][0].trace
+        """Of the first step: its momentum. Frozen parameters have none."""
+        state = self.states[1].opt_state
+        if hasattr(state, "inner_states"):  # of `optax.partition`
+            state = state.inner_states["train"].inner_state
+        return state[0][0].trace
 
 
 def run(method: Any, steps: int = 3, rows: Any = slice(None)) -> Run:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from common.errors import UserError, one_of
 from common.config import one_of_field
+from common.errors import UserError, one_of
 from common.models import initial, resnet, vit
 from common.models.encoder import Encoder, at_least_float32
 from common.models.resnet import BatchNorm

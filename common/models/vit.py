@@ -147,7 +147,11 @@ class ViT(Encoder):
         """See `Encoder`."""
         named = {(d, depth): name for name, (d, depth, _) in VARIANTS.items()}
         name = named.get((self.width, self.depth))
-        name = f"ViT-{name}/{self.patch}" if name else f"ViT of {self.depth} blocks, patch {self.patch}"
+        name = (
+            f"ViT-{name}/{self.patch}"
+            if name
+            else f"ViT of {self.depth} blocks, patch {self.patch}"
+        )
         return f"{name}, width {self.width}, {self.heads} heads"
 
     @nn.compact
@@ -255,7 +259,7 @@ def make_encoder(model: ConfigDict, vit: ConfigDict, image_size: int) -> ViT:
     if v.patches == "conv" and (v.patch & (v.patch - 1) or v.patch < 2 or width % v.patch):
         raise UserError(
             f"vit.patches=conv halves the image again and again, found patch={v.patch} and "
-            f"width={width}: expected a patch of 2, 4, 8 or 16, and a width that is a multiple of it"
+            f"width={width}: expected a patch of 2, 4, 8 or 16 and a width that is a multiple of it"
         )
     if not 0 <= v.drop_path < 1:
         raise UserError(f"vit.drop_path={v.drop_path}: expected 0 or more, and less than 1")

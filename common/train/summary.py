@@ -54,7 +54,8 @@ def start_up(
         "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
-        "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, {parameters / 1e6:.2f} M with the head, {model.dtype}",
+        "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, "
+        f"{parameters / 1e6:.2f} M with the head, {model.dtype}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],
