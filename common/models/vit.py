@@ -94,7 +94,7 @@ class ViT(Encoder):
         pool: "token" (a class token, after a final norm) or "mean" (no class token, no final norm:
             Chen et al. 2021, section 4.2, found the norm before a mean to cost much).
         positions: "sincos" (fixed: `positions.sincos`) or "learned".
-        patches: "linear", "frozen" (linear, stays as drawn: Chen et al. 2021, section 4.3) or "conv"
+        patches: "linear", "frozen" (linear, as drawn: Chen et al. 2021, section 4.3) or "conv"
             (3x3 convolutions of stride 2 with batch norm: Xiao et al. 2021).
         drop_path: probability of leaving out a branch in the last block, rising linearly from 0 in
             the first (Huang et al. 2016); of an image, in training.
