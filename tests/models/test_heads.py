@@ -109,7 +109,7 @@ def test_bfloat16_head_gives_float32_embeddings_from_bfloat16_products(kind):
 
 def tiny_network(kind="simclr", layers=2):
     c = tiny.config("simclr", head__kind=kind, head__layers=layers, model__stages=(1,))
-    network = heads.make_network(c.model, c.head)
+    network = heads.make_network(c, 8)
     images = np.random.default_rng(1).normal(size=(3, 8, 8, 3)).astype(np.float32)
     return network, drawn(network, images, False), images
 
