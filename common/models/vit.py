@@ -170,7 +170,7 @@ class ViT(Encoder):
             first = self.param("token", nn.initializers.normal(1e-6), (1, 1, d), kind)
             x = jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (b, 1, d)), x], axis=1)
         x = x + table
-        keep = self._keep(keys, kind) if train and self.drop_path and keys is not None else None
+        keep = self.keep(keys, kind) if train and self.drop_path and keys is not None else None
         block = self._block()
         for i in range(self.depth):
             x = block(self.heads, int(self.mlp_ratio * d), self.dtype, name=f"block{i}")(
@@ -188,7 +188,7 @@ class ViT(Encoder):
             return self.param("positions", nn.initializers.normal(0.02), shape, kind)
         return jnp.asarray(positions.sincos(side, side, self.width, token), kind)
 
-    def _keep(self, keys: jax.Array, kind: Any) -> jax.Array:
+    def keep(self, keys: jax.Array, kind: Any) -> jax.Array:
         """Factors `[b, depth, 2]`: 0, or 1 / the probability of keeping the branch."""
         rates = jnp.asarray(np.linspace(0, self.drop_path, self.depth), kind)[None, :, None]
         draws = jax.vmap(lambda key: jax.random.uniform(key, (self.depth, 2), kind))(keys)
