@@ -175,6 +175,7 @@ def recomputed(remat):
     return jax.device_get(jax.jit(jax.grad(loss))(variables["params"])), size
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_changes_no_gradient_and_saves_memory():
     """Stored: everything; inputs of blocks and results of products; inputs of blocks only."""
     gradient, stored = recomputed("none")
