@@ -254,8 +254,8 @@ def make_encoder(model: ConfigDict, vit: ConfigDict, image_size: int) -> ViT:
         )
     if image_size % v.patch:
         raise UserError(
-            f"vit.patch={v.patch} does not divide the views of {image_size} pixels: choose a "
-            "divisor, or set data.image_size or augment.size"
+            f"vit.patch={v.patch}: the sides of views, {image_size} pixels, are no multiple of it; "
+            "choose a divisor, or set data.image_size or augment.size"
         )
     if v.patches == "conv" and (v.patch & (v.patch - 1) or v.patch < 2 or width % (v.patch // 2)):
         raise UserError(

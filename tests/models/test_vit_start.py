@@ -109,7 +109,7 @@ def test_convolutions_of_the_stem_are_pytorchs():
         ({"patches": "conf"}, 224, 'vit.patches="conf" is unknown: .*did you mean "conv"'),
         ({"heads": 7}, 224, "vit.width=384 and heads=7: expected a width that is a multiple"),
         ({"width": 18, "heads": 3}, 224, "vit.width=18 and heads=3: .* and of 4 for sincos"),
-        ({}, 100, "vit.patch=16 does not divide the views of 100 pixels: choose a divisor"),
+        ({}, 100, "vit.patch=16: the sides of views, 100 pixels, are no multiple of it; choose"),
         ({"patches": "conv", "patch": 14}, 224, "halves the image again .* found patch=14"),
         ({"patches": "conv", "patch": 1}, 224, "halves the image again .* found patch=1 "),
         ({"patches": "conv", "width": 12, "heads": 3}, 224, "width=12: expected a patch of 2, 4"),
