@@ -105,7 +105,7 @@ class Finetuner:
         """Without the layers of the head above the classifier."""
         names = [f"{kind}{i + 1}" for i in range(self.depth) for kind in ("dense", "bn")]
         head = {name: v for name, v in tree.get("head", {}).items() if name in names}
-        return {"backbone": tree["backbone"]} | ({"head": head} if head else {})
+        return {k: x for k, x in tree.items() if k == "backbone"} | ({"head": head} if head else {})
 
     def _step(
         self, state: Finetuned, images: jax.Array, labels: jax.Array
@@ -123,7 +123,7 @@ class Finetuner:
                 _classify(params["classifier"], features), jnp.where(known, labels, 0)
             )
             loss = jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
-            return loss, new["batch_stats"]
+            return loss, new.get("batch_stats", {})  # none, where no layer has batch norm
 
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
