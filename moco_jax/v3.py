@@ -75,7 +75,7 @@ class MoCoV3(MomentumMethod):
         m = self.setup.config.momentum
         if self.setup.config.momentum_schedule == "constant":
             return jnp.asarray(m)
-        fraction = step / self.setup.total_steps
+        fraction = step.astype(float) / self.setup.total_steps
         return 1 - (1 - m) * (1 + jnp.cos(math.pi * fraction)) / 2
 
     def contrast(self, queries: jax.Array, keys: jax.Array, state: MomentumState) -> tuple:

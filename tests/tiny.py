@@ -149,12 +149,17 @@ class Run:
     step_fn: Any
     traces: int  # how often Python went through `train_step`
 
-    def gradient(self) -> Any:
-        """Of the first step: its momentum. Frozen parameters have none."""
-        state = self.states[1].opt_state
-        if hasattr(state, "inner_states"):  # of `optax.partition`
-            state = state.inner_states["train"].inner_state
-        return state[0][0].trace
+    def gradient(self, step: int = 0) -> Any:
+        """Of a step, from SGD's momentum before and after it. Frozen parameters have none."""
+
+        def momentum(state: Any) -> Any:
+            state = state.opt_state
+            if hasattr(state, "inner_states"):  # of `optax.partition`
+                state = state.inner_states["train"].inner_state
+            return state[0][0].trace
+
+        before, after = momentum(self.states[step]), momentum(self.states[step + 1])
+        return jax.tree.map(lambda new, old: new - 0.9 * old, after, before) if step else after
 
 
 def run(method: Any, steps: int = 3, rows: Any = slice(None)) -> Run:
