@@ -6,7 +6,6 @@ The oracle has its own loss, gradient, optimiser and order of rows; only the net
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import tiny
 
 from common.errors import UserError
 from common.models import layout
+from common.models.encoder import Encoder
 from common.sharding import make_mesh
 from common.train.prepare import Extent, prepare
 from simclr_jax.method import SimCLR
@@ -22,15 +22,13 @@ from simclr_jax.method import SimCLR
 STEPS = 5
 
 
-class Pixels(nn.Module):
+class Pixels(Encoder):
     """An encoder without parameters: the mean of each 2 x 2 block. It compiles in no time."""
 
     feature_dim: int = 48
     dtype: type = jnp.float32
-    bn_groups: int = 1
 
-    @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images, train, keys=None):
         b, h, w, c = images.shape
         return images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1)
 
