@@ -241,6 +241,11 @@ def named_leaves(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
+def is_key_bias(name: str) -> bool:
+    """Of attention: it adds one number to all logits of a row, so that its gradient is 0."""
+    return name.endswith("['key']['bias']")
+
+
 def assert_close(got: Any, want: Any, relative: float, absolute: float) -> None:
     """Compares two trees tensor by tensor: `|got - want| <= relative |want| + absolute`.
 

@@ -202,7 +202,7 @@ def test_frozen_patches_are_the_same_in_both_encoders_to_the_last_bit(name):
         )  # fmt: skip
         moved = tiny.named_leaves(backbone)
         first = tiny.named_leaves({k: begin.params["backbone"][k] for k in backbone})
-        assert all(np.any(moved[n] != first[n]) for n in moved if not is_key_bias(n))
+        assert all(np.any(moved[n] != first[n]) for n in moved if not tiny.is_key_bias(n))
 
 
 def test_an_update_leaves_frozen_patches_of_the_momentum_encoder_alone():
@@ -217,11 +217,6 @@ def test_an_update_leaves_frozen_patches_of_the_momentum_encoder_alone():
         want = old[name] if frozen else 0.75 * old[name] + 0.25 * new[name]
         np.testing.assert_allclose(array, want, rtol=0 if frozen else 1e-6, atol=1e-7)
         assert not frozen or np.any(old[name] != new[name])
-
-
-def is_key_bias(name):
-    """Of attention: it adds the same to all logits of a row, so its gradient is 0 in theory."""
-    return name.endswith("['key']['bias']")
 
 
 def test_init_copies_encoder_and_head():
