@@ -5,10 +5,8 @@
 The recipe of solo-learn (github.com/vturrisi/solo-learn, scripts/pretrain/cifar/mocov3.yaml: LARS
 with eta 0.02, 0.3 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, T 0.2, m 0.99 to 1, crops
 from 8 % and bicubic, no blur, the second view solarised with probability 0.2). Published: 93.10 %
-of a classifier trained alongside, after 1,000 epochs. Not run by us. Two things differ in the step:
-their LARS never raises the rate of a kernel above the learning rate, and they average the momentum
-encoder after the step of the optimiser, where the paper's authors and we do it before. The rest:
-docs/fidelity.md.
+of a classifier trained alongside, after 1,000 epochs. Not run by us. Their LARS never raises the
+rate of a kernel above the learning rate, ours may: this and the rest in docs/fidelity.md.
 
 `:cpu` is the same task sized for two CPU cores, with the network of `simclr_cifar10.py:cpu`, and
 `:vit` for two cores with a small vision transformer (measured: docs/results.md).

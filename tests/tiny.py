@@ -230,9 +230,13 @@ def cached_run(variant: str, devices: int, dtype: str = "float64") -> Run:
 @functools.cache
 def _cached_run(variant: str, devices: int, dtype: str) -> Run:
     with jax.enable_x64(dtype == "float64"):
-        method = variant.split("_")[0].replace("-", "_")
-        c = config(method, model__dtype=dtype, **VARIANTS[variant])
-        return run(build(c, devices))
+        return run(build(variant_config(variant, dtype), devices))
+
+
+def variant_config(variant: str, dtype: str = "float64") -> ConfigDict:
+    """The config of one of `VARIANTS`, whose name begins with that of its method."""
+    method = variant.split("_")[0].replace("-", "_")
+    return config(method, model__dtype=dtype, **VARIANTS[variant])
 
 
 def named_leaves(tree: Any) -> dict[str, np.ndarray]:
