@@ -23,8 +23,8 @@ class ProjectionHead(nn.Module):
       shift. 2 layers in Chen et al. 2020a, 3 in 2020b.
     * "moco_v1": one linear map (He et al. 2020). "moco_v2": two with a ReLU between, no BN
       (Chen et al. 2020c). Both with biases, as in the authors' code.
-    * "moco_v3": as "simclr", but the last BN has neither scale nor shift (the code of Chen et al.
-      2021).
+    * "moco_v3": as "simclr", but the last BN has neither scale nor shift (Chen et al. 2021,
+      section 4.1 and the authors' code).
 
     Attributes:
         kind: one of `HEADS`.
