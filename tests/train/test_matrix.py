@@ -35,7 +35,8 @@ OPTIONS = {
     "optimizer__warmup": ("0 steps", "3 steps"),  # of a run of 4 steps, in epochs of 3
     "start": ("", "init_from", "resume_from"),
 }
-NETWORK = {"model__stages": (1,)} | {k: v for k, v in tiny.VIT.items() if k != "model__encoder"}
+NETWORK = {"model__stages": (1,), **tiny.VIT, "vit__depth": 1}
+del NETWORK["model__encoder"]
 EXPORTED = ("resnet",)  # MERGE: add "vit" as soon as common/export and init_from know ViTs
 
 
