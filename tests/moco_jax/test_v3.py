@@ -148,6 +148,21 @@ def test_statistics_are_of_one_view_and_then_of_the_other():
             np.testing.assert_allclose(end["head"]["bn1"]["var"], var, rtol=1e-9)
 
 
+@pytest.mark.slow
+def test_a_step_in_micro_batches_is_the_step():
+    """Encoders in four parts on two devices, with drop path; heads see the whole batch."""
+    with jax.enable_x64(True):
+        c = tiny.variant_config("moco-v3_vit")
+        c.microbatch = 4
+        got = tiny.run(tiny.build(c, 2), 2)
+    assert got.method.setup.microbatches == 4
+    want = tiny.cached_run("moco-v3_vit", 1)
+    for a, b in zip(got.states[1:], want.states[1:3], strict=True):
+        tiny.assert_close(a, b, 1e-9, 1e-12)
+    for a, b in zip(got.metrics, want.metrics[:2], strict=True):
+        tiny.assert_close(a, b, 1e-9, 1e-12)
+
+
 def build(devices=1, **changes):
     return tiny.build(tiny.config("moco_v3", **changes), devices)
 

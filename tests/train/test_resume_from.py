@@ -13,6 +13,7 @@ from etils import epath
 
 from common.config import check_same_run
 from common.errors import UserError
+from common.evaluate.online import make_evaluator
 from common.method import Method
 from common.optim import make_optimizer
 from common.run.checkpoint import Checkpoints
@@ -130,7 +131,8 @@ def test_moco_v3_starts_from_the_weights_of_a_simclr_run(field, tmp_path):
         duration="1 step", evaluate__every="0 steps", evaluate__pictures=False,
         data__test_split="", optimizer__learning_rate=0.0, **{field: str(other)},
     )  # fmt: skip
-    loop.train(tiny.METHODS["moco_v3"], c, tmp_path / "run", None, make_mesh(jax.devices()[:2]))
+    mesh = make_mesh(jax.devices()[:2])
+    loop.train(tiny.METHODS["moco_v3"], c, tmp_path / "run", make_evaluator, mesh)
     with Checkpoints(epath.Path(other), None, read_only=True) as checkpoints:
         want = checkpoints.read(opened_run.STEP)[0]
     with Checkpoints(epath.Path(tmp_path / "run"), None, read_only=True) as checkpoints:
