@@ -221,8 +221,9 @@ class Setup:
             images, keys = rows
             return _training(network, "features", params, batch_stats, self.scale(images), keys)
 
-        part = {"backbone": params["backbone"]}
-        stats = {k: x for k, x in batch_stats.items() if k == "backbone"}
+        part, stats = (
+            {k: x for k, x in tree.items() if k == "backbone"} for tree in (params, batch_stats)
+        )
         rows = images, keys
         if parts == 1:
             features, new = encode(part, stats, rows)
