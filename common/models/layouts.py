@@ -177,7 +177,7 @@ class TimmViT(Layout):
             "positions": e.positions,
             "training_size": e.image_size,
             "layer_norm_epsilon": EPSILON,
-            "batch_norm_epsilon": 1e-5 if e.has_batch_norm else None,
+            **({"batch_norm_epsilon": 1e-5} if e.has_batch_norm else {}),
             "gelu": "exact",
             "qkv": "rows of attn.qkv: query, key, value, each with the heads one after the other",
             "timm": self._timm(),
@@ -228,8 +228,10 @@ class TimmViT(Layout):
         e, arrays, notes = self.encoder, dict(arrays), []
         heads = metadata.get("heads")
         if heads is None:
+            known = " (MoCo v3's ViT-S has 12, DINO's and DeiT's 6)" if e.width == 384 else ""
             notes.append(
-                f"the file does not tell its number of heads: {e.heads}, as config.vit has it"
+                "the file does not tell its number of heads: "
+                f"{e.heads}, as config.vit has it{known}"
             )
         elif heads != e.heads:
             raise UserError(

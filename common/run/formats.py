@@ -5,6 +5,7 @@ file is left to `torch.load(weights_only=True)`.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -129,8 +130,9 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
             "into .safetensors where it is"
         ) from error
     try:
-        # (DINO's training saves its command line too: a Namespace holds values, and runs nothing)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # DINO's training saves its command line too: a Namespace holds values, and runs nothing
+        allowing = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # 2.5
+        with allowing([argparse.Namespace]):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
