@@ -7,10 +7,8 @@ A kind of encoder is a subclass of `Layout` here, over a module that moves the n
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
-from common.errors import UserError
 from common.models import layout, positions, vit_layout, vit_variants
 from common.models.encoder import Encoder
 from common.models.resnet import ResNet
@@ -219,47 +217,21 @@ class TimmViT(Layout):
     def fitted(
         self, arrays: Mapping[str, Any], metadata: Mapping[str, Any], path: str
     ) -> tuple[dict[str, Any], list[str]]:
-        """See `Layout`: checks heads and fixed positions, resizes learned ones.
-
-        Raises:
-            UserError: the file says that it has another number of heads, or has other positions
-                than the fixed ones.
-        """
-        e, arrays, notes = self.encoder, dict(arrays), []
-        heads = metadata.get("heads")
-        if heads is None:
-            known = " (MoCo v3's ViT-S has 12, DINO's and DeiT's 6)" if e.width == 384 else ""
-            notes.append(
-                "the file does not tell its number of heads: "
-                f"{e.heads}, as config.vit has it{known}"
-            )
-        elif heads != e.heads:
-            raise UserError(
-                f"{path} has {heads} attention heads and the config {e.heads}: set "
-                f"--config.vit.heads={heads}"
-            )
+        """See `Layout`: checks heads and fixed positions, resizes learned ones."""
+        arrays, heads = dict(arrays), self.encoder.heads
+        notes = vit_variants.check_heads(metadata.get("heads"), heads, self.encoder.width, path)
         table = arrays.get("pos_embed")
         side = 0 if table is None else vit_layout.side_of(table, self._token)
-        if table is None or not side or table.shape[2] != e.width:
+        if table is None or not side or table.shape[2] != self.encoder.width:
             return arrays, notes  # which is said where all names and shapes are compared
         fixed = self._table(side)
         if fixed is not None:
-            if side != self._side:
-                raise UserError(
-                    f"{path} has positions for {side} x {side} patches and the config "
-                    f"{self._side} x {self._side}, which are not resized while they are fixed: set "
-                    "--config.vit.positions=learned, or data.image_size"
-                )
-            if (off := np.abs(table - fixed).max()) > vit_variants.rounding(table) + 1e-5:
-                raise UserError(
-                    f"{path} has other positions than vit.positions=sincos (they differ by up to "
-                    f"{off:.2g}): set --config.vit.positions=learned"
-                )
+            vit_variants.check_positions(table, fixed, side, self._side, path)
         elif side != self._side:
-            grid = (self._side, self._side)
-            table = jnp.asarray(table, jnp.float32)
-            arrays["pos_embed"] = np.asarray(positions.resized(table, grid, int(self._token)))
-            notes.append(f"positions resized from {side} x {side} to {grid[0]} x {grid[1]} patches")
+            arrays["pos_embed"] = vit_variants.resized(table, self._side, self._token)
+            notes.append(
+                f"positions resized from {side} x {side} to {self._side} x {self._side} patches"
+            )
         return arrays, notes
 
 

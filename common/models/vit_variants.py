@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from common.errors import UserError
+from common.models import positions
 
 _GAMMA = re.compile(r"(blocks\.\d+)\.ls([12])\.gamma")
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # the linear map that each layer scale follows
@@ -73,6 +75,60 @@ def adapted(arrays: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list[
     if out.pop("mask_token", None) is not None:
         notes.append("mask_token is left out: only masked pretraining reads it")
     return out, notes
+
+
+def check_heads(found: int | None, wanted: int, width: int, path: str) -> list[str]:
+    """What has to be said of the number of heads, which shapes do not show.
+
+    Args:
+        found: in the metadata of the file; None of files of others.
+        wanted: of the encoder.
+        width: likewise.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: the two numbers differ.
+    """
+    if found is None:
+        known = " (MoCo v3's ViT-S has 12, DINO's and DeiT's 6)" if width == 384 else ""
+        return [
+            f"the file does not tell its number of heads: {wanted}, as config.vit has it{known}"
+        ]
+    if found != wanted:
+        raise UserError(
+            f"{path} has {found} attention heads and the config {wanted}: set "
+            f"--config.vit.heads={found}"
+        )
+    return []
+
+
+def check_positions(table: Any, fixed: np.ndarray, side: int, wanted: int, path: str) -> None:
+    """Raises a `UserError` if a table is not the fixed one, or is for another grid.
+
+    Args:
+        table: `[1, tokens, d]`, of the file, for a grid of `side` patches a side.
+        fixed: the table of that grid.
+        side: as above.
+        wanted: that of the encoder.
+        path: of the file, for the message.
+    """
+    if side != wanted:
+        raise UserError(
+            f"{path} has positions for {side} x {side} patches and the config {wanted} x {wanted}, "
+            "which are not resized while they are fixed: set --config.vit.positions=learned, or "
+            "data.image_size"
+        )
+    if (off := np.abs(table - fixed).max()) > rounding(table) + 1e-5:
+        raise UserError(
+            f"{path} has other positions than vit.positions=sincos (they differ by up to "
+            f"{off:.2g}): set --config.vit.positions=learned"
+        )
+
+
+def resized(table: Any, side: int, token: bool) -> np.ndarray:
+    """A table of learned positions for a grid of `side` patches a side, float32."""
+    wide = jnp.asarray(table, jnp.float32)
+    return np.asarray(positions.resized(wide, (side, side), int(token)))
 
 
 def rounding(table: Any) -> float:

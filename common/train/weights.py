@@ -27,6 +27,7 @@ from common.run import console, files, formats, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, replicated
 from common.train import moco_heads
+from common.train.which_encoder import choose, first_three
 
 Part = tuple[dict, dict]  # parameters and batch statistics of a part of a network
 
@@ -74,7 +75,7 @@ def load_weights(path: str | epath.PathLike) -> Weights:
     if path.is_dir() or _is_checkpoint(path):
         return _of_run(path)
     arrays, metadata, digest = formats.read(path)
-    kind, prefix, note = _choose(arrays, path)
+    kind, prefix, note = choose(arrays, path)
     encoder, unused, last = {}, [], {}
     for name, array in arrays.items():
         own = name.removeprefix(prefix) if name.startswith(prefix) else ""
@@ -142,15 +143,15 @@ def fit(
     found, notes = own.fitted(weights.arrays, weights.metadata, weights.path)
     problems = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"lacks {_first_three(missing)}")
+        problems.append(f"lacks {first_three(missing)}")
     if beyond := [name for name in found if name not in expected]:
-        problems.append(f"has {_first_three(beyond)}, which the network does not have")
+        problems.append(f"has {first_three(beyond)}, which the network does not have")
     other = [n for n in expected if n in found and found[n].shape != expected[n].shape]
     if other:
         shapes = [f"{n} {found[n].shape} and not {expected[n].shape}" for n in other]
-        problems.append(f"has {_first_three(shapes)}")
+        problems.append(f"has {first_three(shapes)}")
     if broken := [n for n in found if not np.isfinite(found[n].astype(np.float32)).all()]:
-        problems.append(f"has numbers that are not finite in {_first_three(broken)}")
+        problems.append(f"has numbers that are not finite in {first_three(broken)}")
     if problems:
         raise UserError(
             f"{weights.path} does not fit the network of the config: it {'; '.join(problems)}; the "
@@ -173,38 +174,6 @@ def fit(
             if part[1]:
                 new_stats[name] = part[1]
     return _as_type(new_params, params), _as_type(new_stats, batch_stats), with_head
-
-
-def _choose(
-    names: Mapping[str, Any], path: epath.Path
-) -> tuple[type[layouts.Layout], str, list[str]]:
-    """Kind and prefix of the encoder of a file that is taken, and why that one, if need be."""
-    found = [(kind, prefix) for kind in layouts.LAYOUTS for prefix in kind.prefixes(names)]
-    if not found:
-        expected = ", ".join(
-            f"no {kind.words}: expected {kind.marks[0][0]} and {kind.marks[1][0]}"
-            for kind in layouts.LAYOUTS
-        )
-        raise UserError(f"{path} holds {expected}, but found {_first_three(sorted(names))}")
-    # of an encoder and its moving average, the one that was trained
-    trained = [x for x in found if "momentum" not in x[1] and not x[1].endswith("encoder_k.")]
-    found = trained or found
-    # DINO's evaluations, and DINOv2's, use the moving average
-    teachers = [x for x in found if x[0] is layouts.TimmViT and x[1].startswith("teacher.")]
-    if teachers and all(x in teachers or x[1].startswith("student.") for x in found):
-        found = teachers
-    if len(found) > 1:
-        raise UserError(
-            f"{path} holds {len(found)} encoders, {_first_three([repr(p) for _, p in found])}: "
-            "expected one; write a file with the one you mean"
-        )
-    ((kind, prefix),) = found
-    reason = ""
-    if prefix.endswith("base_encoder."):
-        reason = "which gradients trained, as MoCo v3's own linear evaluation does"
-    elif prefix.startswith("teacher."):
-        reason = "the moving average, as DINO's own evaluations do"
-    return kind, prefix, [f"of {path.name}, {prefix}* is taken, {reason}"] if reason else []
 
 
 def _of_run(path: epath.Path) -> Weights:
@@ -281,8 +250,3 @@ def _as_type(found: dict, expected: Mapping) -> dict:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: np.asarray(x, types[tuple(key.key for key in path)]), found
     )
-
-
-def _first_three(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
