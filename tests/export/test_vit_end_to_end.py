@@ -22,7 +22,7 @@ def run(workdir, mode, *arguments):
 
 def knn(workdir):
     run(workdir, "knn")
-    record = jsonl.read(workdir / jsonl.RESULTS)[-1]
+    record = json.loads((workdir / jsonl.RESULTS).read_text().splitlines()[-1])
     assert record["mode"] == "knn"
     return {name: value for name, value in record.items() if "top" in name}
 
