@@ -335,7 +335,8 @@ def test_what_no_encoder_here_has_is_refused_by_name(tmp_path, kind):
     with pytest.raises(UserError) as raised:
         weights.load_weights(save(tmp_path / "w.npz", make()))
     assert text in str(raised.value) and "\n" not in str(raised.value)
-    assert "which the encoders here do not have: take weights with" in str(raised.value)
+    ends = ("not have: take weights without", "not have: take weights with an MLP")
+    assert str(raised.value).endswith(ends)
 
 
 MISFITS = {
@@ -398,6 +399,17 @@ def test_the_other_kind_of_encoder_is_named(tmp_path):
     found = weights.load_weights(save(tmp_path / "r.npz", arrays))
     with pytest.raises(UserError, match=r"holds a ResNet .*model.encoder=resnet"):
         weights.fit(found, *network_of("simclr"))
+
+
+def test_a_file_without_an_encoder_is_told_of_both_kinds(tmp_path):
+    path = save(tmp_path / "w.npz", {"stem.weight": np.ones(3)})
+    text = (
+        "holds no ResNet with torchvision's names: expected conv1.weight and layer1.0.conv1.weight,"
+        " no ViT with timm's names: expected patch_embed.proj.weight and blocks.0.norm1.weight, "
+        "but found stem.weight"
+    )
+    with pytest.raises(UserError, match=text):
+        weights.load_weights(path)
 
 
 def test_names_that_are_no_vits():
