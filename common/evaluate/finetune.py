@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from common.evaluate import mixing
-from common.evaluate.finetune_recipe import Recipe
+from common.evaluate.finetune_recipe import SGD, Recipe
 from common.method import Setup, stream
 from common.models.encoder import at_least_float32
 from common.models.heads import Network
@@ -62,7 +62,7 @@ class Finetuner:
         layer: str,
         num_classes: int,
         tx: optax.GradientTransformation,
-        recipe: Recipe = Recipe(),
+        recipe: Recipe = SGD,
         seed: int = 0,
     ) -> None:
         # one BN group divides any batch, and no label leaks through it
@@ -112,7 +112,6 @@ class Finetuner:
         self, state: Finetuned, images: jax.Array, labels: jax.Array
     ) -> tuple[Finetuned, jax.Array]:
         """One update on uint8 images `[b, h, w, 3]`, labels int32 `[b]` (-1: none); the loss."""
-
         key = jax.random.key(self.seed)
         network, inputs, own = self.setup.network, self.setup.scale(images), None
         if self.recipe.mixes:

@@ -114,6 +114,9 @@ class Recipe:
         return f"{', '.join(views[:-1])} and {views[-1]}, {name}"
 
 
+SGD = Recipe()
+
+
 def optimizer(
     recipe: Recipe,
     batch_size: int,

@@ -179,8 +179,11 @@ def _step(
     grads["kernel"] += decays[None, :, None] * params["kernel"]
     tx = optax.trace(momentum, nesterov=nesterov)
     updates, trace = tx.update(grads, optax.TraceState(trace))
-    updates["kernel"] *= -rates[None, :, None]
-    updates["bias"] *= -rates[:, None]
+    # not in place: without Nesterov the updates are the trace itself
+    updates = {
+        "kernel": updates["kernel"] * -rates[None, :, None],
+        "bias": updates["bias"] * -rates[:, None],
+    }
     return (optax.apply_updates(params, updates), trace.trace), loss
 
 

@@ -32,7 +32,7 @@ def draw(key: jax.Array, mixup: float, cutmix: float, height: int, width: int) -
 
 
 def _range(key: jax.Array, side: jax.Array, length: int) -> jax.Array:
-    """bool `[length]`: True on `side * length` neighbours, or those of them that exist."""
+    """True on `side * length` neighbours of `[length]`, or on those of them that exist."""
     size = (side * length).astype(jnp.int32)
     first = jax.random.randint(key, (), 0, length) - size // 2
     at = jnp.arange(length)
