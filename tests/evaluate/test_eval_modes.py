@@ -285,15 +285,15 @@ def test_finetune_is_the_same_on_any_number_of_devices():
 
 def test_finetune_optimizer_is_nesterov_sgd_on_a_cosine():
     tx = finetune_recipe.optimizer(Recipe(weight_decay=0.1), 512, 4, 2)
-    p, state, w, v = {"k": np.full((1, 1), 2.0, np.float32)}, None, 2.0, 0.0
+    p, state, w, v = {"kernel": np.full((1, 1), 2.0, np.float32)}, None, 2.0, 0.0
     state = tx.init(p)
     for t in range(4):
-        updates, state = tx.update({"k": 3 * p["k"]}, state, p)
-        p = {"k": np.asarray(p["k"] + updates["k"])}
+        updates, state = tx.update({"kernel": 3 * p["kernel"]}, state, p)
+        p = {"kernel": np.asarray(p["kernel"] + updates["kernel"])}
         g = 3.1 * w
         v = 0.9 * v + g
         w -= 0.1 * (1 + np.cos(np.pi * t / 4)) / 2 * (g + 0.9 * v)
-        assert p["k"].item() == pytest.approx(w, rel=1e-5)
+        assert p["kernel"].item() == pytest.approx(w, rel=1e-5)
 
 
 def test_mistakes(opened, workdir, tmp_path):
