@@ -246,6 +246,12 @@ class ResNet(Encoder):
         """See `Encoder`."""
         return True
 
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Encoder`: the stem, and the residual blocks."""
+        blocks = ((i, j) for i, count in enumerate(self._layout()[1]) for j in range(count))
+        return (("stem_conv", "stem_bn"), *((f"layer{i + 1}_{j}",) for i, j in blocks))
+
     def in_words(self) -> str:
         """See `Encoder`."""
         name = f"ResNet{list(self.stages)}" if self.stages else f"ResNet-{self.depth}"

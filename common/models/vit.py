@@ -135,6 +135,11 @@ class ViT(Encoder):
         return ("patches",) if self.patches == "frozen" else ()
 
     @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Encoder`: what makes the tokens, and the blocks."""
+        return (("patches", "token", "positions"), *((f"block{i}",) for i in range(self.depth)))
+
+    @property
     def watched(self) -> str:
         """See `Encoder`: instability shows in the patches first (Chen et al. 2021, section 4)."""
         return "patches"
