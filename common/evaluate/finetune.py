@@ -105,7 +105,7 @@ class Finetuner:
         """Without the layers of the head above the classifier."""
         names = [f"{kind}{i + 1}" for i in range(self.depth) for kind in ("dense", "bn")]
         head = {name: v for name, v in tree.get("head", {}).items() if name in names}
-        backbone = {"backbone": tree["backbone"]} if "backbone" in tree else {}
+        backbone = {k: x for k, x in tree.items() if k == "backbone"}  # no statistics, no entry
         return backbone | ({"head": head} if head else {})
 
     def _step(

@@ -298,7 +298,7 @@ def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     if h % block or w % block:
         raise UserError(
             f"patches of {block} pixels need an image size that is a multiple of {block}, found "
-            f"{h}x{w}"
+            f"{h}x{w}: set data.image_size, and augment.size if views have one of their own"
         )
     x = x.reshape(b, h // block, block, w // block, block, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // block, w // block, block * block * c)

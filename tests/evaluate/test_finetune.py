@@ -195,3 +195,22 @@ def test_a_batch_that_the_runs_bn_groups_do_not_divide_is_one_group():
     _, loss = jax.eval_shape(tuner.step, state, images, labels)
     assert loss.shape == () and c.model.bn_groups == 4  # the run's own config stays
     assert tuner.setup.network.backbone.bn_groups == tuner.setup.network.head.bn_groups == 1
+
+
+def test_a_network_without_batch_statistics_is_fine_tuned():
+    """All of it, what pretraining has frozen too."""
+    c = tiny.config("simclr", head__kind="moco_v2", **tiny.VIT)
+    setup = make_encoder_setup(c, make_mesh(jax.devices()[:1]))
+    tuner = finetune.Finetuner(setup, "head1", CLASSES, optax.sgd(0.1))
+    params, batch_stats = jax.eval_shape(tuner.setup.init_network, jax.random.key(0))
+    assert batch_stats == {}
+    state = tuner.init(tiny.draw_state(params), batch_stats)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 8, 3), np.uint8)
+    before = jax.device_get(state.params)
+    for _ in range(2):  # the classifier starts at 0, and lets no gradient through before it moves
+        state, loss = tuner.step(state, images, np.arange(6, dtype=np.int32) % CLASSES)
+    assert np.isfinite(loss) and state.batch_stats == {}
+    changed = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
+    moved = tiny.named_leaves(changed)
+    assert all(x for name, x in moved.items() if not name.endswith("['key']['bias']"))
