@@ -36,9 +36,10 @@ $(VENV)/notebook: $(VENV)/ready
 	touch $@
 
 # Only the CPU part is used. The wheels for Linux bring CUDA (gigabytes) unless TORCH_OPTIONS leads
-# pip to PyTorch's own index of CPU builds (190 MB).
+# pip to PyTorch's own index of CPU builds (190 MB), which has no timm.
 $(VENV)/torch: $(VENV)/ready
-	$(PIP_INSTALL) torch==2.13.0 $(TORCH_OPTIONS)
+	$(PIP_INSTALL) torch==2.13.0 torchvision==0.28.0 $(TORCH_OPTIONS)
+	$(PIP_INSTALL) timm==1.0.31
 	touch $@
 
 demo: $(VENV)/ready
@@ -70,7 +71,7 @@ test-tpu: $(VENV)/tpu
 test-notebook: $(VENV)/notebook
 	$(BIN)/python -m pytest -m notebook
 
-# Compares with PyTorch: exported and imported weights.
+# Compares with PyTorch and timm: exported and imported weights.
 test-torch: $(VENV)/torch
 	$(BIN)/python -m pytest -m torch
 

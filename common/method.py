@@ -138,7 +138,8 @@ class Setup:
     Attributes:
         config: the method's own section, e.g. `config.simclr`.
         batch_size: images of the global batch.
-        image_size: side of the training views, in pixels.
+        image_size: side of the images of evaluation, in pixels; `augment.size` may give the views
+            another.
         mesh: the devices.
         network: encoder and projection head, and a predictor if the method has one.
         tx: the optimiser.
@@ -220,8 +221,9 @@ class Setup:
             images, keys = rows
             return _training(network, "features", params, batch_stats, self.scale(images), keys)
 
-        part = {"backbone": params["backbone"]}
-        stats = {k: x for k, x in batch_stats.items() if k == "backbone"}
+        part, stats = (
+            {k: x for k, x in tree.items() if k == "backbone"} for tree in (params, batch_stats)
+        )
         rows = images, keys
         if parts == 1:
             features, new = encode(part, stats, rows)
@@ -268,7 +270,7 @@ class Setup:
         with jax.named_scope("update"):  # the parts that benchmarks/trace.py tells apart
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
             metrics = {
-                "gradient_norm": optax.tree.norm(grads),
+                "gradient_norm": optax.tree.norm(optim.trained(grads, self.network.frozen)),
                 "parameter_norm": optax.tree.norm(state.params),
                 "learning_rate": self.schedule(state.step),
             }

@@ -126,14 +126,23 @@ def kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _frozen(labels: tuple[str, str], frozen: Sequence[tuple[str, ...]], params: Any) -> Any:
-    """A tree like `params` of the first label, and of the second under the paths `frozen`."""
+def _is_frozen(frozen: Sequence[tuple[str, ...]], path: tuple) -> bool:
+    names = tuple(key.key for key in path)
+    return any(names[: len(start)] == start for start in frozen)
 
-    def label(path: tuple, _: Any) -> str:
-        names = tuple(key.key for key in path)
-        return labels[any(names[: len(start)] == start for start in frozen)]
 
-    return jax.tree_util.tree_map_with_path(label, params)
+def trained(tree: Any, frozen: Sequence[tuple[str, ...]]) -> Any:
+    """A tree like the parameters, without the leaves below the paths `frozen`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: None if _is_frozen(frozen, path) else x, tree
+    )
+
+
+def _labels(frozen: Sequence[tuple[str, ...]], params: Any) -> Any:
+    """A tree like `params`: "freeze" below the paths `frozen`, else "train"."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "freeze" if _is_frozen(frozen, path) else "train", params
+    )
 
 
 def _everything(params: Any) -> Any:
@@ -216,6 +225,6 @@ def make_optimizer(
         )
     tx = optax.chain(*parts)
     if frozen:
-        labels = functools.partial(_frozen, ("train", "freeze"), tuple(frozen))
+        labels = functools.partial(_labels, tuple(frozen))
         tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
     return tx, schedule

@@ -1,5 +1,7 @@
 """InfoNCE against a queue of keys that is split over the devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -53,14 +55,13 @@ def info_nce(
             mesh, or length or temperature are not positive.
     """
     contrast.check_temperature(temperature)
-    _check_shapes(queries, keys, queue.keys, length, mesh)
+    check_rows("info_nce", queries, keys)
+    _check_queue(queries, queue.keys, length, mesh)
     dtype = jnp.result_type(queries, keys, queue.keys, jnp.float32)
     live = queue_lib.mask(length, queue.keys.shape[1], step)
 
     def local(queries, keys, negatives, live, temperature, axis):
-        def mean(x):  # over rows, of all devices
-            return x.mean(axis=0) if axis is None else jax.lax.pmean(x.mean(axis=0), axis)
-
+        mean = functools.partial(mean_of_rows, axis=axis)
         keys, negatives = jax.lax.stop_gradient((keys, negatives))
         queries = contrast.normalize(queries.astype(dtype))
         similarity = jnp.sum(queries * contrast.normalize(keys.astype(dtype)), axis=-1)
@@ -97,12 +98,21 @@ def info_nce(
     return each_device(local, mesh, specs, PartitionSpec())(*args)
 
 
-def _check_shapes(queries, keys, negatives, length, mesh):
+def mean_of_rows(x: jax.Array, axis: str | None) -> jax.Array:
+    """Mean over the first axis, of all devices' rows if `axis` names a mesh axis."""
+    return x.mean(axis=0) if axis is None else jax.lax.pmean(x.mean(axis=0), axis)
+
+
+def check_rows(loss: str, queries: jax.Array, keys: jax.Array) -> None:
+    """Raises a `UserError` unless queries and keys are two equal `[b, d]`; `loss` is its name."""
     if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] < 1:
         raise UserError(
-            f"info_nce: queries are {list(queries.shape)} and keys {list(keys.shape)}: expected "
+            f"{loss}: queries are {list(queries.shape)} and keys {list(keys.shape)}: expected "
             "two equal shapes [b, d] with b >= 1"
         )
+
+
+def _check_queue(queries, negatives, length, mesh):
     slots, rows, dim = negatives.shape
     expected = queue_lib.slots(length, rows), rows, queries.shape[1]
     if (slots, rows, dim) != expected:

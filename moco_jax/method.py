@@ -5,15 +5,14 @@ from typing import Any, ClassVar
 
 import flax
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from common.contrast import normalize
 from common.errors import UserError
-from common.method import Setup, embedding_metrics, stream
+from common.method import Setup
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
-from moco_jax.momentum import MomentumMethod, MomentumState
+from moco_jax.momentum import MomentumMethod, MomentumState, by_image
 from moco_jax.shuffle import shuffle, unshuffle
 
 
@@ -56,7 +55,9 @@ class MoCo(MomentumMethod):
         if setup.training:
             _warn_of_doubtful(setup)
         self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
-        self.rows = setup.batch_size * (2 if moco.symmetric else 1)
+        if moco.symmetric:
+            self.pairs, self.key_views = ((0, 1), (1, 0)), (1, 0)
+        self.rows = setup.batch_size * len(self.pairs)  # of the queue, a step
 
     def init(self, key: jax.Array) -> MoCoState:
         """See `Method.init`. The key encoder starts as a copy of the query encoder."""
@@ -66,64 +67,36 @@ class MoCo(MomentumMethod):
         queue = queues.init(queue_key, length, self.rows, dim)
         return MoCoState(**self.started(start), queue=queue)
 
-    def train_step(self, state: MoCoState, batch: dict, key: jax.Array) -> tuple:
-        """See `Method.train_step`. Order: EMA, keys, loss against the old queue, enqueue."""
-        setup, moco = self.setup, self.setup.config
+    def momentum(self, step: jax.Array) -> float:
+        """See `MomentumMethod.momentum`."""
+        del step
+        return self.setup.config.momentum
+
+    def make_keys(self, params: Any, batch_stats: Any, images: jax.Array, key: jax.Array) -> tuple:
+        """See `MomentumMethod.make_keys`: with shuffling BN, and of unit length, for the queue."""
+        mesh, network = self.setup.mesh, self.setup.network
         # (shuffling BN deals rows in a fixed order, and there is none without batch norm)
-        groups = setup.network.head.bn_groups if setup.network.has_batch_norm else 1
-        images = batch["images"]
-        # (query view, key view)
-        pairs = ((0, 1), (1, 0)) if moco.symmetric else ((0, 1),)
+        groups = network.head.bn_groups if network.has_batch_norm else 1
+        images = shuffle(images, groups, mesh)
+        keys, batch_stats = super().make_keys(params, batch_stats, images, key)
+        return normalize(unshuffle(keys, groups, mesh)), batch_stats
 
-        key_params = self.averaged(state, moco.momentum)
-        key_stats, keys = state.key_batch_stats, []
-        for _, view in pairs:
-            shuffled = shuffle(images[:, view], groups, setup.mesh)
-            draws = stream(key, state.step, f"key{view}")  # drop path, where there is any
-            _, embeddings, key_stats = setup.forward(key_params, key_stats, shuffled, draws)
-            # unit length already here: these rows enter the queue
-            keys.append(jax.lax.stop_gradient(normalize(unshuffle(embeddings, groups, setup.mesh))))
-
-        def loss_fn(params: Any) -> tuple:
-            stats, losses, metrics, seen, queries = state.batch_stats, [], [], [], []
-            for (view, _), key_embeddings in zip(pairs, keys, strict=True):
-                draws = stream(key, state.step, f"query{view}")
-                f, q, stats = setup.forward(params, stats, images[:, view], draws)
-                loss, scores = info_nce(
-                    q,
-                    key_embeddings,
-                    state.queue,
-                    length=moco.queue_length,
-                    step=state.step,
-                    temperature=moco.temperature,
-                    mesh=setup.mesh,
-                )
-                losses.append(loss)
-                metrics.append(scores)
-                seen.append(f)
-                queries.append(q)
-            # means over the directions; the loss itself is their sum
-            scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
-            features = jnp.stack(seen, 1).reshape(-1, f.shape[-1])
-            scores |= embedding_metrics(features, jnp.stack(queries, 1).reshape(-1, q.shape[-1]))
-            return sum(losses), (stats, features, scores)
-
-        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
+    def contrast(self, queries: jax.Array, keys: jax.Array, state: MoCoState) -> tuple:
+        """See `MomentumMethod.contrast`: the queue is that of before the step."""
+        moco = self.setup.config
+        return info_nce(
+            queries,
+            keys,
+            state.queue,
+            length=moco.queue_length,
+            step=state.step,
+            temperature=moco.temperature,
+            mesh=self.setup.mesh,
         )
-        # [b, directions, d] -> rows: an image's keys stay on its device
-        new_keys = jnp.stack(keys, 1).reshape(self.rows, -1)
-        state, more = setup.next_state(
-            state,
-            grads,
-            stats,
-            features,
-            batch["labels"],
-            key_params=key_params,
-            key_batch_stats=key_stats,
-            queue=queues.push(state.queue, new_keys, state.step),
-        )
-        return state, {"loss": loss} | metrics | more
+
+    def kept(self, state: MoCoState, keys: list[jax.Array]) -> dict[str, Any]:
+        """See `MomentumMethod.kept`: the queue, with the keys of both directions."""
+        return {"queue": queues.push(state.queue, by_image(keys), state.step)}
 
 
 def _warn_of_doubtful(setup: Setup) -> None:

@@ -1,14 +1,14 @@
-"""What all versions of MoCo share: a second encoder whose parameters are a moving average."""
+"""What all versions of MoCo share: a momentum encoder, its keys, and the step that uses them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
 
-from common.method import Method, TrainState
+from common.method import Method, TrainState, embedding_metrics, stream
 
 
 @flax.struct.dataclass
@@ -25,13 +25,106 @@ class MomentumState(TrainState):
 
 
 class MomentumMethod(Method):
-    """A method with a momentum encoder, which starts as a copy of the encoder."""
+    """A method with a momentum encoder, which starts as a copy of the encoder.
 
-    key_parts = ("backbone", "head")  # the momentum encoder has no predictor
+    Attributes:
+        pairs: a query's view and its key's, of each direction of the loss.
+        key_views: the views of which keys are made, in the order of their passes.
+    """
+
+    KEY_PARTS: ClassVar = ("backbone", "head")  # the momentum encoder has no predictor
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    key_views: tuple[int, ...] = (1,)
+
+    def momentum(self, step: jax.Array) -> float | jax.Array:
+        """Share of the old parameters in the update of the momentum encoder in step t = 0, 1 ..."""
+        raise NotImplementedError
+
+    def contrast(self, queries: jax.Array, keys: jax.Array, state: Any) -> tuple[jax.Array, dict]:
+        """Loss of one direction, a scalar, and its metrics; no gradient reaches the keys.
+
+        Args:
+            queries: `[b, dim]`, of one view.
+            keys: `[b, dim]`, of the other.
+            state: before the step.
+        """
+        raise NotImplementedError
+
+    def make_keys(self, params: Any, batch_stats: Any, images: jax.Array, key: jax.Array) -> tuple:
+        """`(keys [b, dim], new batch_stats)` of uint8 images, of the momentum encoder in training.
+
+        Its batch norm sees the batch too: the statistics are its own, and not averaged.
+        """
+        _, keys, batch_stats = self.setup.forward(params, batch_stats, images, key)
+        return keys, batch_stats
+
+    def kept(self, state: Any, keys: list[jax.Array]) -> dict[str, jax.Array]:
+        """Fields of the next state that depend on the keys, one array a direction; by name."""
+        del state, keys
+        return {}
+
+    def train_step(self, state: Any, batch: dict, key: jax.Array) -> tuple:
+        """See `Method.train_step`. Order: momentum update, keys, queries and their loss.
+
+        The momentum encoder is updated before it makes keys, with the parameters that make this
+        step's queries. Each view has a pass of its own, so batch statistics are of one view.
+        """
+        setup, images = self.setup, batch["images"]
+        key_params = self.averaged(state, self.momentum(state.step))
+        key_stats, of_view = state.key_batch_stats, {}
+        for view in self.key_views:
+            draws = stream(key, state.step, f"key{view}")  # drop path, where there is any
+            of_view[view], key_stats = self.make_keys(key_params, key_stats, images[:, view], draws)
+        keys = [of_view[view] for _, view in self.pairs]
+
+        def loss_fn(params: Any) -> tuple:
+            stats, losses, metrics, seen, projected = state.batch_stats, [], [], [], []
+            for (view, _), its_keys in zip(self.pairs, keys, strict=True):
+                draws = stream(key, state.step, f"query{view}")
+                features, z, stats = setup.forward(params, stats, images[:, view], draws)
+                queries = z
+                if setup.network.predictor is not None:
+                    queries, stats = setup.apply("predict", params, stats, z)
+                loss, scores = self.contrast(queries, its_keys, state)
+                losses.append(loss)
+                metrics.append(scores)
+                seen.append(features)
+                projected.append(z)
+            # means over the directions; the loss itself is their sum
+            scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
+            features, z = by_image(seen), by_image(projected)
+            return sum(losses), (stats, features, scores | embedding_metrics(features, z))
+
+        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        state, more = setup.next_state(
+            state,
+            grads,
+            stats,
+            features,
+            batch["labels"],
+            key_params=key_params,
+            key_batch_stats=key_stats,
+            **self.kept(state, keys),
+        )
+        return state, {"loss": loss} | metrics | more
+
+    @jax.named_scope("update")
+    def averaged(self, state: Any, momentum: float | jax.Array) -> Any:
+        """The momentum encoder's parameters after one update with the encoder's of this step.
+
+        Those that are not trained are left alone: a mean of equal numbers is off by a rounding.
+        """
+        params = {part: state.params[part] for part in self.KEY_PARTS}
+        new = optax.incremental_update(params, state.key_params, 1 - momentum)
+        for part, name in self.setup.network.frozen:
+            new[part] = new[part] | {name: state.key_params[part][name]}
+        return new
 
     def key_tree(self, tree: Any) -> Any:
         """A copy of the part of `params` or `batch_stats` that the momentum encoder has."""
-        return jax.tree.map(jnp.copy, {k: x for k, x in tree.items() if k in self.key_parts})
+        return jax.tree.map(jnp.copy, {k: x for k, x in tree.items() if k in self.KEY_PARTS})
 
     def started(self, start: TrainState) -> dict[str, Any]:
         """Fields of the first `MomentumState`, from a `TrainState`."""
@@ -49,8 +142,16 @@ class MomentumMethod(Method):
         copies = map(self.key_tree, (state.params, state.batch_stats))
         return dataclasses.replace(state, **dict(zip(names, copies, strict=True))), names
 
-    @jax.named_scope("update")
-    def averaged(self, state: Any, momentum: float | jax.Array) -> Any:
-        """The momentum encoder's parameters after one update with the encoder's of this step."""
-        params = {k: x for k, x in state.params.items() if k in self.key_parts}
-        return optax.incremental_update(params, state.key_params, 1 - momentum)
+
+def by_image(directions: list[jax.Array]) -> jax.Array:
+    """Rows of each direction, `[b, d]`, as one array, with those of an image one after the other.
+
+    So they stay on its device.
+
+    Args:
+        directions: one or two arrays.
+
+    Returns:
+        `[b * directions, d]`.
+    """
+    return jnp.stack(directions, 1).reshape(-1, directions[0].shape[-1])

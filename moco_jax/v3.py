@@ -9,14 +9,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Setup, embedding_metrics, stream
+from common.method import Setup
 from common.models.heads import ProjectionHead
 from moco_jax.momentum import MomentumMethod, MomentumState
 from moco_jax.v3_loss import batch_info_nce
 
 
 class MoCoV3(MomentumMethod):
-    """MoCo v3; its state is a `MomentumState`."""
+    """MoCo v3 (algorithm 1); its state is a `MomentumState`.
+
+    Both views are queries, through the predictor, and keys, without it.
+    """
+
+    pairs, key_views = ((0, 1), (1, 0)), (0, 1)
 
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it; 0.2 for ViTs, 1.0 for ResNets",
@@ -59,71 +64,29 @@ class MoCoV3(MomentumMethod):
         self.chance = 1 / setup.batch_size  # of guessing a query's key
 
     def init(self, key: jax.Array) -> MomentumState:
-        """See `Method.init`. The key encoder starts as a copy of encoder and head."""
+        """See `Method.init`. The momentum encoder starts as a copy of encoder and head."""
         return MomentumState(**self.started(super().init(key)))
 
-    def train_step(self, state: MomentumState, batch: dict, key: jax.Array) -> tuple:
-        """See `Method.train_step`; Chen et al. 2021, algorithm 1.
-
-        Both views are queries and keys, each in a pass of its own, so that batch statistics are of
-        one view. The keys' encoder is updated before it makes the keys, with the parameters that
-        made the queries.
-        """
-        setup, c = self.setup, self.setup.config
-        images = batch["images"]
-        key_params = self.averaged(state, self.momentum(state.step))
-        keys, key_stats = [], state.key_batch_stats
-        for view in (0, 1):
-            draws = stream(key, state.step, f"key{view}")
-            _, k, key_stats = setup.forward(key_params, key_stats, images[:, view], draws)
-            keys.append(jax.lax.stop_gradient(k))
-
-        def loss_fn(params: Any) -> tuple:
-            stats, losses, metrics, seen, projected = state.batch_stats, [], [], [], []
-            for view in (0, 1):
-                draws = stream(key, state.step, f"query{view}")
-                f, z, stats = setup.forward(params, stats, images[:, view], draws)
-                q = z
-                if setup.network.predictor is not None:
-                    q, stats = setup.apply("predict", params, stats, z)
-                loss, scores = batch_info_nce(
-                    q, keys[1 - view], temperature=c.temperature, mesh=setup.mesh
-                )
-                losses.append(loss)
-                metrics.append(scores)
-                seen.append(f)
-                projected.append(z)
-            # means over the directions; the loss itself is their sum
-            scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
-            features = jnp.stack(seen, 1).reshape(-1, f.shape[-1])
-            scores |= embedding_metrics(features, jnp.stack(projected, 1).reshape(-1, z.shape[-1]))
-            return sum(losses), (stats, features, scores)
-
-        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        state, more = setup.next_state(
-            state,
-            grads,
-            stats,
-            features,
-            batch["labels"],
-            key_params=key_params,
-            key_batch_stats=key_stats,
-        )
-        return state, {"loss": loss} | metrics | more
-
     def momentum(self, step: jax.Array) -> jax.Array:
-        """Of the update in step t = 0, 1, ... of T: `1 - (1 - m) (1 + cos(pi t / T)) / 2`."""
+        """See `MomentumMethod.momentum`: `1 - (1 - m) (1 + cos(pi t / T)) / 2` in step t of T.
+
+        As in the authors' code, where t counts the steps of the warm-up too.
+        """
         m = self.setup.config.momentum
         if self.setup.config.momentum_schedule == "constant":
             return jnp.asarray(m)
-        fraction = step / self.setup.total_steps
+        fraction = step.astype(float) / self.setup.total_steps
         return 1 - (1 - m) * (1 + jnp.cos(math.pi * fraction)) / 2
+
+    def contrast(self, queries: jax.Array, keys: jax.Array, state: MomentumState) -> tuple:
+        """See `MomentumMethod.contrast`: the keys of the other images are the negatives."""
+        del state
+        temperature, mesh = self.setup.config.temperature, self.setup.mesh
+        return batch_info_nce(queries, keys, temperature=temperature, mesh=mesh)
 
 
 def _with_predictor(setup: Setup) -> Any:
-    """The network, and a predictor from embeddings to embeddings (section 4.1, and the code)."""
+    """The network, and a predictor from embeddings to embeddings, as in the authors' code."""
     c, head = setup.config, setup.network.head
     if not c.predictor_layers:
         return setup.network

@@ -1,5 +1,7 @@
 """The loss of MoCo v3: each query against the keys of the whole batch, without a queue."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -7,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 from common import contrast
 from common.errors import UserError
 from common.sharding import AXIS, each_device
+from moco_jax.loss import check_rows, mean_of_rows
 
 
 @jax.named_scope("loss")
@@ -22,7 +25,8 @@ def batch_info_nce(
     """`2 T` times the cross-entropy of a query's own key among the keys of all images.
 
     Chen et al. 2021 (arXiv 2104.02057), algorithm 1, `ctr`; one direction, averaged over the batch.
-    The factor makes the size of the gradient independent of T.
+    The factor keeps the gradient from growing with 1 / T. Of vectors without any relation the loss
+    is about `2 T log b`.
 
     Args:
         queries: `[b, d]`, any float type; normalised here.
@@ -44,11 +48,7 @@ def batch_info_nce(
             if the temperature is not positive.
     """
     contrast.check_temperature(temperature)
-    if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] < 1:
-        raise UserError(
-            f"batch_info_nce: queries are {list(queries.shape)} and keys {list(keys.shape)}: "
-            "expected two equal shapes [b, d] with b >= 1"
-        )
+    check_rows("batch_info_nce", queries, keys)
     b = queries.shape[0]
     if mesh is not None and b % mesh.size:
         raise UserError(
@@ -58,16 +58,13 @@ def batch_info_nce(
     dtype = jnp.result_type(queries, keys, jnp.float32)
 
     def local(queries, keys, temperature, axis):
-        def mean(x):  # over rows, of all devices
-            return x.mean(axis=0) if axis is None else jax.lax.pmean(x.mean(axis=0), axis)
-
+        mean = functools.partial(mean_of_rows, axis=axis)
         queries = contrast.normalize(queries.astype(dtype))
         keys = contrast.normalize(jax.lax.stop_gradient(keys).astype(dtype))
         similarity = jnp.sum(queries * keys, axis=-1)
         positive = similarity / temperature
         first = 0 if axis is None else jax.lax.axis_index(axis) * keys.shape[0]
-        # the gather brings no gradient back: keys have none
-        everyone = jax.lax.stop_gradient(contrast.gather_rows(keys, axis))
+        everyone = contrast.gather_rows(keys, axis)
         lse, above = contrast.rows_lse(
             queries / temperature,
             everyone,

@@ -51,7 +51,7 @@ TEARDOWN_SECONDS = 300  # for the fixtures of any test
 STDERR = os.dup(2)  # pytest has another one while a test runs
 # Of all tests, and of the quick ones alone, these take most of the time (`--durations=0`).
 LONGEST_FILES = (
-    "record_whole", "torch", "multiprocess", "faults", "tpu", "matrix", "steps", "main",
+    "record_whole", "timm", "torch", "multiprocess", "faults", "tpu", "matrix", "steps", "main",
     "microbatch", "distributed", "end_to_end", "resident", "benchmarks", "record", "preemption",
     "pipeline", "augment",
 )  # fmt: skip

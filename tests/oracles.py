@@ -39,3 +39,16 @@ def info_nce(queries, keys, negatives, temperature):
     d_q = (probs[:, :1] - 1) * k + probs[:, 1:] @ negatives
     d_q /= temperature * len(q)
     return -log_probs[:, 0].mean(), (d_q - q * (q * d_q).sum(axis=1, keepdims=True)) / length
+
+
+def ctr(queries, keys, temperature):
+    """Chen et al. 2021, algorithm 1, `ctr`, and its gradient by `queries`, with all logits."""
+    queries, keys = (np.asarray(x, np.float64) for x in (queries, keys))
+    length = np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-6)
+    q, k = queries / length, unit(keys)
+    logits = q @ k.T / temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -2 * temperature * np.diagonal(log_probs).mean()
+    d_q = 2 * (np.exp(log_probs) @ k - k) / len(q)
+    return loss, (d_q - q * (q * d_q).sum(axis=1, keepdims=True)) / length

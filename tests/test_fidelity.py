@@ -6,7 +6,6 @@ The oracle has its own loss, gradient, optimiser and order of rows; only the net
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import tiny
 
 from common.errors import UserError
 from common.models import layout
+from common.models.encoder import Encoder
 from common.sharding import make_mesh
 from common.train.prepare import Extent, prepare
 from simclr_jax.method import SimCLR
@@ -22,15 +22,13 @@ from simclr_jax.method import SimCLR
 STEPS = 5
 
 
-class Pixels(nn.Module):
+class Pixels(Encoder):
     """An encoder without parameters: the mean of each 2 x 2 block. It compiles in no time."""
 
     feature_dim: int = 48
     dtype: type = jnp.float32
-    bn_groups: int = 1
 
-    @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images, train, keys=None):
         b, h, w, c = images.shape
         return images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1)
 
@@ -139,9 +137,9 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
 
 
 class InPyTorch:
-    """A network of ours as PyTorch modules in float64, trained by autograd and optim.SGD."""
+    """A network of ours as PyTorch modules in float64, trained by autograd and torch.optim."""
 
-    def __init__(self, params, batch_stats):
+    def __init__(self, params, batch_stats, make_optimizer=None):
         import torch
         import torch_resnet
         from torch import nn
@@ -153,47 +151,98 @@ class InPyTorch:
         arrays = {name: torch.tensor(x) for name, x in self.before.items()}
         self.backbone.load_state_dict(self.backbone.state_dict() | arrays)
         self.backbone.fc = nn.Identity()
-        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double()
-        for module, name in ((self.head[0], "dense1"), (self.head[2], "dense2")):
-            module.weight.data = torch.tensor(params["head"][name]["kernel"].T)
-            module.bias.data = torch.tensor(params["head"][name]["bias"])
-        self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.9, weight_decay=1e-2)
+        self.heads = {
+            part: Layers(params[part], batch_stats.get(part, {}))
+            for part in ("head", "predictor")
+            if part in params
+        }
+        self.parameters = [*self.backbone.parameters()]
+        self.parameters += [p for head in self.heads.values() for p in head.module.parameters()]
+        make_optimizer = make_optimizer or functools.partial(
+            torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2
+        )
+        self.optimizer = make_optimizer(self.parameters)
+        self.peak = self.optimizer.param_groups[0]["lr"]
 
-    def __call__(self, images):
-        """Unit vectors of bytes `[b, h, w, 3]`."""
+    def __call__(self, images, part="head"):
+        """Unit vectors of bytes `[b, h, w, 3]`, of the head or of the predictor behind it."""
         import torch
 
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         x = torch.tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2))
-        return torch.nn.functional.normalize(self.head(self.backbone(x)))
+        z = self.heads["head"].module(self.backbone(x))
+        return torch.nn.functional.normalize(z if part == "head" else self.heads[part].module(z))
 
     def step(self, t, loss):
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.1 / 2 * (1 + np.cos(np.pi * t / STEPS))
+            group["lr"] = self.peak / 2 * (1 + np.cos(np.pi * t / STEPS))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def assert_equal(self, params, batch_stats, rows):
+    def assert_equal(self, params, batch_stats, rows, passes=1):
         """To 1e-11 of the way that each array went; `rows` images saw a batch norm together.
 
-        Our running variance is PyTorch's without its n / (n - 1), n values a channel.
+        `passes` a step. Our running variance is PyTorch's without its n / (n - 1), n values a
+        channel.
         """
         got = layout.to_torchvision(params["backbone"], batch_stats["backbone"])
         want = {n: x.numpy() for n, x in self.backbone.state_dict().items() if n in got}
         assert got.keys() == want.keys()
+        kept = 0.9 ** (STEPS * passes)
         for name, before in self.before.items():
             if name.endswith("running_var"):
                 n = rows * (4 if name.startswith("layer2") else 8) ** 2
-                kept = 0.9**STEPS * before
-                want[name] = kept + (want[name] - kept) * (n - 1) / n
+                want[name] = kept * before + (want[name] - kept * before) * (n - 1) / n
             error, way = (np.linalg.norm(want[name] - x) for x in (got[name], before))
             assert way > 0 and error <= 1e-11 * way, name
-        for module, name in ((self.head[0], "dense1"), (self.head[2], "dense2")):
-            found = params["head"][name]["kernel"].T, params["head"][name]["bias"]
-            for x, y in zip(found, (module.weight, module.bias), strict=True):
-                np.testing.assert_allclose(x, y.detach(), rtol=1e-9, atol=1e-12)
+        for part, head in self.heads.items():
+            head.assert_equal(params[part], batch_stats.get(part, {}), rows, kept)
+
+
+class Layers:
+    """A head of ours as PyTorch modules: linear maps, batch norms and ReLUs, from its arrays."""
+
+    def __init__(self, params, batch_stats):
+        import torch
+        from torch import nn
+
+        self.before, modules = dict(tiny.named_leaves(batch_stats)), []
+        self.names, depth = [], len([name for name in params if name.startswith("dense")])
+        for i in range(1, depth + 1):
+            dense, norm = params[f"dense{i}"], batch_stats.get(f"bn{i}")
+            linear = nn.Linear(*dense["kernel"].shape, bias="bias" in dense)
+            linear.weight.data = torch.tensor(dense["kernel"].T)
+            if "bias" in dense:
+                linear.bias.data = torch.tensor(dense["bias"])
+            self.names.append((f"dense{i}", linear))
+            if norm is not None:
+                scale = params.get(f"bn{i}")
+                bn = nn.BatchNorm1d(len(norm["mean"]), affine=scale is not None)
+                bn.running_mean, bn.running_var = (torch.tensor(norm[k]) for k in ("mean", "var"))
+                if scale is not None:
+                    bn.weight.data, bn.bias.data = (
+                        torch.tensor(scale[k]) for k in ("scale", "bias")
+                    )
+                self.names.append((f"bn{i}", bn))
+            modules += [module for name, module in self.names if name.endswith(str(i))]
+            modules += [nn.ReLU()] if i < depth else []
+        self.module = nn.Sequential(*modules).double()
+
+    def assert_equal(self, params, batch_stats, rows, kept):
+        for name, module in self.names:
+            found = params.get(name, {})
+            if name.startswith("dense"):
+                pairs = [(found["kernel"].T, module.weight)]
+            else:
+                pairs = [(found["scale"], module.weight)] if found else []
+                mean, var = batch_stats[name]["mean"], batch_stats[name]["var"]
+                start = kept * self.before[f"['{name}']['var']"]
+                var = start + (var - start) * rows / (rows - 1)
+                pairs += [(mean, module.running_mean), (var, module.running_var)]
+            pairs += [(found["bias"], module.bias)] if "bias" in found else []
+            for x, y in pairs:
+                np.testing.assert_allclose(x, y.detach(), rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def in_float64(method, **changes):
@@ -253,3 +302,38 @@ def test_five_steps_of_moco_are_those_of_pytorch():
     query.assert_equal(end.params, end.batch_stats, rows=16)
     key.assert_equal(end.key_params, end.key_batch_stats, rows=16)
     np.testing.assert_allclose(end.queue.keys.reshape(48, 8), queue, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.torch
+def test_five_steps_of_moco_v3_are_those_of_pytorch():
+    """Chen et al. 2021, algorithm 1, in the order of their code, with AdamW that decays all."""
+    import torch
+
+    c = tiny.config(
+        "moco_v3", model__dtype="float64", optimizer__schedule="cosine", optimizer__name="adamw",
+        optimizer__learning_rate=0.01, optimizer__weight_decay=0.1,
+        optimizer__decay_bn_and_bias=True, moco_v3__momentum=0.8,
+    )  # fmt: skip
+    with jax.enable_x64(True):
+        run = tiny.run(prepared(c, 1).method, STEPS)
+    start, end = run.states[0], run.states[-1]
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    query = InPyTorch(start.params, start.batch_stats, adamw)
+    key = InPyTorch(start.key_params, start.key_batch_stats)
+    own = torch.arange(16)
+    for t in range(STEPS):
+        images = tiny.host_batch(run.method.run.config, t)["images"]
+        q1, q2 = (query(images[:, view], "predictor") for view in (0, 1))
+        m = 1 - 0.2 * (1 + np.cos(np.pi * t / STEPS)) / 2
+        with torch.no_grad():
+            for q, k in zip(query.parameters, key.parameters, strict=False):  # (no predictor)
+                k.mul_(m).add_(q, alpha=1 - m)
+            k1, k2 = (key(images[:, view]) for view in (0, 1))
+        loss = sum(
+            2 * 0.2 * torch.nn.functional.cross_entropy(q @ k.T / 0.2, own)
+            for q, k in ((q1, k2), (q2, k1))
+        )
+        np.testing.assert_allclose(run.metrics[t]["loss"], loss.item(), rtol=1e-10)
+        query.step(t, loss)
+    query.assert_equal(end.params, end.batch_stats, rows=16, passes=2)
+    key.assert_equal(end.key_params, end.key_batch_stats, rows=16, passes=2)

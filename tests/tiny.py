@@ -149,12 +149,17 @@ class Run:
     step_fn: Any
     traces: int  # how often Python went through `train_step`
 
-    def gradient(self) -> Any:
-        """Of the first step: its momentum. Frozen parameters have none."""
-        state = self.states[1].opt_state
-        if hasattr(state, "inner_states"):  # of `optax.partition`
-            state = state.inner_states["train"].inner_state
-        return state[0][0].trace
+    def gradient(self, step: int = 0) -> Any:
+        """Of a step, from SGD's momentum before and after it. Frozen parameters have none."""
+
+        def momentum(state: Any) -> Any:
+            state = state.opt_state
+            if hasattr(state, "inner_states"):  # of `optax.partition`
+                state = state.inner_states["train"].inner_state
+            return state[0][0].trace
+
+        before, after = momentum(self.states[step]), momentum(self.states[step + 1])
+        return jax.tree.map(lambda new, old: new - 0.9 * old, after, before) if step else after
 
 
 def run(method: Any, steps: int = 3, rows: Any = slice(None)) -> Run:
@@ -225,15 +230,24 @@ def cached_run(variant: str, devices: int, dtype: str = "float64") -> Run:
 @functools.cache
 def _cached_run(variant: str, devices: int, dtype: str) -> Run:
     with jax.enable_x64(dtype == "float64"):
-        method = variant.split("_")[0].replace("-", "_")
-        c = config(method, model__dtype=dtype, **VARIANTS[variant])
-        return run(build(c, devices))
+        return run(build(variant_config(variant, dtype), devices))
+
+
+def variant_config(variant: str, dtype: str = "float64") -> ConfigDict:
+    """The config of one of `VARIANTS`, whose name begins with that of its method."""
+    method = variant.split("_")[0].replace("-", "_")
+    return config(method, model__dtype=dtype, **VARIANTS[variant])
 
 
 def named_leaves(tree: Any) -> dict[str, np.ndarray]:
     """Every array of a tree by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def is_key_bias(name: str) -> bool:
+    """Of attention: it adds one number to all logits of a row, so that its gradient is 0."""
+    return name.endswith("['key']['bias']")
 
 
 def assert_close(got: Any, want: Any, relative: float, absolute: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from common.errors import UserError
 from common.evaluate import (
     embed_mode,
     finetune_mode,
@@ -49,6 +50,11 @@ def run(
     Returns:
         The record written: what was measured, and under which protocol.
     """
+    if mode == "export" and settings.image_size:
+        raise UserError(
+            f"eval.image_size={settings.image_size} is not for exports, whose images are as large "
+            "as the run's: leave it out"
+        )
     opened = pretrained.load(workdir, settings, methods)
     metrics, sentence = MODES[mode](opened)
     record = {
@@ -56,6 +62,7 @@ def run(
         **metrics,
         "features": settings.features,
         "layer": settings.layer,
+        "image_size": opened.image_size,
         "checkpoint_step": opened.step,
         "method": opened.config.method,
         "source": opened.config.data.source,

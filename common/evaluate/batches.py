@@ -39,10 +39,29 @@ def batch_size_for(wanted: int, n: int, mesh: Mesh) -> int:
     return size
 
 
-def crop_and_flip(config: ConfigDict, batch_size: int, seed: int) -> FeedRecipe:
-    """A run's crops and flips without its colours, at the size of evaluation."""
-    view = presets.crop_only(presets.resolve(config.augment, config.data.image_size))
-    view = dataclasses.replace(view, size=config.data.image_size)
+def crop_and_flip(
+    config: ConfigDict, batch_size: int, seed: int, image_size: int = 0, area_min: float = 0.0
+) -> FeedRecipe:
+    """A run's crops and flips without its colours, at the size of evaluation.
+
+    Args:
+        config: of the run.
+        batch_size: global.
+        seed: of orders, crops and flips.
+        image_size: side of the crops; 0 = that of the run's evaluation images.
+        area_min: smallest share of the image's area in a crop; 0 = the run's.
+
+    Raises:
+        UserError: if no crop can be so large.
+    """
+    size = image_size or config.data.image_size
+    view = presets.crop_only(presets.resolve(config.augment, size))
+    if not 0 <= area_min <= view.area_max:
+        raise UserError(
+            f"eval.area_min={area_min} is no share of an image: expected more than 0 and at most "
+            f"{view.area_max:g}, the run's augment.area_max, or 0 for the run's"
+        )
+    view = dataclasses.replace(view, size=size, area_min=area_min or view.area_min)
     return FeedRecipe(seed, batch_size, (view, view), config.data.augment_on)
 
 
@@ -53,6 +72,9 @@ def batches(
     batch_size: int,
     seed: int,
     keep: np.ndarray | None = None,
+    *,
+    image_size: int = 0,
+    area_min: float = 0.0,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Endless batches, over epochs of `num_examples // batch_size` steps.
 
@@ -66,11 +88,13 @@ def batches(
         batch_size: global, a multiple of the number of devices.
         seed: of orders, crops and flips.
         keep: bool `[num_examples]`; labels are hidden where it is False. None keeps all.
+        image_size: see `crop_and_flip`.
+        area_min: likewise.
 
     Yields:
         Global arrays: images uint8 `[b, h, w, 3]` and labels int32 `[b]`, -1 where there is none.
     """
-    recipe = crop_and_flip(config, batch_size, seed)
+    recipe = crop_and_flip(config, batch_size, seed, image_size, area_min)
     if recipe.augment_on == "device":
         if not resident.obstacle(source, mesh):
             yield from _from_device(source, recipe, mesh, keep)

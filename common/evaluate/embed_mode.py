@@ -105,8 +105,7 @@ def _page_run(opened: Pretrained, source: Source) -> build.Run:
     if source.kind != "stream":  # which has no random access
         n = min(_PAIRS, source.num_examples)
         pairs = summary.some_pairs(FeedRecipe.of(opened.config), source, n)
-    size = opened.config.data.image_size
-    return build.Run(opened.subject, opened.workdir, size, pairs)
+    return build.Run(opened.subject, opened.workdir, opened.image_size, pairs)
 
 
 def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
         "checkpoint_step": opened.step,
         "data": source.name,
         "split": source.split,
-        "image_size": opened.config.data.image_size,
+        "image_size": opened.image_size,
     }
 
 

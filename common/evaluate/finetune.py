@@ -2,7 +2,8 @@
 
 The network is the encoder and, as in SimCLR v2 (Chen et al. 2020b, section 2), the first layers of
 its projection head; a new linear classifier goes on top. Batch norms run in training mode over the
-global batch and update their running statistics.
+global batch and update their running statistics. Parameters that pretraining keeps frozen (MoCo
+v3's patches) are trained like all others, as in the authors' fine-tuning.
 """
 
 import collections
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import optim
-from common.config import section
-from common.method import Setup
+from common.evaluate import mixing
+from common.evaluate.finetune_recipe import SGD, Recipe
+from common.method import Setup, stream
+from common.models.encoder import at_least_float32
+from common.models.heads import Network
 from common.run.console import Progress
 from common.run.writer import NonFiniteLossError
 from common.sharding import batch_sharding, replicated
@@ -32,21 +35,10 @@ _IN_FLIGHT = 2  # steps the host may run ahead of the device
 class Finetuned:
     """A network with a classifier, and the state of its optimiser."""
 
+    step: jax.Array  # int32 scalar, updates done
     params: Any  # {"network": {"backbone": ..., "head": ...}, "classifier": {"kernel", "bias"}}
     batch_stats: Any
     opt_state: Any
-
-
-def optimizer(
-    learning_rate: float, weight_decay: float, batch_size: int, steps: int
-) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum 0.9 and a cosine schedule without warm-up."""
-    c = section("optimizer")
-    c.update(
-        name="sgd", learning_rate=learning_rate, scaling="linear", weight_decay=weight_decay,
-        momentum=0.9, nesterov=True, schedule="cosine",
-    )  # fmt: skip
-    return optim.make_optimizer(c, batch_size, steps, steps)[0]
 
 
 class Finetuner:
@@ -56,7 +48,9 @@ class Finetuner:
         setup: from `make_encoder_setup`.
         layer: what the classifier reads: "backbone", "head1" ..., "projection".
         num_classes: c.
-        tx: the optimiser, see `optimizer`.
+        tx: the optimiser, see `finetune_recipe.optimizer`.
+        recipe: of which drop path, label smoothing, mixup and CutMix are used here.
+        seed: of what these draw.
 
     Raises:
         UserError: for a layer that the network does not have.
@@ -68,9 +62,13 @@ class Finetuner:
         layer: str,
         num_classes: int,
         tx: optax.GradientTransformation,
+        recipe: Recipe = SGD,
+        seed: int = 0,
     ) -> None:
         # one BN group divides any batch, and no label leaks through it
-        self.setup = dataclasses.replace(setup, network=setup.network.with_groups(1))
+        network = _with_drop_path(setup.network.with_groups(1), recipe.drop_path)
+        self.setup = dataclasses.replace(setup, network=network)
+        self.recipe, self.seed = recipe, seed
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, setup.mesh
         self.depth = self.setup.network.depth_of(layer)
         everywhere, rows = replicated(self.mesh), batch_sharding(self.mesh)
@@ -88,46 +86,55 @@ class Finetuner:
         dim = self.setup.network.backbone.feature_dim
         if self.depth:
             dim = params["head"][f"dense{self.depth}"]["kernel"].shape[-1]
+        kind = at_least_float32(self.setup.network.backbone.dtype)
         params = {
             "network": self._used(params),
             "classifier": {
-                "kernel": np.zeros((dim, self.num_classes), np.float32),
-                "bias": np.zeros(self.num_classes, np.float32),
+                "kernel": np.zeros((dim, self.num_classes), kind),
+                "bias": np.zeros(self.num_classes, kind),
             },
         }
         # copied on the host: a step donates its state, and the caller keeps these arrays
-        host = jax.tree.map(np.array, jax.device_get((params, self._used(batch_stats))))
-        params, batch_stats = jax.device_put(host, replicated(self.mesh))
+        start = np.zeros((), np.int32), params, self._used(batch_stats)
+        host = jax.tree.map(np.array, jax.device_get(start))
+        step, params, batch_stats = jax.device_put(host, replicated(self.mesh))
         opt_state = jax.jit(self.tx.init, out_shardings=replicated(self.mesh))(params)
-        return Finetuned(params, batch_stats, opt_state)
+        return Finetuned(step, params, batch_stats, opt_state)
 
     def _used(self, tree: Any) -> dict[str, Any]:
         """Without the layers of the head above the classifier."""
         names = [f"{kind}{i + 1}" for i in range(self.depth) for kind in ("dense", "bn")]
         head = {name: v for name, v in tree.get("head", {}).items() if name in names}
-        return {"backbone": tree["backbone"]} | ({"head": head} if head else {})
+        backbone = {k: x for k, x in tree.items() if k == "backbone"}  # no statistics, no entry
+        return backbone | ({"head": head} if head else {})
 
     def _step(
         self, state: Finetuned, images: jax.Array, labels: jax.Array
     ) -> tuple[Finetuned, jax.Array]:
         """One update on uint8 images `[b, h, w, 3]`, labels int32 `[b]` (-1: none); the loss."""
+        key = jax.random.key(self.seed)
+        network, inputs, own = self.setup.network, self.setup.scale(images), None
+        if self.recipe.mixes:
+            draw, (height, width) = stream(key, state.step, "mix"), images.shape[1:3]
+            keep = mixing.draw(draw, self.recipe.mixup, self.recipe.cutmix, height, width)
+            inputs, own = mixing.mix(inputs, keep), keep.mean()
+        keys = None
+        if network.backbone.is_random:
+            keys = jax.random.split(stream(key, state.step, "drop_path"), len(images))
 
         def loss_fn(params: Any) -> tuple:
-            features, new = self.setup.network.apply(
+            features, new = network.apply(
                 {"params": params["network"], "batch_stats": state.batch_stats},
-                self.setup.scale(images), self.layer, True,
-                method="encode", mutable=["batch_stats"],
+                inputs, self.layer, True, keys, method="encode", mutable=["batch_stats"],
             )  # fmt: skip
-            known = labels >= 0
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                _classify(params["classifier"], features), jnp.where(known, labels, 0)
-            )
-            loss = jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
-            return loss, new["batch_stats"]
+            logits = _classify(params["classifier"], features)
+            loss = _loss(logits, labels, own, self.recipe.label_smoothing)
+            return loss, new.get("batch_stats", {})  # not there without batch norm
 
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        return Finetuned(optax.apply_updates(state.params, updates), stats, opt_state), loss
+        params = optax.apply_updates(state.params, updates)
+        return Finetuned(state.step + 1, params, stats, opt_state), loss
 
     def _logits(self, state: Finetuned, images: jax.Array) -> jax.Array:
         """Eval-mode logits `[b, c]` of uint8 images."""
@@ -174,3 +181,34 @@ class Finetuner:
 def _classify(params: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     logits = jnp.matmul(features, params["kernel"], precision="highest")
     return logits + params["bias"][None]
+
+
+def _loss(
+    logits: jax.Array, labels: jax.Array, own: jax.Array | None, smoothing: float
+) -> jax.Array:
+    """Mean cross-entropy of the rows with a label (where rows are mixed, with two).
+
+    Args:
+        logits: `[b, c]`.
+        labels: int32 `[b]`, -1: none.
+        own: share of a row's own label, scalar; the rest is its partner's. None: not mixed.
+        smoothing: share of the target spread over all classes (Szegedy et al. 2016, section 7).
+    """
+    known, classes = labels >= 0, jnp.where(labels >= 0, labels, 0)
+    if own is None and not smoothing:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
+    else:
+        targets = jax.nn.one_hot(classes, logits.shape[-1], dtype=logits.dtype)
+        if own is not None:
+            known, own = known & known[::-1], own.astype(logits.dtype)
+            targets = own * targets + (1 - own) * targets[::-1]
+        losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+    return jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
+
+
+def _with_drop_path(network: Network, rate: float) -> Network:
+    """The same network with another drop path, whatever it was pretrained with."""
+    encoder: Any = network.backbone
+    if not hasattr(encoder, "drop_path"):
+        return network
+    return network.clone(backbone=encoder.clone(drop_path=rate))

@@ -1,10 +1,12 @@
 """`--mode=finetune`: the whole network trained on 1 %, 10 % or 100 % of the labels.
 
 Chen et al. 2020, B.5: class-balanced labels, crops and flips only, SGD with Nesterov momentum,
-60 epochs on 1 % and 30 on more. `--eval.features=untrained` is supervised training from scratch on
+60 epochs on 1 % and 30 on more; for vision transformers AdamW with DeiT's values, see
+`finetune_recipe.py`. `--eval.features=untrained` is supervised training from scratch on
 the same labels. No setting is tuned; the test split is only scored.
 """
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 from common.data.sources import subset
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import accuracy, batches, finetune
+from common.evaluate import accuracy, batches, finetune, finetune_recipe
+from common.evaluate.finetune_recipe import Recipe
 from common.evaluate.pretrained import Pretrained
 from common.method import make_encoder_setup
 from common.run import console, files
@@ -26,6 +29,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     c, s = opened.settings.finetune, opened.settings
     if s.features == "pixels":
         raise UserError("--mode=finetune needs a network: --eval.features=trained or untrained")
+    recipe = Recipe.of(c, opened.config.model.encoder)
     train, test = opened.open_labelled("train"), opened.open_labelled("test")
     labels = subset.labels_of(train)
     accuracy.labelled("training", labels, labels)
@@ -38,32 +42,37 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         images = subset.select(train, ids)
     else:  # too large for memory: all of it is read, with the other labels hidden
         keep = np.isin(np.arange(train.num_examples), ids)
+        if recipe.mixes and len(ids) < np.sum(labels >= 0):
+            raise UserError(
+                f"eval.finetune.mixup={recipe.mixup} and cutmix={recipe.cutmix} need two labelled "
+                "images, and most of a streamed dataset are hidden here: set both to 0, or "
+                "eval.finetune.fraction=1"
+            )
     per_epoch = images.num_examples // size
     epochs = c.epochs or (60 if c.fraction <= 0.01 else 30)
     steps = round(epochs * per_epoch)
     if steps < 1:
         raise UserError(f"eval.finetune.epochs={epochs} is less than one step: expected more")
 
-    tx = finetune.optimizer(c.learning_rate, c.weight_decay, size, steps)
     setup = make_encoder_setup(opened.config, opened.mesh)
-    tuner = finetune.Finetuner(setup, s.layer, train.num_classes, tx)
+    layers = setup.network.backbone.layers
+    tx = finetune_recipe.optimizer(recipe, size, steps, per_epoch, layers)
+    tuner = finetune.Finetuner(setup, s.layer, train.num_classes, tx, recipe, s.seed)
     state = tuner.init(opened.state.params, opened.state.batch_stats)
     console.say(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
-    pairs = batches.batches(images, opened.config, opened.mesh, size, s.seed, keep)
-    state = tuner.train(state, pairs, steps, size)
+    state = tuner.train(state, opened.batches(images, size, keep), steps, size)
 
     logits, wanted, _ = opened.extract(test, encode=functools.partial(tuner.logits, state))
     logits, wanted = accuracy.labelled("test", logits, wanted)
     metrics = accuracy.top_k(logits, wanted) | {
-        "protocol": "fine-tuning of all layers, crops and flips, SGD with Nesterov momentum",
+        "protocol": f"fine-tuning of all layers, {recipe.in_words()}",
         "fraction": c.fraction,
         "ids": listed,
         "num_train": len(ids),
         "num_test": len(wanted),
         "epochs": epochs,
         "batch_size": size,
-        "learning_rate": c.learning_rate,
-        "weight_decay": c.weight_decay,
+        **dataclasses.asdict(recipe),
     }
     start = "from scratch" if s.features == "untrained" else f"from {opened.subject}"
     return metrics, (

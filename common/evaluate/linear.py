@@ -87,6 +87,7 @@ def fit(
     scale: np.ndarray,
     mesh: Mesh,
     momentum: float = 0.9,
+    nesterov: bool = True,
     quiet: bool = False,
 ) -> list[Classifier]:
     """Trains one classifier for each candidate.
@@ -102,7 +103,8 @@ def fit(
         num_classes: c.
         mean, scale: `[d]`; the classifiers are trained on `(features - mean) * scale`.
         mesh: the device mesh.
-        momentum: Nesterov's.
+        momentum: of SGD.
+        nesterov: whether it is Nesterov's.
         quiet: no progress line.
 
     Returns:
@@ -125,8 +127,9 @@ def fit(
     in_flight: collections.deque = collections.deque()
     for step, (features, labels) in zip(range(steps), batches, strict=False):
         state, loss = _step(
-            state, features, labels, peaks * shape[step], fixed, momentum=momentum, mesh=mesh
-        )
+            state, features, labels, peaks * shape[step], fixed,
+            momentum=momentum, nesterov=nesterov, mesh=mesh,
+        )  # fmt: skip
         in_flight.append(loss)
         if len(in_flight) > _IN_FLIGHT:
             value = float(in_flight.popleft())
@@ -142,7 +145,7 @@ def fit(
     ]
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("momentum", "mesh"))
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("momentum", "nesterov", "mesh"))
 def _step(
     state: tuple,
     features: jax.Array,
@@ -150,6 +153,7 @@ def _step(
     rates: jax.Array,
     fixed: tuple,
     momentum: float,
+    nesterov: bool,
     mesh: Mesh,
 ) -> tuple[tuple, jax.Array]:
     """One update of all candidates; returns the state and the smallest loss."""
@@ -173,10 +177,13 @@ def _step(
 
     (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     grads["kernel"] += decays[None, :, None] * params["kernel"]
-    tx = optax.trace(momentum, nesterov=True)
+    tx = optax.trace(momentum, nesterov=nesterov)
     updates, trace = tx.update(grads, optax.TraceState(trace))
-    updates["kernel"] *= -rates[None, :, None]
-    updates["bias"] *= -rates[:, None]
+    # not in place: without Nesterov the updates are the trace itself
+    updates = {
+        "kernel": updates["kernel"] * -rates[None, :, None],
+        "bias": updates["bias"] * -rates[:, None],
+    }
     return (optax.apply_updates(params, updates), trace.trace), loss
 
 

@@ -86,21 +86,21 @@ class Bank:
         per_epoch, pairs = self._batches(rows, size)
         return linear.fit(
             pairs, max(1, round(c.epochs * per_epoch)), candidates, size,
-            self.num_classes, mean, scale, mesh, c.momentum,
+            self.num_classes, mean, scale, mesh, c.momentum, c.nesterov,
         )  # fmt: skip
 
     def _batches(self, rows: np.ndarray, size: int) -> tuple[int, Iterator]:
         """Steps in an epoch, and endless `(features, labels)`."""
-        opened, train, seed = self._opened, self._train, self._opened.settings.seed
+        opened, train = self._opened, self._train
         if self._variant == "cached":
-            features, labels = self.features[rows], self.labels[rows]
+            features, labels, seed = self.features[rows], self.labels[rows], opened.settings.seed
             return len(rows) // size, batches.cached(features, labels, opened.mesh, size, seed)
         keep = None
         if train.kind == "stream":  # no random access: labels are hidden instead
             keep = np.isin(np.arange(train.num_examples), self._ids[rows])
         else:
             train = subset.select(train, self._ids[rows])
-        pairs = batches.batches(train, opened.config, opened.mesh, size, seed, keep)
+        pairs = opened.batches(train, size, keep)
         encoded = ((opened.encoder(images), labels) for images, labels in pairs)
         return train.num_examples // size, encoded
 
@@ -151,6 +151,9 @@ def _by_sgd(opened: Pretrained, bank: Bank) -> tuple[linear.Classifier, dict, st
         "weight_decay": chosen.weight_decay,
         "settings_tried": len(grid),
         "num_held_out": len(held),
+        "momentum": c.momentum,
+        "nesterov": c.nesterov,
+        "standardise": c.standardise,
         "epochs": c.epochs,
         "batch_size": batches.batch_size_for(c.batch_size, n, opened.mesh),
     }

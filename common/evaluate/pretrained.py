@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.evaluate import accuracy, features
+from common.evaluate import accuracy, batches, features
 from common.evaluate.features import Features
 from common.method import Method, Setup, make_encoder_setup, root_keys
 from common.run import console, files, saved_config
@@ -58,6 +59,12 @@ class Pretrained:
             "untrained": "the untrained encoder",
             "pixels": "raw pixels",
         }[self.settings.features]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels: `settings.image_size`, or the run's."""
+        size: int = self.settings.image_size or self.config.data.image_size
+        return size
 
     def open(self, role: str) -> Source:
         """Opens the source of a role ("train" or "test"), and prints a summary of it.
@@ -99,6 +106,16 @@ class Pretrained:
             )
         return source
 
+    def batches(
+        self, source: Source, batch_size: int, keep: np.ndarray | None = None
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Crops and flips of the run with their labels, see `batches.batches`."""
+        s = self.settings
+        return batches.batches(
+            source, self.config, self.mesh, batch_size, s.seed, keep,
+            image_size=s.image_size, area_min=s.area_min,
+        )  # fmt: skip
+
     def extract(self, source: Source, limit: int = 0, encode: Callable | None = None) -> Features:
         """Features of un-augmented images (raw pixels with `settings.features="pixels"`).
 
@@ -112,7 +129,7 @@ class Pretrained:
             source,
             self.mesh,
             self.settings.batch_size or self.config.batch_size,
-            self.config.data.image_size,
+            self.image_size,
             limit,
         )
 
@@ -170,7 +187,19 @@ def load(
         state, step = _restore(workdir, method, mesh, settings.step)
     elif settings.features == "untrained":
         state = untrained(method, config.seed, mesh)
-    return Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
+    opened = Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
+    _check_image_size(opened)
+    return opened
+
+
+def _check_image_size(opened: Pretrained) -> None:
+    """Raises a `UserError` for images that the encoder cannot take, before any is read."""
+    size = opened.settings.image_size
+    if size < 0:
+        raise UserError(f"eval.image_size={size}: expected a side in pixels, or 0 for the run's")
+    if size and opened.settings.features != "pixels":
+        images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        jax.eval_shape(opened.method.encode, opened.state, images)
 
 
 def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:

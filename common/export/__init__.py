@@ -1,1 +1,1 @@
-"""The encoder of a run for other libraries: arrays under torchvision's names, and StableHLO."""
+"""The encoder of a run for other libraries: arrays under their names, and StableHLO."""

@@ -13,17 +13,14 @@ from common.errors import UserError
 from common.evaluate.feature_files import shortened
 from common.evaluate.pretrained import Pretrained
 from common.export import stablehlo
-from common.models import layout
+from common.models import layout, layouts
 from common.run import files, formats, saved_config
 
 FORMATS = ("safetensors", "npz", "stablehlo")
-LAYOUT = "torchvision ResNet, version 1"
 LINEAR = "linear_eval.npz"  # written by --mode=linear_eval
 _CLASSES = 1000  # the default of torchvision's constructors
-_INPUT = (
-    "RGB [n, 3, h, w], divided by 255 to [0, 1], then (image - mean) / std per colour; this is not "
-    "part of conv1, whose zero padding would make that inexact"
-)
+_INPUT = "RGB [n, 3, h, w], divided by 255 to [0, 1], then (image - mean) / std per colour"
+_PADDING = "; this is not part of {first}, whose zero padding would make that inexact"
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
@@ -61,10 +58,12 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         reason = error.strerror or error
         raise UserError(f"cannot write to {directory}: {reason}; see --eval.export.dir") from error
     written = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items())
-    fits = metadata["torchvision"]
-    loads = f"loads into torchvision.models.{fits}()" if fits else "docs/export.md says how to load"
+    own = layouts.of(opened.method.setup.network.backbone)
+    fits = own.loads_into(metadata)
+    loads = f"loads into {fits}" if fits else "docs/export.md says how to load"
     return {"dir": str(directory), "files": sizes, "fc": metadata["fc"]}, (
-        f"Exported {opened.subject} to {directory}: {written}; {loads}; fc: {metadata['fc']}."
+        f"Exported {opened.subject} to {directory}: {written}; {loads}; "
+        f"{own.classifier}: {metadata['fc']}."
     )
 
 
@@ -75,39 +74,40 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         opened: a run with weights.
 
     Returns:
-        Arrays by torchvision's names, including `fc` and the batch norms' counters, and metadata as
-        JSON values.
+        Arrays by the names of torchvision (ResNets) or timm (ViTs), including the classifier and
+        the batch norms' counters, and metadata as JSON values.
     """
     config, state = opened.config, opened.state
-    params, batch_stats = jax.device_get((state.params["backbone"], state.batch_stats["backbone"]))
+    encoder = opened.method.setup.network.backbone
+    own = layouts.of(encoder)
+    trees = (tree.get("backbone", {}) for tree in (state.params, state.batch_stats))
     arrays = {
         name: np.asarray(array, np.float32)
-        for name, array in layout.to_torchvision(params, batch_stats).items()
+        for name, array in own.to_other(*jax.device_get(tuple(trees))).items()
     }
-    network = layout.describe(arrays)
-    kernel, bias, fc, classes = _classifier(opened, network["feature_dim"])
-    for name in layout.batch_norms(arrays):
+    kernel, bias, fc, classes = _classifier(opened, encoder.feature_dim)
+    norms = layout.batch_norms(arrays)
+    for name in norms:
         arrays[f"{name}.{layout.COUNTER}"] = np.array(opened.step, np.int64)
-    arrays |= {"fc.weight": kernel.T, "fc.bias": bias}
+    arrays |= {f"{own.classifier}.weight": kernel.T, f"{own.classifier}.bias": bias}
     augmentation = presets.resolve(config.augment, config.data.image_size)
     run = saved_config.read(opened.workdir)  # --eval may name other data
     libraries = ("jax", "flax", "numpy", "safetensors")
+    first = "conv1" if own.kind == "resnet" else "patch_embed.proj"
     return arrays, {
-        "layout": LAYOUT,
+        "layout": own.name,
         "weights": opened.settings.features,
         "method": config.method,
         "step": opened.step,
         "data": f"{shortened(run['data']['source'])} ({run['data']['train_split']})",
         "init_from": shortened(config.init_from),
-        **network,
-        "conv1": layout.conv1(network["stem"]),
-        "input": _INPUT,
+        **own.about(arrays),
+        "input": _INPUT + (_PADDING.format(first=first) if norms else ""),
         "input_range": [0.0, 1.0],
         "mean": list(augmentation.mean),
         "std": list(augmentation.std),
         "image_size": config.data.image_size,
         "trained_in": config.model.dtype,
-        "batch_norm_epsilon": 1e-5,
         "fc": fc,
         "class_names": classes,
         **version.fields(),  # of this code

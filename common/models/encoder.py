@@ -39,6 +39,15 @@ class Encoder(nn.Module):
         return ()
 
     @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """Names of parameters, or of modules, of each layer, from the input on.
+
+        For learning rates that fall with the distance from the output. What is in none of them
+        lies behind the last. (): not known.
+        """
+        return ()
+
+    @property
     def watched(self) -> str:
         """Name of the module whose gradient norm is logged; "" for none."""
         return ""

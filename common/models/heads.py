@@ -24,7 +24,7 @@ class ProjectionHead(nn.Module):
     * "moco_v1": one linear map (He et al. 2020). "moco_v2": two with a ReLU between, no BN
       (Chen et al. 2020c). Both with biases, as in the authors' code.
     * "moco_v3": as "simclr", but the last BN has neither scale nor shift (Chen et al. 2021,
-      section 4.1 and the authors' code).
+      section 5, and the authors' code).
 
     Attributes:
         kind: one of `HEADS`.
@@ -54,12 +54,17 @@ class ProjectionHead(nn.Module):
     @property
     def has_batch_norm(self) -> bool:
         """Whether rows of a batch see each other in training."""
+        return self._normed and (self.last_norm or self.depth > 1)
+
+    @property
+    def _normed(self) -> bool:
+        """Whether this kind has BN, where others have biases."""
         return self.kind in ("simclr", "moco_v3")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, depth: int | None = None) -> jax.Array:
         """Projects `x [b, d]`; `depth` stops after that many layers (to fine-tune from there)."""
-        normed = self.has_batch_norm
+        normed = self._normed
         hidden = self.hidden or x.shape[-1]
         x = x.astype(self.dtype)
         for i in range(self.depth if depth is None else depth):
@@ -123,7 +128,8 @@ class Network(nn.Module):
     @property
     def has_batch_norm(self) -> bool:
         """Whether rows of a batch see each other in training."""
-        return self.backbone.has_batch_norm or self.head.has_batch_norm
+        parts = (self.backbone, self.head, self.predictor)
+        return any(part is not None and part.has_batch_norm for part in parts)
 
     @property
     def frozen(self) -> tuple[tuple[str, ...], ...]:
@@ -181,12 +187,13 @@ def make_network(config: ConfigDict, image_size: int) -> Network:
         image_size: side of the training views.
 
     Raises:
-        UserError: for an unknown head or initialisation, a head without layers, or from the builder
-            of the encoder.
+        UserError: for an unknown encoder, remat, head or initialisation, a head without layers, or
+            from the builder of the encoder.
     """
     model, head = config.model, config.head
     one_of("head.kind", head.kind, HEADS)
     one_of("head.init", head.init, initial.KERNELS)
+    one_of_field("model.remat", model.remat)
     if head.layers < 1:
         raise UserError(f"head.layers={head.layers}: a head needs at least one layer")
     if one_of_field("model.encoder", model.encoder) == "vit":

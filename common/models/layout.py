@@ -16,7 +16,8 @@ from common.models.resnet import DEPTHS
 
 # Counts forward passes; only a PyTorch batch norm without momentum reads it.
 COUNTER = "num_batches_tracked"
-_BN = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# A batch norm's arrays: our names -> PyTorch's.
+BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _NAME = re.compile(
     r"(?:(?P<stem>conv1|bn1)|layer(?P<stage>[1-9]\d*)\.(?P<block>\d+)\."
     r"(?P<module>conv[123]|bn[123]|downsample\.[01]))\.(?P<leaf>\w+)"
@@ -117,6 +118,14 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_words(network: Mapping[str, Any]) -> str:
+    """A sentence's part about what `describe` returns."""
+    kind = "bottleneck" if network["bottleneck"] else "basic"
+    depth = f"depth={network['depth']}" if network["depth"] else f"stages={network['stages']}"
+    stem = network["stem"] or "unknown"
+    return f"a ResNet with {depth} ({kind} blocks), width {network['width']}, stem {stem}"
+
+
 def batch_norms(arrays: Mapping[str, Any]) -> list[str]:
     """Names of the batch norms, e.g. "layer1.0.bn1"."""
     end = ".running_mean"
@@ -132,14 +141,14 @@ def _torch_name(path: tuple[str, ...]) -> str:
             module, module
         )
         module = f"{block[0].replace('_', '.')}.{module}"
-    return f"{module}.{'weight' if leaf == 'kernel' else _BN[leaf]}"
+    return f"{module}.{'weight' if leaf == 'kernel' else BATCH_NORM[leaf]}"
 
 
 def _our_path(match: re.Match) -> tuple[str, ...] | None:
     """Path of the array in our trees; None if such a module has no array of that name."""
     module = match["stem"] or match["module"]
     norm = module.startswith("bn") or module == "downsample.1"
-    names = {theirs: ours for ours, theirs in _BN.items()} if norm else {"weight": "kernel"}
+    names = {theirs: ours for ours, theirs in BATCH_NORM.items()} if norm else {"weight": "kernel"}
     if match["leaf"] not in names:
         return None
     leaf = names[match["leaf"]]

@@ -246,6 +246,12 @@ class ResNet(Encoder):
         """See `Encoder`."""
         return True
 
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Encoder`: the stem, and the residual blocks."""
+        blocks = ((i, j) for i, count in enumerate(self._layout()[1]) for j in range(count))
+        return (("stem_conv", "stem_bn"), *((f"layer{i + 1}_{j}",) for i, j in blocks))
+
     def in_words(self) -> str:
         """See `Encoder`."""
         name = f"ResNet{list(self.stages)}" if self.stages else f"ResNet-{self.depth}"
@@ -292,7 +298,7 @@ def space_to_depth(x: jax.Array, block: int) -> jax.Array:
     if h % block or w % block:
         raise UserError(
             f"patches of {block} pixels need an image size that is a multiple of {block}, found "
-            f"{h}x{w}"
+            f"{h}x{w}: set data.image_size, and augment.size if views have one of their own"
         )
     x = x.reshape(b, h // block, block, w // block, block, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // block, w // block, block * block * c)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from common.config import one_of_field
 from common.errors import UserError
-from common.models import attention, positions
+from common.models import attention, initial, positions
 from common.models.encoder import Encoder, at_least_float32
 from common.models.resnet import BatchNorm, conv, space_to_depth
 
@@ -31,15 +31,11 @@ VARIANTS: dict[str, tuple[int, int, int]] = {
 EPSILON = 1e-6
 
 
-def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
-    """A linear map with a bias of 0 and Xavier's uniform kernel (Glorot & Bengio 2010, eq. 16)."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        param_dtype=at_least_float32(dtype),
-        kernel_init=nn.initializers.xavier_uniform(),
-        name=name,
-    )
+def dense(features: int, dtype: Any, name: str | None = None, **init: Any) -> nn.Dense:
+    """A linear map, unless `init` says more with Xavier's kernel (Glorot & Bengio 2010, eq. 16)."""
+    xavier: dict[str, Any] = {"kernel_init": nn.initializers.xavier_uniform()}
+    kind = at_least_float32(dtype)
+    return nn.Dense(features, dtype=dtype, param_dtype=kind, name=name, **xavier | init)
 
 
 def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -92,9 +88,9 @@ class ViT(Encoder):
         patch: side of a patch in pixels.
         image_size: side of the images it is made for; others get resized positions.
         pool: "token" (a class token, after a final norm) or "mean" (no class token, no final norm:
-            Chen et al. 2021, section 4.2, found the norm before a mean to cost much).
+            Chen et al. 2021, section 6.2, found the norm before a mean to cost much).
         positions: "sincos" (fixed: `positions.sincos`) or "learned".
-        patches: "linear", "frozen" (linear, as drawn: Chen et al. 2021, section 4.3) or "conv"
+        patches: "linear", "frozen" (linear, as drawn: Chen et al. 2021, section 4.2) or "conv"
             (3x3 convolutions of stride 2 with batch norm: Xiao et al. 2021).
         drop_path: probability of leaving out a branch in the last block, rising linearly from 0 in
             the first (Huang et al. 2016); of an image, in training.
@@ -139,8 +135,13 @@ class ViT(Encoder):
         return ("patches",) if self.patches == "frozen" else ()
 
     @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Encoder`: what makes the tokens, and the blocks."""
+        return (("patches", "token", "positions"), *((f"block{i}",) for i in range(self.depth)))
+
+    @property
     def watched(self) -> str:
-        """See `Encoder`: instability shows in the patches first (Chen et al. 2021, section 4.3)."""
+        """See `Encoder`: instability shows in the patches first (Chen et al. 2021, section 4)."""
         return "patches"
 
     def in_words(self) -> str:
@@ -174,7 +175,7 @@ class ViT(Encoder):
             first = self.param("token", nn.initializers.normal(1e-6), (1, 1, d), kind)
             x = jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (b, 1, d)), x], axis=1)
         x = x + table
-        keep = self._keep(keys, kind) if train and self.drop_path and keys is not None else None
+        keep = self.keep(keys, kind) if train and self.drop_path and keys is not None else None
         block = self._block()
         for i in range(self.depth):
             x = block(self.heads, int(self.mlp_ratio * d), self.dtype, name=f"block{i}")(
@@ -192,7 +193,7 @@ class ViT(Encoder):
             return self.param("positions", nn.initializers.normal(0.02), shape, kind)
         return jnp.asarray(positions.sincos(side, side, self.width, token), kind)
 
-    def _keep(self, keys: jax.Array, kind: Any) -> jax.Array:
+    def keep(self, keys: jax.Array, kind: Any) -> jax.Array:
         """Factors `[b, depth, 2]`: 0, or 1 / the probability of keeping the branch."""
         rates = jnp.asarray(np.linspace(0, self.drop_path, self.depth), kind)[None, :, None]
         draws = jax.vmap(lambda key: jax.random.uniform(key, (self.depth, 2), kind))(keys)
@@ -208,7 +209,8 @@ class ViT(Encoder):
 class ConvPatches(nn.Module):
     """A stem of 3x3 convolutions with stride 2, batch norm and ReLU, and a 1x1 convolution.
 
-    As in MoCo v3's code: for patches of 16 pixels four of them, of d/8, d/4, d/2 and d channels.
+    As in MoCo v3's code: for patches of 16 pixels four of them, of d/8, d/4, d/2 and d channels;
+    all are drawn as PyTorch draws a convolution.
     """
 
     width: int
@@ -224,7 +226,11 @@ class ConvPatches(nn.Module):
             features = self.width // 2 ** (layers - 1 - i)
             x = conv(features, 3, 2, self.dtype, f"conv{i + 1}", "torch")(x)
             x = nn.relu(BatchNorm(self.bn_groups, dtype=self.dtype, name=f"bn{i + 1}")(x, train))
-        return dense(self.width, self.dtype, "project")(x)
+        draws = {
+            "kernel_init": initial.KERNELS["torch"],
+            "bias_init": initial.bias("torch", x.shape[-1]),
+        }
+        return dense(self.width, self.dtype, "project", **draws)(x)
 
 
 def make_encoder(model: ConfigDict, vit: ConfigDict, image_size: int) -> ViT:
@@ -253,13 +259,19 @@ def make_encoder(model: ConfigDict, vit: ConfigDict, image_size: int) -> ViT:
         )
     if image_size % v.patch:
         raise UserError(
-            f"vit.patch={v.patch} does not divide the views of {image_size} pixels: choose a "
-            "divisor, or set data.image_size or augment.size"
+            f"vit.patch={v.patch}: the sides of views, {image_size} pixels, are no multiple of it; "
+            "choose a divisor, or set data.image_size or augment.size"
         )
-    if v.patches == "conv" and (v.patch & (v.patch - 1) or v.patch < 2 or width % v.patch):
+    if v.patches == "conv" and (v.patch & (v.patch - 1) or v.patch < 2 or width % (v.patch // 2)):
         raise UserError(
             f"vit.patches=conv halves the image again and again, found patch={v.patch} and "
-            f"width={width}: expected a patch of 2, 4, 8 or 16 and a width that is a multiple of it"
+            f"width={width}: expected a patch of 2, 4, 8, 16 or 32, and a width that is a multiple "
+            "of half of it"
+        )
+    if not v.mlp_ratio * width >= 1:
+        raise UserError(
+            f"vit.mlp_ratio={v.mlp_ratio} leaves a perceptron of width {width} without a hidden "
+            "layer: expected a number above 0, 4 in all published networks"
         )
     if not 0 <= v.drop_path < 1:
         raise UserError(f"vit.drop_path={v.drop_path}: expected 0 or more, and less than 1")

@@ -4,6 +4,8 @@ Nothing read here can run code: safetensors holds none, `.npz` is read without p
 file is left to `torch.load(weights_only=True)`.
 """
 
+import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -128,7 +130,10 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
             "into .safetensors where it is"
         ) from error
     try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # DINO's training saves its command line too: a Namespace holds values, and runs nothing
+        allowing = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # 2.5
+        with allowing([argparse.Namespace]):
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, which could run code, or is damaged: save its "
@@ -139,7 +144,10 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
     for name in ("state_dict", "model"):  # what training scripts wrap it in
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
-    tensors = found if isinstance(found, dict) else {}
+    tensors = dict(found) if isinstance(found, dict) else {}
+    for name in ("teacher", "student"):  # DINO's, two networks
+        if isinstance(tensors.get(name), dict):
+            tensors |= {f"{name}.{inner}": x for inner, x in tensors[name].items()}
     tensors = {str(name): x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no state_dict: save model.state_dict()")

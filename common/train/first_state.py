@@ -108,18 +108,22 @@ def draw_state(run: Prepared) -> Any:
     return with_weights(run, load_weights(run.config.init_from))[0]
 
 
-def with_weights(run: Prepared, weights: Weights) -> tuple[Any, bool]:
-    """`(state, whether its head comes from the weights)`."""
+def with_weights(run: Prepared, weights: Weights) -> tuple[Any, set[str]]:
+    """`(state, the parts of the network that come from the weights)`."""
     setup = run.setup
-    params, batch_stats, with_head = fit(weights, *jax.eval_shape(setup.init_network, run.init_key))
+    shapes, stats_shapes = jax.eval_shape(setup.init_network, run.init_key)
+    params, batch_stats, _ = fit(weights, shapes, stats_shapes, setup.network.backbone)
     _check_scale(weights, setup)
-    head = "encoder and projection head" if with_head else "encoder; the projection head is random"
+    head = _parts_in_words(set(params), set(shapes))
     unused = weights.unused
-    if weights.head is not None and not with_head:
-        unused = ("its projection head (of another kind or size)", *unused)
+    for part, name in (("predictor", "predictor"), ("head", "projection head")):
+        if getattr(weights, part) is not None and part not in params:
+            unused = (f"its {name} (of another kind or size)", *unused)
     left = f"; not used: {', '.join(unused[:6])}" if unused else ""
     more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
     console.say(f"initial weights: {weights.path}: {head}{left}{more}")
+    for note in weights.notes:
+        console.say(f"  {note}")
 
     def init(key: jax.Array, initial: Any) -> Any:
         return run.make_method(dataclasses.replace(setup, initial=initial)).init(key)
@@ -129,7 +133,17 @@ def with_weights(run: Prepared, weights: Weights) -> tuple[Any, bool]:
         lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]),
         (params, batch_stats),
     )
-    return jax.jit(init, out_shardings=run.shardings)(run.init_key, initial), with_head
+    return jax.jit(init, out_shardings=run.shardings)(run.init_key, initial), set(params)
+
+
+def _parts_in_words(taken: set[str], wanted: set[str]) -> str:
+    """Which parts of the network come from the weights, and which are drawn."""
+    names = {"backbone": "encoder", "head": "projection head", "predictor": "predictor"}
+    found = [name for part, name in names.items() if part in taken]
+    drawn = [f"the {name}" for part, name in names.items() if part in wanted - taken]
+    text = ", ".join(found[:-1]) + (" and " if found[1:] else "") + found[-1]
+    are = "is" if len(drawn) == 1 else "are"
+    return f"{text}; {' and '.join(drawn)} {are} random" if drawn else text
 
 
 def _check_scale(weights: Weights, setup: Setup) -> None:

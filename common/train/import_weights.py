@@ -53,7 +53,7 @@ def import_weights(
     whole.microbatch = 0  # nothing of the state depends on it, and it need not fit these devices
     run = prepare(make_method, whole, make_mesh(), extent=_EXTENT, training=False)
     weights = load_weights(config.init_from)
-    state, with_head = with_weights(run, weights)
+    state, taken = with_weights(run, weights)
     with (
         claim(workdir, config) as (workdir, _),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
@@ -65,7 +65,9 @@ def import_weights(
         "mode": "import",
         "init_from": config.init_from,
         "sha256": weights.digest,
-        "head": with_head,
+        "head": "head" in taken,
+        "predictor": "predictor" in taken,
+        "notes": list(weights.notes),
         "unused": list(weights.unused),
         "method": config.method,
         "command": shlex.join(sys.argv),

@@ -1,10 +1,11 @@
 """Reads an encoder's weights into one form, whatever wrote them.
 
 * a file of this project's `--mode=export`;
-* torchvision's and timm's ResNets, and any other state_dict with their names behind one prefix
-  (`module.`, `backbone.`, ...), as `.safetensors`, `.npz` or `.pth`;
+* torchvision's and timm's ResNets, timm's ViTs, and any other state_dict with their names behind
+  one prefix (`module.`, `backbone.`, ...), as `.safetensors`, `.npz` or `.pth`;
 * the MoCo authors' checkpoints: v1 and v2 (`module.encoder_q.`, with their projection head), v3
-  (`module.base_encoder.`);
+  (`module.base_encoder.`, with head and predictor);
+* DINO's and DINOv2's, released weights and checkpoints of training (`teacher`);
 * the workdir of a run, or one of its checkpoints.
 """
 
@@ -17,15 +18,18 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from common import config as configs
 from common.data.augment import presets
 from common.errors import UserError
-from common.models import layout
-from common.run import files, formats, saved_config
+from common.models import layout, layouts, vit
+from common.models.encoder import Encoder
+from common.run import console, files, formats, saved_config
 from common.run.checkpoint import Checkpoints
 from common.sharding import make_mesh, replicated
+from common.train import moco_heads
+from common.train.which_encoder import choose, first_three
 
-# The last linear maps of the MoCo authors' query encoder, which projects where others classify.
-_MOCO_HEADS = {"moco_v1": {"fc": "dense1"}, "moco_v2": {"fc.0": "dense1", "fc.2": "dense2"}}
+Part = tuple[dict, dict]  # parameters and batch statistics of a part of a network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,12 @@ class Weights:
 
     Attributes:
         path: of the file or the run.
-        arrays: of the encoder, in torchvision's layout, without its `fc` and counters.
+        arrays: of the encoder, in its layout, without classifier and counters.
+        layout: what kind of encoder it is.
         head: `(params, batch_stats)` of the projection head; None if there was none.
-        unused: names of arrays that were ignored: classifier, predictor, key encoder, queue ...
+        predictor: likewise.
+        unused: names of arrays that were ignored: classifier, key encoder, queue ...
+        notes: what was chosen or changed, in words.
         prefix: of the encoder's names in the file.
         metadata: of an export or a run: `mean`, `std`, `method`, `step` and more; {} of others.
         digest: SHA-256 of the file; "" for a run.
@@ -44,8 +51,11 @@ class Weights:
 
     path: str
     arrays: dict[str, np.ndarray]
-    head: tuple[dict, dict] | None = None
+    layout: type[layouts.Layout] = layouts.TorchvisionResNet
+    head: Part | None = None
+    predictor: Part | None = None
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     prefix: str = ""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     digest: str = ""
@@ -58,108 +68,112 @@ def load_weights(path: str | epath.PathLike) -> Weights:
         path: a file that `formats.read` can read, a workdir, or `WORKDIR/checkpoints/STEP`.
 
     Raises:
-        UserError: if the path does not exist, cannot be read safely, or holds no ResNet.
+        UserError: if the path does not exist, cannot be read safely, or holds no encoder of a kind
+            that this project has.
     """
     path = files.path(path)
     if path.is_dir() or _is_checkpoint(path):
         return _of_run(path)
     arrays, metadata, digest = formats.read(path)
-    prefix = _prefix(arrays, path)
+    kind, prefix, note = choose(arrays, path)
     encoder, unused, last = {}, [], {}
     for name, array in arrays.items():
         own = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        if own.startswith("fc."):
-            last[own] = array
+        if own.startswith(f"{kind.classifier}."):
+            last[own.removeprefix(f"{kind.classifier}.")] = array
         elif own and not own.endswith("." + layout.COUNTER):
             encoder[own] = array
         elif not own:
             unused.append(name)
-    head = _moco_head(last) if prefix.endswith("encoder_q.") else None
+    head, predictor, behind = None, None, ""
+    if prefix.endswith("encoder_q."):
+        head = moco_heads.first_versions(last)
+    elif prefix.endswith("base_encoder."):
+        head = moco_heads.third_version(last)
+        behind = prefix.removesuffix("base_encoder.") + "predictor."
+        found = {n.removeprefix(behind): x for n, x in arrays.items() if n.startswith(behind)}
+        predictor = moco_heads.third_version(found)
     if head is None:
-        unused += [prefix + name for name in last]
-    return Weights(str(path), encoder, head, tuple(sorted(unused)), prefix, metadata, digest)
+        unused += [f"{prefix}{kind.classifier}.{name}" for name in last]
+    if predictor is not None:
+        unused = [name for name in unused if not name.startswith(behind)]
+    encoder, notes = kind.read(encoder, str(path))
+    return Weights(
+        str(path),
+        encoder,
+        kind,
+        head,
+        predictor,
+        tuple(sorted(unused)),
+        (*note, *notes),
+        prefix,
+        metadata,
+        digest,
+    )
 
 
-def fit(weights: Weights, params: Mapping, batch_stats: Mapping) -> tuple[dict, dict, bool]:
+def fit(
+    weights: Weights, params: Mapping, batch_stats: Mapping, encoder: Encoder | None = None
+) -> tuple[dict, dict, bool]:
     """The weights as trees for a network, whose encoder they must fit exactly.
+
+    Positions of a ViT that are learned may be for another number of patches: they are resized.
 
     Args:
         weights: from `load_weights`.
-        params: of the network (`backbone`, `head`), arrays or their shapes.
+        params: of the network (`backbone`, `head`, perhaps `predictor`), arrays or their shapes.
         batch_stats: likewise.
+        encoder: of the network; None: a ResNet.
 
     Returns:
         `(params, batch_stats, whether they include the head)`, in the types of the network. A head
-        of another kind or size is left out.
+        of another kind or size is left out, and with it the predictor.
 
     Raises:
         UserError: naming arrays that are missing, unknown to the network, of another shape, or not
-            finite.
+            finite; or for an encoder of another kind.
     """
-    expected = jax.eval_shape(layout.to_torchvision, params["backbone"], batch_stats["backbone"])
-    found = weights.arrays
+    own = layouts.of(encoder)
+    if weights.layout is not type(own):
+        raise UserError(
+            f"{weights.path} holds {weights.layout.in_words(weights.arrays)}, and the config asks "
+            f"for another kind of encoder: set --config.model.encoder={weights.layout.kind}"
+        )
+    expected = jax.eval_shape(own.to_other, params["backbone"], batch_stats.get("backbone", {}))
+    found, notes = own.fitted(weights.arrays, weights.metadata, weights.path)
     problems = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"lacks {_first_three(missing)}")
+        problems.append(f"lacks {first_three(missing)}")
     if beyond := [name for name in found if name not in expected]:
-        problems.append(f"has {_first_three(beyond)}, which the network does not have")
+        problems.append(f"has {first_three(beyond)}, which the network does not have")
     other = [n for n in expected if n in found and found[n].shape != expected[n].shape]
     if other:
         shapes = [f"{n} {found[n].shape} and not {expected[n].shape}" for n in other]
-        problems.append(f"has {_first_three(shapes)}")
+        problems.append(f"has {first_three(shapes)}")
     if broken := [n for n in found if not np.isfinite(found[n].astype(np.float32)).all()]:
-        problems.append(f"has numbers that are not finite in {_first_three(broken)}")
+        problems.append(f"has numbers that are not finite in {first_three(broken)}")
     if problems:
         raise UserError(
             f"{weights.path} does not fit the network of the config: it {'; '.join(problems)}; the "
-            f"file holds {_words(layout.describe(found))}, the config asks for "
-            f"{_words(layout.describe(expected))}: change config.model"
+            f"file holds {own.in_words(found)}, the config asks for {own.in_words(expected)}: "
+            f"change {own.section}"
         )
-    new_params, new_stats = ({"backbone": x} for x in layout.from_torchvision(found))
-    heads = (params.get("head", {}), batch_stats.get("head", {}))
-    head = weights.head
-    if head is not None and not all(map(_alike, head, heads)):
-        head = None
-    if head is not None:
-        new_params["head"] = head[0]
-        if head[1]:
-            new_stats["head"] = head[1]
-    return _as_type(new_params, params), _as_type(new_stats, batch_stats), head is not None
-
-
-def _prefix(names: Mapping[str, Any], path: epath.Path) -> str:
-    """What precedes the names of the one encoder in the file."""
-    first, second = "conv1.weight", "layer1.0.conv1.weight"
-    found = [n.removesuffix(first) for n in names if n.endswith(first)]
-    found = [p for p in found if p + second in names and (not p or p.endswith("."))]
-    # of an encoder and its moving average, the one that was trained
-    trained = [p for p in found if "momentum" not in p and not p.endswith("encoder_k.")]
-    found = trained or found
-    if not found:
-        raise UserError(
-            f"{path} holds no ResNet with torchvision's names: expected {first} and {second}, "
-            f"found {_first_three(sorted(names))}"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{path} holds {len(found)} encoders, {_first_three([repr(p) for p in found])}: "
-            "expected one; write a file with the one you mean"
-        )
-    return found[0]
-
-
-def _moco_head(arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict] | None:
-    for layers in _MOCO_HEADS.values():
-        wanted = {f"{theirs}.{leaf}" for theirs in layers for leaf in ("weight", "bias")}
-        if arrays.keys() == wanted:
-            return {
-                ours: {
-                    "kernel": arrays[f"{theirs}.weight"].transpose(),
-                    "bias": arrays[f"{theirs}.bias"],
-                }
-                for theirs, ours in layers.items()
-            }, {}
-    return None
+    for note in notes:
+        console.say(f"  {note}")
+    new_params, new_stats = {}, {}
+    new_params["backbone"], stats = own.from_other(found)
+    if stats:
+        new_stats["backbone"] = stats
+    with_head = True
+    for name, part in (("head", weights.head), ("predictor", weights.predictor)):
+        own_part = (params.get(name, {}), batch_stats.get(name, {}))
+        if part is None or not all(map(_alike, part, own_part)):
+            with_head = with_head and name != "head"
+        elif with_head:
+            new_params[name] = part[0]
+            if part[1]:
+                new_stats[name] = part[1]
+    return _as_type(new_params, params), _as_type(new_stats, batch_stats), with_head
 
 
 def _of_run(path: epath.Path) -> Weights:
@@ -173,6 +187,7 @@ def _of_run(path: epath.Path) -> Weights:
     saved = saved_config.read(workdir)
     try:
         augmentation = presets.resolve(saved["augment"], saved["data"]["image_size"])
+        encoder = _vit_of(saved, augmentation.size)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config} cannot be read ({error}): restore it") from error
     sharding = replicated(make_mesh())
@@ -190,17 +205,33 @@ def _of_run(path: epath.Path) -> Weights:
         shardings = jax.tree.map(lambda _: sharding, target)
         state = jax.device_get(checkpoints.restore_part(step, target, shardings))
     params, stats = state["params"], state["batch_stats"]
+    head, predictor = (
+        (params[name], stats.get(name, {})) if name in params else None
+        for name in ("head", "predictor")
+    )
+    own = layouts.of(encoder)
     return Weights(
         path=str(path),
-        arrays=layout.to_torchvision(params["backbone"], stats["backbone"]),
-        head=(params["head"], stats.get("head", {})),
+        arrays=own.to_other(params["backbone"], stats.get("backbone", {})),
+        layout=type(own),
+        head=head,
+        predictor=predictor,
         metadata={
             "mean": list(augmentation.mean),
             "std": list(augmentation.std),
             "method": saved.get("method"),
             "step": step,
+            **({"heads": encoder.heads} if encoder else {}),
         },
     )
+
+
+def _vit_of(saved: Mapping[str, Any], image_size: int) -> vit.ViT | None:
+    """The encoder of a saved config if it is a ViT, as it was trained on views of that size."""
+    if saved["model"].get("encoder") != "vit":
+        return None
+    model, section = (configs.section(name, **saved[name]) for name in ("model", "vit"))
+    return vit.make_encoder(model, section, image_size)
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
@@ -219,15 +250,3 @@ def _as_type(found: dict, expected: Mapping) -> dict:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: np.asarray(x, types[tuple(key.key for key in path)]), found
     )
-
-
-def _words(network: Mapping[str, Any]) -> str:
-    kind = "bottleneck" if network["bottleneck"] else "basic"
-    depth = f"depth={network['depth']}" if network["depth"] else f"stages={network['stages']}"
-    stem = network["stem"] or "unknown"
-    return f"a ResNet with {depth} ({kind} blocks), width {network['width']}, stem {stem}"
-
-
-def _first_three(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -20,12 +20,14 @@ from common.evaluate import (
     batches,
     finetune,
     finetune_mode,
+    finetune_recipe,
     knn_mode,
     linear,
     linear_mode,
     logistic,
     transfer_mode,
 )
+from common.evaluate.finetune_recipe import Recipe
 from common.evaluate.linear import Candidate
 from common.method import make_encoder_setup
 from common.run import jsonl
@@ -269,7 +271,8 @@ def test_finetune_is_the_same_on_any_number_of_devices():
     found = []
     for devices in (1, 8):
         mesh = make_mesh(jax.devices()[:devices])
-        tx = finetune.optimizer(0.5, 1e-3, 16, 3)
+        recipe = Recipe(learning_rate=0.5, weight_decay=1e-3)
+        tx = finetune_recipe.optimizer(recipe, 16, 3, 1)
         tuner = finetune.Finetuner(make_encoder_setup(c, mesh), "backbone", 3, tx)
         tuned = tuner.init(state.params, state.batch_stats)
         for t in range(3):
@@ -281,16 +284,16 @@ def test_finetune_is_the_same_on_any_number_of_devices():
 
 
 def test_finetune_optimizer_is_nesterov_sgd_on_a_cosine():
-    tx = finetune.optimizer(0.05, 0.1, 512, 4)
-    p, state, w, v = {"k": np.full((1, 1), 2.0, np.float32)}, None, 2.0, 0.0
+    tx = finetune_recipe.optimizer(Recipe(weight_decay=0.1), 512, 4, 2)
+    p, state, w, v = {"kernel": np.full((1, 1), 2.0, np.float32)}, None, 2.0, 0.0
     state = tx.init(p)
     for t in range(4):
-        updates, state = tx.update({"k": 3 * p["k"]}, state, p)
-        p = {"k": np.asarray(p["k"] + updates["k"])}
+        updates, state = tx.update({"kernel": 3 * p["kernel"]}, state, p)
+        p = {"kernel": np.asarray(p["kernel"] + updates["kernel"])}
         g = 3.1 * w
         v = 0.9 * v + g
         w -= 0.1 * (1 + np.cos(np.pi * t / 4)) / 2 * (g + 0.9 * v)
-        assert p["k"].item() == pytest.approx(w, rel=1e-5)
+        assert p["kernel"].item() == pytest.approx(w, rel=1e-5)
 
 
 def test_mistakes(opened, workdir, tmp_path):

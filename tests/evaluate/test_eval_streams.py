@@ -12,6 +12,7 @@ from test_sources import write_tfds
 
 from common.data.feed import pipeline
 from common.data.sources import subset
+from common.errors import UserError
 from common.evaluate import finetune, finetune_mode, linear, linear_mode
 from common.evaluate.pretrained import Pretrained
 
@@ -101,6 +102,15 @@ def test_finetune_hides_the_labels_it_may_not_use(opened, ids, monkeypatch, frac
     else:
         want = everything[chosen[places]]
     np.testing.assert_array_equal(Tuner.labels, want)
+
+
+def test_images_are_not_mixed_where_most_labels_are_hidden(opened, monkeypatch):
+    monkeypatch.setattr(finetune, "Finetuner", Tuner)
+    mixing = {"finetune__mixup": 0.8, "finetune__epochs": 1}
+    with pytest.raises(UserError, match=r"mixup=0.8 and cutmix=0.0 need two labelled images"):
+        finetune_mode.run(opened(finetune__fraction=0.8, **mixing))
+    for fraction in (0.4, 1.0):  # in memory, and none hidden
+        assert finetune_mode.run(opened(finetune__fraction=fraction, **mixing))[0]["mixup"] == 0.8
 
 
 def test_linear_eval_hides_the_labels_of_held_out_images(opened, ids, monkeypatch):

@@ -54,14 +54,14 @@ class Solver:
         choices: `(ids, labels)` that settings were chosen by.
         settings: of each fit, a list.
         found: the classifier of each fit, a random one.
-        momentum: of the last fit by SGD.
+        momentum: of the last fit by SGD, and whether it is Nesterov's.
     """
 
     fits: list = dataclasses.field(default_factory=list)
     choices: list = dataclasses.field(default_factory=list)
     settings: list = dataclasses.field(default_factory=list)
     found: list = dataclasses.field(default_factory=list)
-    momentum: float | None = None
+    momentum: tuple[float, bool] | None = None
 
     def _found(self, count):
         rng = np.random.default_rng(len(self.found))
@@ -69,13 +69,13 @@ class Solver:
         self.found.append(linear.Classifier(kernel, np.zeros(CLASSES, np.float32)))
         return [self.found[-1]] * count
 
-    def sgd(self, pairs, steps, candidates, size, classes, mean, scale, mesh, momentum):
+    def sgd(self, pairs, steps, candidates, size, classes, mean, scale, mesh, *momentum):
         rows = [jax.device_get(pair) for pair in itertools.islice(pairs, steps)]
         features, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
         ids, first = np.unique(ids_of(features), return_index=True)  # of several epochs
         self.fits.append((ids, labels[first], mean, scale))
         self.settings.append(candidates)
-        self.momentum = momentum
+        self.momentum = tuple(momentum)
         return self._found(len(candidates))
 
     def lbfgs(self, features, labels, classes, values, *_, **options):
@@ -117,8 +117,9 @@ def check_chosen_on_held_out_rows(solver, width=1.0):
 def test_linear_eval_chooses_on_rows_that_were_not_fitted(opened, solver, variant):
     how = {"linear__optimizer": "lbfgs"} if variant == "lbfgs" else {"linear__variant": variant}
     how |= {"linear__epochs": 4, "linear__batch_size": 4, "linear__momentum": 0.5}
+    how["linear__nesterov"] = variant == "cached"
     metrics, _ = linear_mode.run(opened(**how))
-    assert solver.momentum == (None if variant == "lbfgs" else 0.5)
+    assert solver.momentum == (None if variant == "lbfgs" else (0.5, variant == "cached"))
     check_chosen_on_held_out_rows(solver, width=1.0 if variant == "lbfgs" else WIDTH**0.5)
     assert metrics["top1"] == pytest.approx(top1(solver.found[-1], "test"))
     assert metrics["num_train"] == len(labelled("train"))

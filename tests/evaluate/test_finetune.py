@@ -24,7 +24,9 @@ from test_linear import softmax
 
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources import subset
-from common.evaluate import batches, finetune, finetune_mode, linear
+from common.errors import UserError
+from common.evaluate import batches, finetune, finetune_mode, finetune_recipe, linear
+from common.evaluate.finetune_recipe import Recipe
 from common.method import make_encoder_setup
 from common.run.writer import NonFiniteLossError
 from common.sharding import make_mesh, to_global
@@ -38,8 +40,8 @@ def opened(monkeypatch, tmp_path):
 class Tuner:
     """Replaces `Finetuner`, and records what it is given."""
 
-    def __init__(self, setup, layer, num_classes, tx):
-        self.given = {"layer": layer, "tx": tx}
+    def __init__(self, setup, layer, num_classes, tx, recipe, seed):
+        self.given = {"layer": layer, "tx": tx, "recipe": recipe, "seed": seed}
         self.kernel = np.random.default_rng(0).normal(size=(WIDTH, CLASSES)).astype(np.float32)
         Tuner.last = self
 
@@ -68,7 +70,7 @@ def tuner(monkeypatch):
 
 
 def test_finetune_trains_on_the_chosen_labels_and_scores_the_test_split(opened, tuner, monkeypatch):
-    monkeypatch.setattr(finetune, "optimizer", lambda *args: args)
+    monkeypatch.setattr(finetune_recipe, "optimizer", lambda *args: args)
     run = opened(finetune__fraction=0.5, finetune__epochs=4, finetune__batch_size=5, seed=3)
     run.settings.finetune.weight_decay = 0.25
     metrics, _ = finetune_mode.run(run)
@@ -80,7 +82,10 @@ def test_finetune_trains_on_the_chosen_labels_and_scores_the_test_split(opened, 
     np.testing.assert_array_equal(got.labels, labels[ids])
     # a batch of 5 does not fit 2 devices
     assert (got.steps, got.batch_size) == (4 * (len(chosen) // 4), 4)
-    assert got.given["tx"] == (0.05, 0.25, 4, got.steps)
+    recipe, layers = Recipe(weight_decay=0.25), (("stem_conv", "stem_bn"), ("layer1_0",))
+    assert got.given["tx"] == (recipe, 4, got.steps, got.steps / 4, (*layers, ("layer2_0",)))
+    assert (got.given["recipe"], got.given["seed"]) == (recipe, 3)
+    assert metrics.items() >= dataclasses.asdict(recipe).items()
     assert got.given["params"] is run.state.params and got.given["layer"] == "backbone"
     assert metrics["top1"] == pytest.approx(top1(linear.Classifier(got.kernel, 0), "test"))
     assert (metrics["num_train"], metrics["num_test"]) == (len(chosen), len(labelled("test")))
@@ -106,6 +111,12 @@ def test_labels_train_on_crops_and_flips_of_the_run_and_nothing_else():
     assert all(getattr(before, name) > 0 for name in want)
     for view in made.views:
         assert view == dataclasses.replace(before, size=8, **want)  # as large as test images
+    other = batches.crop_and_flip(c, 4, seed=9, image_size=12, area_min=0.25)
+    want |= {"size": 12, "area_min": 0.25}
+    assert other.views == (dataclasses.replace(before, **want),) * 2
+    c.augment.area_max = 0.5
+    with pytest.raises(UserError, match=r"area_min=0.75 is no share of an image: .* at most 0.5"):
+        batches.crop_and_flip(c, 4, seed=9, area_min=0.75)
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
@@ -120,7 +131,7 @@ class Matrix:
     """A network that is one matrix."""
 
     class backbone:
-        feature_dim, dtype = 5, np.float32
+        feature_dim, dtype, is_random = 5, np.float32, False
 
     def with_groups(self, groups):
         return self
@@ -128,9 +139,10 @@ class Matrix:
     def depth_of(self, layer):
         return 0
 
-    def apply(self, variables, images, layer, train=False, method=None, mutable=()):
+    def apply(self, variables, images, layer, train=False, keys=None, method=None, mutable=()):
+        assert keys is None
         features = images.reshape(len(images), -1) @ variables["params"]["backbone"]["kernel"]
-        return (features, {"batch_stats": variables["batch_stats"]}) if mutable else features
+        return (features, {}) if mutable else features
 
 
 def by_hand(network, classifier, bias, x, y):
@@ -152,7 +164,7 @@ def test_rows_without_a_label_do_not_count_in_a_step():
     rng = np.random.default_rng(0)
     network = rng.normal(size=(8 * 8 * 3, 5)) / 10
     classifier, bias = np.zeros((5, CLASSES)), np.zeros(CLASSES)
-    state = tuner.init({"backbone": {"kernel": network.astype(np.float32)}}, {"backbone": {}})
+    state = tuner.init({"backbone": {"kernel": network.astype(np.float32)}}, {})
     labels = np.array([[2, 0, 1, 2, 2, -1, -1, 0], [-1, -1, 1, -1, 0, 2, 1, 1], [-1] * 8])
     for y in labels:
         images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
@@ -183,3 +195,22 @@ def test_a_batch_that_the_runs_bn_groups_do_not_divide_is_one_group():
     _, loss = jax.eval_shape(tuner.step, state, images, labels)
     assert loss.shape == () and c.model.bn_groups == 4  # the run's own config stays
     assert tuner.setup.network.backbone.bn_groups == tuner.setup.network.head.bn_groups == 1
+
+
+def test_a_network_without_batch_statistics_is_fine_tuned():
+    """All of it, what pretraining has frozen too."""
+    c = tiny.config("simclr", head__kind="moco_v2", **tiny.VIT)
+    setup = make_encoder_setup(c, make_mesh(jax.devices()[:1]))
+    tuner = finetune.Finetuner(setup, "head1", CLASSES, optax.sgd(0.1))
+    params, batch_stats = jax.eval_shape(tuner.setup.init_network, jax.random.key(0))
+    assert batch_stats == {}
+    state = tuner.init(tiny.draw_state(params), batch_stats)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 8, 3), np.uint8)
+    before = jax.device_get(state.params)
+    for _ in range(2):  # the classifier starts at 0, and lets no gradient through before it moves
+        state, loss = tuner.step(state, images, np.arange(6, dtype=np.int32) % CLASSES)
+    assert np.isfinite(loss) and state.batch_stats == {}
+    changed = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
+    moved = tiny.named_leaves(changed)
+    assert all(x for name, x in moved.items() if not name.endswith("['key']['bias']"))

@@ -28,8 +28,8 @@ def softmax(z):
     return z / z.sum(1, keepdims=True)
 
 
-def by_hand(x, y, steps, batch, order, candidate, momentum):
-    """SGD with Nesterov momentum in float64, the gradient written out."""
+def by_hand(x, y, steps, batch, order, candidate, momentum, nesterov):
+    """SGD with momentum in float64, the gradient written out."""
     w, b = np.zeros((x.shape[1], CLASSES)), np.zeros(CLASSES)
     vw, vb = np.zeros_like(w), np.zeros_like(b)
     for t in range(steps):
@@ -40,19 +40,24 @@ def by_hand(x, y, steps, batch, order, candidate, momentum):
         gw, gb = x[ids].T @ error + candidate.weight_decay * w, error.sum(0)
         vw, vb = momentum * vw + gw, momentum * vb + gb
         rate = candidate.learning_rate * batch / 256 * (1 + np.cos(np.pi * t / steps)) / 2
-        w, b = w - rate * (gw + momentum * vw), b - rate * (gb + momentum * vb)
+        if nesterov:
+            gw, gb = gw + momentum * vw, gb + momentum * vb
+        else:
+            gw, gb = vw, vb
+        w, b = w - rate * gw, b - rate * gb
     return w, b
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_sgd_equals_gradient_descent_by_hand(devices):
+@pytest.mark.parametrize(("devices", "nesterov"), [(1, True), (8, True), (1, False)])
+def test_sgd_equals_gradient_descent_by_hand(devices, nesterov):
     x, y = data()
     y[::7] = -1
     mesh, size, steps = make_mesh(jax.devices()[:devices]), 16, 15
     grid = [Candidate(0.5, 0.0), Candidate(4.0, 0.03)]
     mean, scale = np.linspace(2, 4, 5), np.linspace(0.5, 1.5, 5)
     pairs = batches.cached(x, y, mesh, size, seed=5)
-    got = linear.fit(pairs, steps, grid, size, CLASSES, mean, scale, mesh, 0.8, quiet=True)
+    args = (size, CLASSES, mean, scale, mesh, 0.8, nesterov)
+    got = linear.fit(pairs, steps, grid, *args, quiet=True)
     per_epoch = len(y) // size
 
     def order(t):
@@ -61,7 +66,7 @@ def test_sgd_equals_gradient_descent_by_hand(devices):
 
     inputs = (x.astype(np.float64) - mean) * scale
     for candidate, classifier in zip(grid, got, strict=True):
-        w, b = by_hand(inputs, y, steps, size, order, candidate, 0.8)
+        w, b = by_hand(inputs, y, steps, size, order, candidate, 0.8, nesterov)
         want = inputs @ w + b
         np.testing.assert_allclose(classifier.logits(x), want, rtol=1e-4, atol=1e-4)
     assert np.abs(got[0].kernel - got[1].kernel).max() > 0.1  # the settings make a difference

@@ -162,3 +162,45 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(runs, tmp_path, monkeypatc
     assert modes.run("export", "~/run", s, tiny.METHODS)["dir"] == str(tmp_path / "out")
     with pytest.raises(UserError, match=f"looked in {tmp_path}/sets/cifar10"):
         open_source(sources_config("tfds:cifar10", dir="~/sets"), "train")
+
+
+def resized_by_hand(table):
+    """Positions for 2 x 2 patches as such for 3 x 3: Keys' cubic with a = -1/2, along each axis."""
+    near, far = (1.5 / 6**3 - 2.5 / 6**2 + 1), (-0.5 * (7 / 6) ** 3 + 2.5 * (7 / 6) ** 2 - 8 / 3)
+    edge = np.array([near, far]) / (near + far)
+    rows = np.array([edge, [0.5, 0.5], edge[::-1]])
+    grid = np.einsum("ir,jc,rcd->ijd", rows, rows, table[0, 1:].reshape(2, 2, -1))
+    return np.concatenate([table[:, :1], grid.reshape(1, 9, -1)], axis=1)
+
+
+def test_a_vit_takes_images_of_another_size_with_its_positions_resized(tmp_path):
+    changes = tiny.VIT | {"vit__positions": "learned"}
+    run = opened_run.write(tmp_path / "run", "moco_v3", **changes)
+    opened = opened_run.load(run, image_size=12)
+    params = opened.state.params["backbone"]
+    images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
+    encoder = opened.method.setup.network.backbone.clone(image_size=12)
+    table = resized_by_hand(np.asarray(params["positions"])).astype(np.float32)
+    inputs = opened.method.setup.scale(images)
+    want = encoder.apply({"params": params | {"positions": table}}, inputs, train=False)
+    np.testing.assert_allclose(opened.encoder(images), want, rtol=1e-4, atol=1e-5)
+    assert np.abs(table[0, 1:] - table[0, 1]).max() > 0.1
+
+    seen = []
+    train = opened.open("train")
+    opened.extract(train, encode=lambda x: seen.append(x.shape) or x.reshape(len(x), -1))
+    assert set(seen) == {(16, 12, 12, 3)}
+    assert next(opened.batches(train, 8))[0].shape == (8, 12, 12, 3)
+    assert (opened_run.load(run).image_size, opened.config.data.image_size) == (8, 8)
+
+    with pytest.raises(UserError, match="that is a multiple of 4, found 10x10"):
+        opened_run.load(run, image_size=10)
+    with pytest.raises(UserError, match=r"image_size=-4: expected a side in pixels, or 0"):
+        opened_run.load(run, image_size=-4)
+    with pytest.raises(UserError, match="image_size=12 is not for exports, whose images"):
+        modes.run("export", run, opened_run.config(image_size=12), tiny.METHODS)
+
+
+def test_a_resnet_takes_images_of_any_size(runs):
+    opened = opened_run.load(runs[0], image_size=11)
+    assert opened.encoder(np.zeros((2, 11, 11, 3), np.uint8)).shape == (2, 4)

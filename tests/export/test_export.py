@@ -249,10 +249,10 @@ def run(tmp_path_factory):
     return path
 
 
-def linear_eval(path, **changes):
+def linear_eval(path, d=8, **changes):
     rng = np.random.default_rng(1)
     found = {
-        "kernel": rng.normal(size=(8, 3)), "bias": rng.normal(size=3),
+        "kernel": rng.normal(size=(d, 3)), "bias": rng.normal(size=3),
         "class_names": np.array(["cat", "dog", "naïve"]), "step": STEP,
     } | changes  # fmt: skip
     found = {name: value for name, value in found.items() if value is not None}

@@ -1,5 +1,6 @@
 """PyTorch's forward pass against ours with the same weights, both ways, and PyTorch's files."""
 
+import argparse
 import functools
 
 import jax
@@ -197,6 +198,8 @@ def test_pytorch_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path,
     whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
     torch.save(model, whole)
     torch.save({"state_dict": model.state_dict(), "trap": Trap()}, tmp_path / "trap.pth")
+    arguments = argparse.Namespace(arch="resnet50", trap=Trap())  # DINO saves such
+    torch.save({"state_dict": model.state_dict(), "args": arguments}, tmp_path / "args.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps({"x": Trap()}, protocol=2))
     torch.save(model.state_dict(), cut)
     cut.write_bytes(cut.read_bytes()[:-1000])
@@ -206,6 +209,7 @@ def test_pytorch_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path,
     for name, text in (
         ("whole", "holds more than tensors, which could run code"),
         ("trap", "holds more than tensors, which could run code"),
+        ("args", "holds more than tensors, which could run code"),
         ("old", "holds more than tensors, which could run code"),
         ("cut", "cannot be read as .pth"),
         ("empty", "cannot be read as .pth"),

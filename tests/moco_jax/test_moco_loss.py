@@ -64,6 +64,16 @@ def assert_close(value, gradient, want, rtol=1e-5, grad_rtol=1e-4):
     assert error <= grad_rtol * np.linalg.norm(want[1])
 
 
+def collectives(text):
+    """`(kind, elements)` of every array that a collective of a compiled program makes."""
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    return [
+        (kind, int(np.prod([int(s) for s in dims.split(",") if s] or [1])))
+        for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+        for dims in re.findall(r"\[([\d,]*)\]", shape)
+    ]
+
+
 def test_the_oracle_agrees_with_finite_differences():
     queries, keys, negatives = (x.astype(np.float64) for x in example(b=3))
     negatives = negatives.reshape(-1, D)
@@ -186,16 +196,9 @@ def test_no_collective_moves_the_queue():
         return gradient, metrics, queue_lib.push(queue, keys, step)
 
     text = jax.jit(train_step).lower(rows, rows, negatives, step).compile().as_text()
-    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    sizes = [
-        int(np.prod([int(s) for s in dims.split(",") if s] or [1]))
-        for shape, _ in found
-        for dims in re.findall(r"\[([\d,]*)\]", shape)
-    ]
-    assert max(sizes) == b * d, (
-        found
-    )  # the gathered queries; a device's part of the queue is 16 times that
+    found = collectives(text)
+    # the gathered queries; a device's part of the queue is 16 times that
+    assert max(size for _, size in found) == b * d, found
     assert slots * b * d // 8 == 16 * b * d
 
 

@@ -26,7 +26,7 @@ def dense(x, p):
 
 def norm(x, p, statistics):
     mean, var = statistics
-    return (x - mean) / np.sqrt(var + 1e-5) * p["scale"] + p.get("bias", 0.0)
+    return (x - mean) / np.sqrt(var + 1e-5) * p.get("scale", 1.0) + p.get("bias", 0.0)
 
 
 def test_moco_v1_is_one_linear_map():
@@ -51,29 +51,69 @@ def test_moco_v2_is_two_linear_maps_with_a_relu_between(hidden, width):
     np.testing.assert_allclose(head.apply({"params": params}, x, True), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [("simclr", "scale"), ("moco_v3", "neither"), ("moco_v3", "no norm")],
+)
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_simclr_head_is_linear_bn_relu_and_ends_in_a_bn_without_shift(layers, train):
+def test_heads_with_batch_norm_are_linear_bn_relu_and_end_as_their_kind(kind, last, layers, train):
+    """The last BN has a scale and no shift, or neither; or there is none (a predictor)."""
     x = RNG.normal(size=(8, 6)).astype(np.float32)
-    head = heads.ProjectionHead("simclr", layers=layers, hidden=5, dim=3)
+    head = heads.ProjectionHead(
+        kind, layers=layers, hidden=5, dim=3, last_norm=last != "no norm"
+    )  # fmt: skip
+    assert head.has_batch_norm
     variables = drawn(head, x, False)
     params, stats = variables["params"], variables["batch_stats"]
     widths = [6, *[5] * (layers - 1), 3]
     want = {}
     for i in range(1, layers + 1):
         want[f"['dense{i}']['kernel']"] = (widths[i - 1], widths[i])
-        want[f"['bn{i}']['scale']"] = (widths[i],)
+        if i < layers or last == "scale":
+            want[f"['bn{i}']['scale']"] = (widths[i],)
         if i < layers:
             want[f"['bn{i}']['bias']"] = (widths[i],)
     assert shapes(params) == want
     y = x
     for i in range(1, layers + 1):
         y = dense(y, params[f"dense{i}"])
-        running = stats[f"bn{i}"]["mean"], stats[f"bn{i}"]["var"]
-        y = norm(y, params[f"bn{i}"], (y.mean(0), y.var(0)) if train else running)
+        if i < layers or last != "no norm":
+            running = stats[f"bn{i}"]["mean"], stats[f"bn{i}"]["var"]
+            y = norm(y, params.get(f"bn{i}", {}), (y.mean(0), y.var(0)) if train else running)
         y = np.maximum(y, 0) if i < layers else y
     got, _ = head.apply(variables, x, train, mutable=["batch_stats"])
     np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_layer_without_norm_lets_no_row_see_another():
+    for layers, norm_of_last, want in ((1, False, False), (1, True, True), (2, False, True)):
+        head = heads.ProjectionHead("moco_v3", layers=layers, last_norm=norm_of_last)
+        assert head.has_batch_norm is want
+    network, _, _ = tiny_network("moco_v2")
+    vit = tiny_network("moco_v2", **tiny.VIT)[0]
+    assert network.has_batch_norm and not vit.has_batch_norm
+    assert vit.clone(predictor=head).has_batch_norm
+
+
+def test_the_predictor_follows_the_head_in_training_and_no_feature_depends_on_it():
+    network, _, images = tiny_network("moco_v3")
+    predictor = heads.ProjectionHead("moco_v3", hidden=5, dim=8, last_norm=False)
+    network = network.clone(predictor=predictor)
+    variables = drawn(network, images, False)
+    assert variables["params"].keys() == {"backbone", "head", "predictor"}
+    z = RNG.normal(size=(4, 8)).astype(np.float32)
+    got, new = network.apply(variables, z, method="predict", mutable=["batch_stats"])
+    mine = {kind: tree["predictor"] for kind, tree in variables.items()}
+    want, stats = predictor.apply(mine, z, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    tiny.assert_close(new["batch_stats"]["predictor"], stats["batch_stats"], 1e-5, 1e-6)
+    without = {kind: {k: x for k, x in tree.items() if k != "predictor"}
+               for kind, tree in variables.items()}  # fmt: skip
+    encoded = [
+        network.apply(v, images, "projection", method="encode") for v in (variables, without)
+    ]
+    np.testing.assert_array_equal(*encoded)
 
 
 def test_groups_reach_the_head():
@@ -107,9 +147,10 @@ def test_bfloat16_head_gives_float32_embeddings_from_bfloat16_products(kind):
     assert inner.dtype == jnp.bfloat16
 
 
-def tiny_network(kind="simclr", layers=2):
-    c = tiny.config("simclr", head__kind=kind, head__layers=layers, model__stages=(1,))
-    network = heads.make_network(c.model, c.head)
+def tiny_network(kind="simclr", layers=2, **changes):
+    changes = {"model__stages": (1,)} | changes
+    c = tiny.config("simclr", head__kind=kind, head__layers=layers, **changes)
+    network = heads.make_network(c, 8)
     images = np.random.default_rng(1).normal(size=(3, 8, 8, 3)).astype(np.float32)
     return network, drawn(network, images, False), images
 
@@ -151,3 +192,7 @@ def test_unknown_heads_and_heads_without_layers_are_refused():
         tiny_network(kind="mlp")
     with pytest.raises(UserError, match=r"head.layers=0: a head needs at least one"):
         tiny_network(layers=0)
+    with pytest.raises(UserError, match=r'model.encoder="vti" is unknown: .*resnet, vit'):
+        tiny_network(model__encoder="vti")
+    with pytest.raises(UserError, match=r'model.remat="block" is unknown: .*none, convs, blocks'):
+        tiny_network(model__remat="block")

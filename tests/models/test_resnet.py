@@ -301,7 +301,7 @@ def test_groups_that_do_not_divide_the_batch_and_odd_patches_are_refused():
     variables = norm.init(jax.random.key(0), x, False)
     with pytest.raises(UserError, match=r"bn_groups=4 does not divide the 6 .* 1, 2, 3, 6"):
         norm.apply(variables, x, True, mutable=["batch_stats"])
-    with pytest.raises(UserError, match="needs an image size that is a multiple of 4, found 30x28"):
+    with pytest.raises(UserError, match="image size that is a multiple of 4, found 30x28: set"):
         resnet.space_to_depth(jnp.zeros((1, 30, 28, 3)), 4)
 
 

@@ -26,6 +26,7 @@ from common.train.position import Position
 from common.train.prepare import Extent, prepare
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
+CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "simclr_vit_tpu"]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
            "probe_top1", "images_per_second"}  # fmt: skip
 TOTAL = 7
@@ -91,7 +92,8 @@ def assert_same_run(c, got, want):
     for name, x in b.items():
         np.testing.assert_array_equal(a[name], x, err_msg=name)
     wanted = {"params", "batch_stats", "opt_state", "probe", "step"}
-    wanted |= {"queue", "key_params", "key_batch_stats"} if c.method == "moco" else set()
+    wanted |= {"key_params", "key_batch_stats"} if "moco" in c.method else set()
+    wanted |= {"queue"} if c.method == "moco" else set()
     assert wanted <= {name.split(".")[1].split("[")[0] for name in b}
 
 
@@ -121,7 +123,8 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     summary = run(c, work, devices=1)
     assert summary == json.loads((work / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
-    assert (summary["method"], summary["steps"]) == (name.split("_")[0], 4)
+    method = "moco_v3" if "v3" in name else name.split("_")[0]
+    assert (summary["method"], summary["steps"]) == (method, 4)
     assert summary["dataset"] == "fake (train)" and summary["images_per_second"] > 0
     for score in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels", "probe_top1"):
         assert 0 <= summary[score] <= 1
@@ -135,16 +138,26 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     assert {p.name for p in work.glob("*.png")} == pictures
 
 
+# Images are in device memory, augmented there and trained on in dispatches of two steps.
+DEVICE = tiny.VIT | {"data__augment_on": "device", "steps_per_dispatch": 2, "microbatch": 4}
+
+
 @pytest.mark.parametrize(
-    ("method", "images"), [("simclr", "fake"), pytest.param("moco", "jpeg", marks=pytest.mark.slow)]
+    ("method", "images", "dies_at"),
+    [
+        ("simclr", "fake", 6),
+        pytest.param("moco", "jpeg", 6, marks=pytest.mark.slow),
+        pytest.param("moco_v3", "device", 5, marks=pytest.mark.slow),  # steps 5 and 6
+    ],
 )
-def test_a_killed_run_continues_bit_by_bit(method, images, folder, tmp_path, monkeypatch):
-    c = small(method, folder if images == "jpeg" else None, data__fake_classes=2)
+def test_a_killed_run_continues_bit_by_bit(method, images, dies_at, folder, tmp_path, monkeypatch):
+    changes = DEVICE if images == "device" else {}
+    c = small(method, folder if images == "jpeg" else None, data__fake_classes=2, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = run(c, whole)
     assert [r["step"] for r in lines(whole) if "loss" in r] == [1, 3, 6, 7]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_before(patch, 6)
+        kill_before(patch, dies_at)
         run(c, broken)
     assert [r["step"] for r in lines(broken) if "knn_top1" in r] == [0, 2, 4]
     # what a crash may leave: a torn line, a torn checkpoint
@@ -165,7 +178,7 @@ def test_a_killed_run_continues_bit_by_bit(method, images, folder, tmp_path, mon
     with monkeypatch.context() as patch:
         kill_before(patch, 1)
         assert run(c, broken) == resumed
-        if method == "moco":
+        if method != "simclr":
             return
         # also where it was killed between the last checkpoint and the summary
         (broken / "summary.json").unlink()

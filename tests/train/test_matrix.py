@@ -26,7 +26,8 @@ from common.train.prepare import Extent
 pytestmark = pytest.mark.slow
 
 OPTIONS = {
-    "method": ("simclr", "moco"),
+    "method": ("simclr", "moco", "moco_v3"),
+    "model__encoder": ("resnet", "vit"),
     "data__augment_on": ("host", "both", "device"),
     "steps_per_dispatch": (1, 2),
     "microbatch": (0, 4),
@@ -34,14 +35,21 @@ OPTIONS = {
     "optimizer__warmup": ("0 steps", "3 steps"),  # of a run of 4 steps, in epochs of 3
     "start": ("", "init_from", "resume_from"),
 }
-NETWORK = {"model__stages": (1,)}
+NETWORK = {"model__stages": (1,), **tiny.VIT, "vit__depth": 1}
+del NETWORK["model__encoder"]
+EXPORTED = ("resnet",)  # MERGE: add "vit" as soon as common/export and init_from know ViTs
 
 
 def possible(row):
-    """Several steps a dispatch take data that is there; parts of a batch are whole BN groups."""
+    """Several steps a dispatch take data that is there; parts of a batch are whole BN groups.
+
+    Of an encoder that has them.
+    """
+    vit = row["model__encoder"] == "vit"
     return not (
         (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
-        or (row["microbatch"] and row["model__bn_groups"] == 1)
+        or (row["microbatch"] and row["model__bn_groups"] == 1 and not vit)
+        or (row["start"] == "init_from" and row["model__encoder"] not in EXPORTED)
     )
 
 
@@ -66,33 +74,47 @@ def name_of(row):
 
 def config(row, **more):
     """Of a run, without what it starts from."""
-    changes = {k: v for k, v in row.items() if "__" in k} | NETWORK | more
+    changes = NETWORK | {k: v for k, v in row.items() if "__" in k} | more
     c = tiny.config(row["method"], data__fake_examples=60, data__fake_classes=3, **changes)
     c.data.source, c.microbatch = "fake", row["microbatch"]
     c.steps_per_dispatch = row["steps_per_dispatch"]
     return c
 
 
+class Plain:
+    """Runs without options: their workdirs, and what the modes say of them, on demand.
+
+    By method, encoder, and whether the device crops the images on which classifiers are trained,
+    which rounds some of their bytes otherwise.
+    """
+
+    def __init__(self, tmp_path_factory):
+        self.folders, self.found = tmp_path_factory, {}
+
+    def workdir(self, row):
+        method, encoder, on = row["method"], row["model__encoder"], row["data__augment_on"]
+        key = method, encoder, "device" if on == "device" else "host"
+        if key not in self.found:
+            folder = self.folders.mktemp(method)
+            changes = {"model__encoder": encoder, "data__augment_on": key[2]}
+            opened_run.write(folder / "run", method, **(NETWORK | changes))
+            self.found[key] = folder / "run", {}
+        return self.found[key][0]
+
+    def modes(self, row):
+        workdir = self.workdir(row)
+        found = next(found for path, found in self.found.values() if path == workdir)
+        if not found:
+            found |= every_mode(workdir, 1, row["model__encoder"])
+        return found
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """What the modes say of a run without options, and its workdir.
-
-    By method, and by whether the device crops the images on which classifiers are trained, which
-    rounds some of their bytes otherwise.
-    """
-    found = {}
-    for method, on in itertools.product(tiny.METHODS, ("host", "device")):
-        folder = tmp_path_factory.mktemp(method)
-        opened_run.write(folder / "run", method, data__augment_on=on, **NETWORK)
-        found[method, on == "device"] = every_mode(folder / "run", 1), folder / "run"
-    return found
+    return Plain(tmp_path_factory)
 
 
-def plain_of(row, plain):
-    return plain[row["method"], row["data__augment_on"] == "device"]
-
-
-def every_mode(workdir, devices):
+def every_mode(workdir, devices, encoder):
     """Numbers that each mode finds in a run, and the arrays that it writes."""
     export = workdir.parent / "export"
     asked = {
@@ -105,12 +127,17 @@ def every_mode(workdir, devices):
         "embed": ("embed", {"embed__report": False}),
         "export": ("export", {"export__dir": str(export), "export__format": "npz"}),
     }
+    if encoder not in EXPORTED:
+        del asked["export"]
     found = {}
     for name, (mode, changes) in asked.items():
         opened = opened_run.load(workdir, devices, **changes)
         found[name] = MODES[mode](opened)[0].get("top1", 0.0)
-    with np.load(export / "model.npz") as file:  # fc is of the linear evaluation
-        found["weights"] = {name: file[name] for name in file.files if not name.startswith("fc.")}
+    if "export" in asked:
+        with np.load(export / "model.npz") as file:
+            linear = ("fc.", "head.")  # of the linear evaluation
+            names = [name for name in file.files if not name.startswith(linear)]
+            found["weights"] = {name: file[name] for name in names}
     (path,) = workdir.glob("features*.npz")
     with np.load(path) as file:
         found["features"] = file["features"]
@@ -121,10 +148,10 @@ def every_mode(workdir, devices):
 def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, tmp_path):
     changes = {k: v for k, v in row.items() if "__" in k}
     changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
-    want, other = plain_of(row, plain)
-    changes |= {row["start"]: str(other)} if row["start"] else {}
-    opened_run.write(tmp_path / "run", row["method"], **(changes | NETWORK))
-    found = every_mode(tmp_path / "run", row["elsewhere"])
+    want = plain.modes(row)
+    changes |= {row["start"]: str(plain.workdir(row))} if row["start"] else {}
+    opened_run.write(tmp_path / "run", row["method"], **(NETWORK | changes))
+    found = every_mode(tmp_path / "run", row["elsewhere"], row["model__encoder"])
     for name, value in want.items():
         if name == "weights":
             for array, expected in value.items():
@@ -133,6 +160,8 @@ def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, t
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
         else:  # a rounding may turn one of 60 images
             assert found[name] == pytest.approx(value, abs=0.02), name
+    if "export" not in found:
+        return
     c = config(row, init_from=str(tmp_path / "export" / "model.npz"))
     import_weights(tiny.METHODS[row["method"]], c, tmp_path / "imported")
     opened = opened_run.load(tmp_path / "imported", row["elsewhere"])
@@ -155,7 +184,7 @@ def interrupt_once(monkeypatch):
 
 @pytest.mark.parametrize("row", covering(OPTIONS | {"devices": (1, 2)}), ids=name_of)
 def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch, capsys):
-    start = {row["start"]: str(plain_of(row, plain)[1])} if row["start"] else {}
+    start = {row["start"]: str(plain.workdir(row))} if row["start"] else {}
     c = config(
         row, duration="4 steps", log_every=1, checkpoint__every="2 steps", checkpoint__keep=3,
         evaluate__every="0 steps", evaluate__pictures=False, optimizer__learning_rate=0.05, **start,

@@ -6,17 +6,19 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opened_run
 import pytest
 import tiny
 from etils import epath
 
 from common.config import check_same_run
 from common.errors import UserError
+from common.evaluate.online import make_evaluator
 from common.method import Method
 from common.optim import make_optimizer
 from common.run.checkpoint import Checkpoints
 from common.sharding import batch_sharding, make_mesh, replicated
-from common.train import resume_from
+from common.train import loop, resume_from
 
 
 class Plain(Method):
@@ -106,15 +108,47 @@ def test_another_head(other, tmp_path, capsys):
     assert "not restored: params/head/kernel: [4, 3] there" in capsys.readouterr().err
 
 
-def test_a_momentum_encoder_follows_weights_of_a_run_without_one():
-    method = tiny.build(tiny.config("moco", model__bn_groups=4), 2)
+@pytest.mark.parametrize("name", ["moco", "moco_v3"])
+def test_a_momentum_encoder_follows_weights_of_a_run_without_one(name):
+    method = tiny.build(tiny.config(name, model__bn_groups=4), 2)
     state = tiny.place_state(method)
     got, derived = method.adopted(state, {"params/backbone/stem_conv/kernel"})
     assert derived == ["key_params", "key_batch_stats"]
     a, b = tiny.named_leaves(got.key_params), tiny.named_leaves(state.params)
+    b = {n: x for n, x in b.items() if "predictor" not in n}
     assert a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
     same, derived = method.adopted(state, {"params/x", "key_params/x"})
     assert same is state and derived == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["resume_from", "init_from"])
+def test_moco_v3_starts_from_the_weights_of_a_simclr_run(field, tmp_path):
+    """Both encoders have them, heads too; the predictor is drawn."""
+    other = opened_run.write(tmp_path / "simclr", head__kind="moco_v3")
+    c = tiny.config(
+        "moco_v3", data__source="fake", data__fake_examples=60, data__fake_classes=3,
+        duration="1 step", evaluate__every="0 steps", evaluate__pictures=False,
+        data__test_split="", optimizer__learning_rate=0.0, **{field: str(other)},
+    )  # fmt: skip
+    mesh = make_mesh(jax.devices()[:2])
+    loop.train(tiny.METHODS["moco_v3"], c, tmp_path / "run", make_evaluator, mesh)
+    with Checkpoints(epath.Path(other), None, read_only=True) as checkpoints:
+        want = checkpoints.read(opened_run.STEP)[0]
+    with Checkpoints(epath.Path(tmp_path / "run"), None, read_only=True) as checkpoints:
+        got = checkpoints.read(1)[0]
+    names = [n for n in want if n.startswith("params/")]
+    assert len(names) == len([n for n in got if n.startswith("key_params/")]) > 10
+    for name in names:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+        # (an average of equal numbers)
+        np.testing.assert_allclose(got[f"key_{name}"], want[name], rtol=1e-6, err_msg=name)
+    assert np.std(got["params/predictor/dense1/kernel"]) > 0.01
+    if field == "resume_from":
+        record = json.loads((tmp_path / "run" / resume_from.FILE).read_text())
+        assert record["derived"] == ["key_params", "key_batch_stats"]
+        missing = [n for n in record["not_taken"] if "opt_state" not in n and "probe" not in n]
+        assert all(n == "step" or "/predictor/" in n for n in missing) and len(missing) > 3
 
 
 @pytest.mark.parametrize(("name", "kept"), [("sgd", 0), ("adamw", 1)])

@@ -17,6 +17,7 @@ STEPS, PIXELS = 6, 8 * 8 * 3
 CASES = {
     "simclr": {},
     "moco": {"moco__symmetric": True, "model__bn_groups": 4},  # both views are queries
+    "moco_v3": {"moco_v3__predictor_layers": 0},
 }
 
 
@@ -30,7 +31,7 @@ class Linear(Setup):
         shapes = {"backbone": (PIXELS, width), "head": (width, self.network.head.dim)}
         return {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}, {}
 
-    def forward(self, params, batch_stats, images):
+    def forward(self, params, batch_stats, images, key):
         pixels = self.scale(images).reshape(len(images), -1)
         features = pixels @ params["backbone"]["kernel"]
         return features, features @ params["head"]["kernel"], batch_stats
