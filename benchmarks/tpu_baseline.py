@@ -70,7 +70,13 @@ def _loss(z: jax.Array, mesh: Mesh) -> jax.Array:
 
 def compile_for(batch: int, mesh: Mesh) -> dict[str, Any]:
     """`common.plan.measure.describe` of the step, and `compile_seconds`."""
-    network, tx = _Network(), optax.sgd(0.1, momentum=0.9)
+    return compile_network(_Network(), optax.sgd(0.1, momentum=0.9), batch, mesh)
+
+
+def compile_network(
+    network: nn.Module, tx: optax.GradientTransformation, batch: int, mesh: Mesh
+) -> dict[str, Any]:
+    """As `compile_for`, of any network with batch norm, images to embeddings, and optimiser."""
 
     def init(key: jax.Array) -> tuple:
         variables = network.init(key, jnp.zeros((1, SIZE, SIZE, 3)))

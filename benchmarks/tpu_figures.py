@@ -31,14 +31,20 @@ def theory(
     built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, num_classes))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
-    folded = _folded(state) if config.model.fold_norm else {}
-    # the gradient of a kernel has the type of its convolution, except those with a folded norm
+    resnet = config.model.encoder == "resnet"
+    folded = _folded(state) if resnet and config.model.fold_norm else {}
+    # the gradient of a parameter has the type of the arithmetic, except of those that are used in
+    # float32: norms, and kernels with a folded norm
     half = 2 if config.model.dtype == "bfloat16" else 4
     parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
-        plain = x.ndim > 1 and tuple(k.key for k in path) not in folded
+        names = tuple(k.key for k in path)
+        if names[:2] in built.setup.network.frozen:
+            continue
+        plain = x.ndim > 1 and names not in folded
+        plain |= not resnet and names[0] == "backbone" and not _is_norm(names)
         parts["gradients"] += x.size * (half if plain else 4)
-    channels = sum(x.size for x in jax.tree.leaves(state.batch_stats)) // 2
+    channels = _channels(state.batch_stats)
     if config.method == "simclr":
         # Sums over the devices: forward two a channel; where the norm is folded the moments of the
         # input (c^2 + c). Backward two a channel, but those are the gradients of scale and shift.
@@ -49,6 +55,17 @@ def theory(
         parts["embeddings"] = 4.0 * 2 * batch * dim  # gathered once; the backward pass needs no sum
         # an id each; backwards the log-sum-exps and their cotangents
         parts["ids, log-sum-exps"] = 4.0 * 2 * batch * 3
+    elif config.method == "moco_v3":
+        # Each view goes through both encoders: forward as above, four times; backward two a channel
+        # and view, of which the gradients of scale and shift are the sums.
+        views, keys = 2, _channels(state.key_batch_stats)
+        parts["batch statistics"] = 4.0 * views * (2 * (channels + keys) + 2 * channels)
+        parts["batch statistics"] -= 4.0 * 2 * channels
+        for kernel in folded.values():
+            c, d = kernel.shape[2:]
+            # of a folded kernel each view has a gradient that is summed before it goes on
+            parts["batch statistics"] += 4.0 * (2 * views * (c * (c + 1) - 2 * d) + c * d)
+        parts["embeddings"] = 4.0 * views * batch * dim  # keys gathered; they have no gradient
     else:
         size, groups = config.data.image_size, config.model.bn_groups
         parts["batch statistics"] = 4.0 * 2 * channels * 2  # the running ones, of two encoders
@@ -65,6 +82,15 @@ def theory(
         # forward: thresholds, maxima, sums and ranks; backward: cotangents
         parts["ids, log-sum-exps"] = 4.0 * batch * 5
     return parts
+
+
+def _channels(batch_stats: Any) -> int:
+    """Of all batch norms together."""
+    return sum(x.size for x in jax.tree.leaves(batch_stats)) // 2
+
+
+def _is_norm(names: tuple[str, ...]) -> bool:
+    return any(name.startswith(("norm", "bn")) for name in names)
 
 
 def _folded(state: Any) -> dict[tuple[str, ...], Any]:

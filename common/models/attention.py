@@ -1,11 +1,19 @@
 """Softmax attention of all tokens of an image with each other."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from common.models import tpu_attention
+from common.models.platform import on_tpu
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`softmax(query key' / sqrt(d)) value`, Vaswani et al. 2017, eq. 1.
+
+    In bfloat16 the backward pass computes the probabilities again, and a TPU runs a kernel that
+    keeps them out of its memory; there is no forward-mode derivative then.
 
     Args:
         query, key, value: `[b, tokens, heads, d]`, of one type.
@@ -15,6 +23,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """
     if query.dtype == jnp.float64:  # of tests; jax's own softmax is float32
         return dense(query, key, value)
+    exported = not isinstance(query.shape[0], int)  # for any number of images
+    if query.dtype == jnp.bfloat16 and not exported and tpu_attention.fits(query):
+        return _recomputed(query, key, value)
     return jax.nn.dot_product_attention(query, key, value)
 
 
@@ -22,3 +33,19 @@ def dense(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`attend`, written down as the equation."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+
+
+@jax.custom_vjp
+def _recomputed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    plain: Callable = jax.nn.dot_product_attention
+    return on_tpu(tpu_attention.forward, plain, query, key, value)
+
+
+def _backward(stored: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, ...]:
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, g: jax.Array) -> tuple:
+        return jax.vjp(jax.nn.dot_product_attention, query, key, value)[1](g)
+
+    return on_tpu(tpu_attention.backward, plain, *stored, g)
+
+
+_recomputed.defvjp(lambda *arrays: (_recomputed(*arrays), arrays), _backward)

@@ -7,15 +7,36 @@ fetch counts the bytes that it moves.
 
 import math
 import re
+from typing import NamedTuple
 
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
-_FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "iota", "custom-call"}
+_PATH = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "iota"}
+# Of custom calls, these move data. Others only mark an array, or join slices that lie side by side.
+KERNEL = "tpu_custom_call"  # Pallas
 
 
-def hbm_bytes(text: str) -> int | None:
-    """Bytes read from and written to HBM in one step.
+class Moved(NamedTuple):
+    """What one instruction touches.
+
+    Attributes:
+        kind: its opcode; of a custom call, its target.
+        path: of names under which JAX traced it; "" for none.
+        touched: bytes of all operands and results, wherever they are.
+        hbm: bytes read from and written to HBM.
+    """
+
+    kind: str
+    path: str
+    touched: int
+    hbm: int
+
+
+def read(text: str) -> list[Moved] | None:
+    """The instructions of a program that take or give arrays.
 
     An instruction that uses part of an array counts the whole array; a loop counts once.
 
@@ -29,7 +50,7 @@ def hbm_bytes(text: str) -> int | None:
     entry = entry[: entry.find("\n}")]
     if "S(1)" not in entry:
         return None
-    total, arrays = 0, {}
+    found, arrays = [], {}
     for line in entry.splitlines()[1:]:
         match = _LINE.match(line.replace("{{", "{").replace("((", "("))
         if not match:
@@ -38,13 +59,24 @@ def hbm_bytes(text: str) -> int | None:
         arrays[name] = [_array(*found) for found in _ARRAY.findall(shape)]
         if kind in _FREE or kind.endswith("-done"):
             continue
+        touched = arrays[name] + [a for x in _NAME.findall(operands) for a in arrays.get(x, [])]
+        hbm = sum(size for size, in_hbm in touched if in_hbm)
         if kind in ("slice-start", "copy-start"):  # (from, to, a scalar), or to before from
             ends = arrays[name][:2]
-            total += min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
-            continue
-        touched = arrays[name] + [a for x in _NAME.findall(operands) for a in arrays.get(x, [])]
-        total += sum(size for size, in_hbm in touched if in_hbm)
-    return total
+            hbm = min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
+        elif kind == "custom-call":
+            target = _TARGET.search(line)
+            kind = target[1] if target else kind
+            hbm *= kind == KERNEL
+        path = _PATH.search(line)
+        found.append(Moved(kind, path[1] if path else "", sum(size for size, _ in touched), hbm))
+    return found
+
+
+def hbm_bytes(text: str) -> int | None:
+    """Bytes read from and written to HBM in one step, see `read`."""
+    found = read(text)
+    return None if found is None else sum(x.hbm for x in found)
 
 
 def _array(kind: str, bits: str, dimensions: str, layout: str) -> tuple[int, bool]:

@@ -75,11 +75,18 @@ ENTRY %main.1 (p: f32[8,100]) -> f32[8,100] {
   %g = f32[8,100]{1,0:T(8,128)} get-tuple-element(%f), index=1
   %c = (f32[8,100]{1,0:T(8,128)S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%g)
   %cd = f32[8,100]{1,0:T(8,128)S(1)} copy-done(%c)
-  ROOT %w = pred[8,100]{1,0} compare(%cd, %cd)
+  %k = bf16[4,100]{1,0} custom-call(%cd, %p), custom_call_target="tpu_custom_call"
+  %j = bf16[4,100]{1,0} custom-call(%k, %k), custom_call_target="ConcatBitcast"
+  ROOT %w = pred[8,100]{1,0} compare(%cd, %cd), metadata={op_name="jit(step)/loss/lt"}
 }
 """
     fetched, fusion, copied, compared = 400, 1600 + 3200, 3200, 800
-    assert traffic.hbm_bytes(text) == fetched + fusion + copied + compared
+    kernel = 800 + 1600  # one operand is in fast memory
+    assert traffic.hbm_bytes(text) == fetched + fusion + copied + kernel + compared
+    found = {x.kind: x for x in traffic.read(text)}
+    assert found["tpu_custom_call"][1:] == ("", 800 + 1600 + 3200, kernel)
+    assert found["ConcatBitcast"].hbm == 0  # it only says that two arrays are one
+    assert found["compare"][1:] == ("jit(step)/loss/lt", 800 + 2 * 3200, 800)
     assert traffic.hbm_bytes(text.replace("S(1)", "")) is None
 
 
