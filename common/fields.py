@@ -100,8 +100,9 @@ CONFIG: dict[str, dict[str, Field]] = {
         "seed": Field(0, "of all random draws: weights, order, crops, shuffles", least=0),
         "batch_size": Field(256, "images of the global batch; each gives two views", least=2),
         "microbatch": Field(0,
-            "images in one pass of the encoder, 0 = all: less memory, the same step; with batch norm "
-            "in the encoder model.bn_groups must be a multiple of batch_size / microbatch x devices",
+            "images in one pass of the encoder, 0 = all: less memory, the same step; with batch "
+            "norm in the encoder model.bn_groups must be a multiple of batch_size / microbatch x "
+            "devices",
             least=0, free=True),
         "duration": Field("100 epochs", 'length of the run: "100 epochs", "5000 steps"'),
         "log_every": Field(50, "steps between lines of metrics.jsonl", least=1, free=True),
