@@ -33,7 +33,7 @@ def config(method: str, **changes: Any) -> ConfigDict:
         "model__stages": (1, 1),
         "model__width": 4,
         "model__stem": "cifar",
-        "head__kind": {"moco": "moco_v2"}.get(method, method),
+        "head__kind": {"moco": "moco_v2", "moco_v3": "moco_v3"}.get(method, "simclr"),
         "head__hidden": 8,
         "head__dim": 8,
         "optimizer__learning_rate": 0.5,
