@@ -104,13 +104,18 @@ def test_without_a_tpu_attention_is_jax_s_own():
     got, ours = jax.vjp(attention.attend, q, k, v)
     np.testing.assert_array_equal(got, y)
     for a, b in zip(ours(g), pull(g), strict=True):
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), rtol=0.02, atol=0.02)
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (a, b)), rtol=0.02, atol=0.02
+        )
 
     def loss(*arrays):
         return attention.attend(*arrays).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
-    kernels = {p: traced.lower(lowering_platforms=(p,)).as_text().count("tpu_custom_call") for p in ("tpu", "cpu")}
+    kernels = {
+        p: traced.lower(lowering_platforms=(p,)).as_text().count("tpu_custom_call")
+        for p in ("tpu", "cpu")
+    }
     assert kernels == {"tpu": 1, "cpu": 0}, "the backward pass needs no result of the forward pass"
 
 
@@ -119,5 +124,10 @@ def test_what_does_not_fit_takes_the_plain_path():
     assert tpu_attention.fits(jax.ShapeDtypeStruct((1, 257, 16, 64), jnp.bfloat16))
     many = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.bfloat16)
     assert not tpu_attention.fits(many)
-    text = jax.jit(attention.attend).trace(many, many, many).lower(lowering_platforms=("tpu",)).as_text()
+    text = (
+        jax.jit(attention.attend)
+        .trace(many, many, many)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     assert "tpu_custom_call" not in text
