@@ -25,9 +25,7 @@ from common.plan import measure
 WIDTH, DEPTH, HEADS, PATCH, HIDDEN, DIM = 768, 12, 12, 16, 4096, 256
 _Dense = functools.partial(nn.Dense, dtype=jnp.bfloat16)
 _LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=jnp.bfloat16)
-_Norm = functools.partial(
-    nn.BatchNorm, use_running_average=False, momentum=0.9, dtype=jnp.bfloat16
-)
+_Norm = functools.partial(nn.BatchNorm, use_running_average=False, momentum=0.9, dtype=jnp.bfloat16)
 
 
 class _Block(nn.Module):
