@@ -5,7 +5,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.scaling import METHODS
 from common.data.feed import pipeline, resident
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources.opening import open_source
@@ -13,6 +12,7 @@ from common.sharding import local_rows, make_mesh, to_global
 from common.train.first_state import draw_state
 from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, trace_step
+from main import METHODS
 
 # Of the run and of an epoch, and classes: for the schedule and the probe.
 EXTENT = Extent(total_steps=100, steps_per_epoch=10, num_classes=10)

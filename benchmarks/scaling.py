@@ -21,10 +21,8 @@ from common.sharding import make_mesh, to_global
 from common.train.first_state import draw_state
 from common.train.prepare import Extent, prepare
 from common.train.step import compile_step
-from moco_jax.method import MoCo
-from simclr_jax.method import SimCLR
+from main import METHODS
 
-METHODS = {"simclr": SimCLR, "moco": MoCo}
 BATCH, GROUPS = 256, 32
 
 
@@ -35,7 +33,7 @@ def config(method: str, microbatch: int = 0, groups: int = GROUPS, **model) -> C
     c.data.source, c.data.image_size = "fake", 32
     c.model.depth, c.model.stem, c.model.bn_groups = 18, "cifar", groups
     c.model.update(model)
-    c.head.kind = "simclr" if method == "simclr" else "moco_v2"
+    c.head.kind = {"moco": "moco_v2"}.get(method, method)
     return c
 
 

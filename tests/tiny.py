@@ -33,7 +33,7 @@ def config(method: str, **changes: Any) -> ConfigDict:
         "model__stages": (1, 1),
         "model__width": 4,
         "model__stem": "cifar",
-        "head__kind": {"moco": "moco_v2"}.get(method, method),
+        "head__kind": {"moco": "moco_v2", "moco_v3": "moco_v3"}.get(method, "simclr"),
         "head__hidden": 8,
         "head__dim": 8,
         "optimizer__learning_rate": 0.5,
@@ -245,9 +245,14 @@ def named_leaves(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
-def is_key_bias(name: str) -> bool:
-    """Of attention: it adds one number to all logits of a row, so that its gradient is 0."""
-    return name.endswith("['key']['bias']")
+def has_no_gradient(name: str, head_kind: str) -> bool:
+    """Whether a parameter cannot change the loss, so that its gradient is nothing but rounding.
+
+    The bias of attention's keys adds one number to all logits of a row, which softmax removes. That
+    of the last layer norm adds one row to all features, which a batch norm in the head removes.
+    """
+    removed = head_kind in ("simclr", "moco_v3") and name.endswith("['backbone']['norm']['bias']")
+    return removed or name.endswith("['key']['bias']")
 
 
 def assert_close(got: Any, want: Any, relative: float, absolute: float) -> None:

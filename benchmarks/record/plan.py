@@ -13,10 +13,10 @@ import sys
 from ml_collections import ConfigDict
 
 from benchmarks.record import quality, steps
-from benchmarks.scaling import METHODS
 from common.errors import UserError
 from common.plan import measure
 from common.train.prepare import Extent
+from main import METHODS
 
 GIB = 2**30
 

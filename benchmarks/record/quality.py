@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from benchmarks.record.ledger import Found
 from benchmarks.record.setting import ROOT, Setting, hardware
 from benchmarks.record.steps import Sizes
-from benchmarks.scaling import METHODS
 from common import config as configs
 from common.cli import modes
 from common.run import jsonl
 from configs import moco_cifar10, simclr_cifar10
+from main import METHODS
 
 CONFIGS = {"simclr": simclr_cifar10, "moco": moco_cifar10}
 TARGET = 0.9  # kNN (k = 10): the time until a run reaches it
