@@ -107,56 +107,86 @@ def _folded(state: Any) -> dict[tuple[str, ...], Any]:
     }
 
 
-def changes(found: Sequence[tuple[str, Rows]]) -> str:
+def changes(found: Sequence[tuple[str, Rows]], title: str) -> str:
     """The gain of each change over the baseline, in Markdown."""
     base = next((rows[0] for name, rows in found if name == "baseline" and rows), None)
     lines = [
-        "| SimCLR at 4096 on v5e:4x8, a chip and step | GB accessed | of the baseline | HBM GB | "
-        "temporaries GiB | of the baseline | peak GiB | TFLOP | compile CPU s |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        f"| {title}, a chip and step | GB accessed | of the baseline | HBM GB | temporaries GiB | "
+        "of the baseline | peak GiB | TFLOP | arithmetic / GB accessed | arithmetic / HBM | "
+        "compile CPU s |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for name, rows in found:
         if not rows:
             continue
         if not (row := rows[0]).get("fits"):
-            lines.append(f"| {name} | does not fit | | | | | {row.get('peak_gib', '')} | | |")
+            empty = "| " * 5
+            lines.append(f"| {name} | does not fit | | | | | {row.get('peak_gib', '')} {empty}|")
             continue
         ratios = ["", ""]
         if base:
             ratios = [f"{row[n] / base[n]:.2f}" for n in ("gb_accessed", "temporaries_gib")]
         seconds = row["compile_seconds"]  # None: the machine was too busy to measure it
+        shares = [f"{share(row, n):.2f}" for n in ("gb_accessed", "hbm_gb")]
         lines.append(
             f"| {name} | {row['gb_accessed']:.1f} | {ratios[0]} | {row['hbm_gb']:.1f} | "
             f"{row['temporaries_gib']:.2f} | {ratios[1]} | {row['peak_gib']:.2f} | "
-            f"{row['tflop']:.2f} | {'-' if seconds is None else round(seconds)} |"
+            f"{row['tflop']:.2f} | {shares[0]} | {shares[1]} | "
+            f"{'-' if seconds is None else round(seconds)} |"
         )
     return "\n".join(lines)
 
 
-def table(found: Sequence[tuple[str, Rows]]) -> str:
-    """The plans of the configs, in Markdown."""
-    lines = [
-        "| config | batch | slice | chips | effort | remat | peak GiB of | TFLOP | GB | "
-        "arithmetic ms | memory ms | ICI ms | images/s | hours |",
-        "| --- | --: | --- | --: | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+def share(row: dict[str, Any], traffic: str) -> float:
+    """Time of the arithmetic, as a fraction of that or of the traffic, whichever is longer."""
+    arithmetic = 1e3 * row["tflop"] / row["rates"]["tflops"]
+    return arithmetic / max(arithmetic, 1e3 * row[traffic] / row["rates"]["hbm_gb_per_s"])
+
+
+def table(found: Sequence[tuple[str, Rows]], theory_of: Callable | None = None) -> str:
+    """The plans of the configs, in Markdown.
+
+    Args:
+        found: (name, rows) of each plan.
+        theory_of: `theory` of a method, a batch and a number of devices: adds a column.
+    """
+    columns = [
+        "config", "batch", "slice", "chips", "effort", "remat", "peak GiB of", "TFLOP", "GB",
+        "arithmetic ms", "memory ms", "ICI ms", "images/s", "hours",
+    ]  # fmt: skip
+    if theory_of:
+        columns.append("collectives MB / theory")
+    lines = [_line(columns), _line(["---" if c in ("config", "slice", "effort", "remat") else "--:"
+                                    for c in columns])]  # fmt: skip
     for _, rows in found:
         for r in rows:
+            name, topology, batch, _ = r["job"]
+            method, _, argument = name.partition(":")
+            cells = [f"`{method}_tpu.py{':' * bool(argument)}{argument}`", f"{batch}", topology]
             if "error" in r:
-                method, topology, batch, _ = r["job"]
-                lines.append(f"| `{method}_tpu.py` | {batch} | {topology} | {r['error']} |")
+                lines.append(_line([*cells, r["error"]]))
                 continue
             effort = "quick" if r.get("quick") else "full"
-            line = (f"| `{r['method']}_tpu.py` | {r['batch']} | {r['topology']} | {r['chips']} | "
-                    f"{effort} | {r['remat']} | {r['peak_gib']:.1f} of {r['hbm_gib']}")  # fmt: skip
+            peak = f"{r['peak_gib']:.1f} of {r['hbm_gib']}"
+            cells += [f"{r['chips']}", effort, r["remat"], peak]
             if r["fits"]:
-                line += (f" | {r['tflop']:.2f} | {r['gb_accessed']:.1f} | "
-                         f"{r['arithmetic_ms']:.1f} | {r['memory_ms']:.1f} | {r['ici_ms']:.2f} | "
-                         f"{r['images_per_second']:,} | {r['hours']:.2f} |")  # fmt: skip
+                cells += [
+                    f"{r['tflop']:.2f}", f"{r['gb_accessed']:.1f}", f"{r['arithmetic_ms']:.1f}",
+                    f"{r['memory_ms']:.1f}", f"{r['ici_ms']:.2f}", f"{r['images_per_second']:,}",
+                    f"{r['hours']:.2f}",
+                ]  # fmt: skip
+                if theory_of:
+                    sent = sum(c["bytes"] for c in r["collectives"].values())
+                    wanted = sum(theory_of(name, batch, r["devices"]).values())
+                    cells.append(f"{sent / 1e6:.1f} / {wanted / 1e6:.1f}")
             else:
-                line += ", **does not fit** | | | | | | | |"
-            lines.append(line)
+                cells[-1] += ", **does not fit**"
+            lines.append(_line(cells + [""] * (len(columns) - len(cells))))
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
 def write(page: pathlib.Path, *parts: str) -> None:

@@ -20,18 +20,29 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks import tpu_baseline, tpu_figures
+from benchmarks import tpu_baseline, tpu_figures, tpu_vit_baseline
 from common.errors import UserError
 from common.plan import measure, plan
 from common.train.prepare import Extent
 from moco_jax.method import MoCo
+from moco_jax.v3 import MoCoV3
 from simclr_jax.method import SimCLR
 
-METHODS = {"simclr": SimCLR, "moco": MoCo}
+# configs/NAME_tpu.py, or NAME:ARGUMENT
+METHODS = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "simclr_vit": SimCLR,
+    "moco_v3": MoCoV3,
+    "moco_v3:r50": MoCoV3,
+}
+DRAWN = ("simclr", "moco")
+BASELINES = {"baseline": tpu_baseline, "vit_baseline": tpu_vit_baseline}
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 ROWS, PAGE, FIGURE = DOCS / "tpu_plans.jsonl", DOCS / "tpu.md", DOCS / "figures/tpu_collectives.png"
-PARTS = ("changes", "table", "growth")
-QUICK = ("table", "growth")  # parts compiled with little effort: full effort takes five times that
+PARTS = ("changes", "table", "growth", "vit_changes", "vit_table")
+# Compiled with little effort: full effort takes five times that.
+QUICK = ("table", "growth", "vit_table")
 
 SLICES = ("v5e:4x8", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
@@ -44,14 +55,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "all, remat=convs": {"model.remat": "convs"},
     "all, remat=blocks": {"model.remat": "blocks"},
 }
+VIT_CHANGES: dict[str, dict[str, Any]] = {
+    "all (the default on TPU)": {},
+    "neither": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
+    "kernel only": {"tpu_compiler_options": False},
+    "compiler options only": {"vit.tpu_kernel": False},
+}
+VIT_SLICES = ("v5e:16x16", "v5e:4x8", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
 
-Job = tuple[str, str, int, dict[str, Any]]  # method or "baseline", topology, batch, changes
+Job = tuple[str, str, int, dict[str, Any]]  # of METHODS or BASELINES, topology, batch, changes
 
 
 def config(method: str, batch: int, changes: dict[str, Any]) -> ConfigDict:
-    """The TPU config of a method with another batch; MoCo's groups stay at 32 images."""
-    c = importlib.import_module(f"configs.{method}_tpu").get_config()
+    """A TPU config with another batch; MoCo's groups stay at 32 images."""
+    name, _, argument = method.partition(":")
+    c = importlib.import_module(f"configs.{name}_tpu").get_config(argument)
     c.batch_size = batch
     if method == "moco":
         c.model.bn_groups = batch // 32
@@ -72,9 +91,18 @@ def jobs(part: str) -> Iterator[tuple[str, Job]]:
             for method, batches in BATCHES.items():
                 for batch in batches:
                     yield topology, (method, topology, batch, {})
+    elif part == "vit_changes":
+        yield "baseline", ("vit_baseline", "v5e:16x16", 4096, {})
+        for name, changes in VIT_CHANGES.items():
+            yield name, ("simclr_vit", "v5e:16x16", 4096, changes)
+    elif part == "vit_table":
+        for topology in VIT_SLICES:
+            for method in ("simclr_vit", "moco_v3"):
+                yield topology, (method, topology, 4096, {})
+        yield "v5e:4x8", ("moco_v3:r50", "v5e:4x8", 4096, {})
     else:
         for topology, batch in GROWTH:
-            for method in METHODS:
+            for method in DRAWN:
                 yield topology, (method, topology, batch, {})
 
 
@@ -92,11 +120,11 @@ def measured(job: Job, quick: bool) -> list[dict[str, Any]]:
     """Compiles; a crash of the compiler is a row too."""
     method, topology, batch, changes = job
     try:
-        if method == "baseline":
-            found = measure.on_topology(
-                functools.partial(tpu_baseline.compile_for, batch), topology
-            )
-            task = measure.Task(SimCLR, config("simclr", batch, {}), Extent(100, 10))
+        if method in BASELINES:
+            compile_for = functools.partial(BASELINES[method].compile_for, batch)
+            found = measure.on_topology(compile_for, topology)
+            same = {"baseline": "simclr", "vit_baseline": "simclr_vit"}[method]
+            task = measure.Task(SimCLR, config(same, batch, {}), Extent(100, 10))
             return [plan.row_of(task, topology, found)]
         return plan.plan(METHODS[method], config(method, batch, changes), [topology], quick)
     except UserError as error:
@@ -117,11 +145,15 @@ def main() -> None:
                 ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {part: [(name, rows_of(job, rows)) for name, job in jobs(part)] for part in PARTS}
     tpu_figures.write(
-        PAGE, tpu_figures.changes(found["changes"]), tpu_figures.table(found["table"])
+        PAGE,
+        tpu_figures.changes(found["changes"], "SimCLR at 4096 on v5e:4x8"),
+        tpu_figures.table(found["table"]),
+        tpu_figures.changes(found["vit_changes"], "SimCLR on ViT-B/16 at 4096 on v5e:16x16"),
+        tpu_figures.table(found["vit_table"], theory_of),
     )
     growth = [rows[-1] for _, rows in found["growth"] if rows and "error" not in rows[-1]]
-    if {row["method"] for row in growth} == set(METHODS):
-        tpu_figures.draw(growth, {m: functools.partial(theory_of, m) for m in METHODS}, FIGURE)
+    if {row["method"] for row in growth} == set(DRAWN):
+        tpu_figures.draw(growth, {m: functools.partial(theory_of, m) for m in DRAWN}, FIGURE)
 
 
 def theory_of(method: str, batch: int, devices: int) -> dict[str, float]:

@@ -219,6 +219,9 @@ CONFIG: dict[str, dict[str, Field]] = {
         "drop_path": Field(0.0,
             "probability of leaving out a branch of the last block, in proportion for earlier "
             "ones", least=0),
+        "tpu_kernel": Field(True,
+            "bfloat16 attention on TPUs by a kernel that keeps its logits on the chip; False: by "
+            "XLA's operations", before=True, free=True),
     },
     "head": {
         "kind": Field("simclr",

@@ -9,14 +9,16 @@ from common.models import tpu_attention
 from common.models.platform import on_tpu
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, kernel: bool = True) -> jax.Array:
     """`softmax(query key' / sqrt(d)) value`, Vaswani et al. 2017, eq. 1.
 
-    In bfloat16 the backward pass computes the probabilities again, and a TPU runs a kernel that
-    keeps them out of its memory; there is no forward-mode derivative then.
-
     Args:
-        query, key, value: `[b, tokens, heads, d]`, of one type.
+        query: `[b, tokens, heads, d]`.
+        key: likewise.
+        value: likewise.
+        kernel: in bfloat16, let a TPU keep logits and probabilities on the chip
+            (`common/models/tpu_attention.py`). The backward pass then computes the probabilities
+            again, on every platform, and there is no forward-mode derivative.
 
     Returns:
         `[b, tokens, heads, d]` of that type; logits and softmax are at least float32.
@@ -24,7 +26,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if query.dtype == jnp.float64:  # of tests; jax's own softmax is float32
         return dense(query, key, value)
     exported = not isinstance(query.shape[0], int)  # for any number of images
-    if query.dtype == jnp.bfloat16 and not exported and tpu_attention.fits(query):
+    kernel = kernel and query.dtype == jnp.bfloat16 and not exported
+    if kernel and tpu_attention.fits(query):
         return _recomputed(query, key, value)
     return jax.nn.dot_product_attention(query, key, value)
 

@@ -31,9 +31,7 @@ def fits(x: jax.Array) -> bool:
         x: queries `[b, n, heads, d]`.
     """
     _, n, heads, d = x.shape
-    rows, columns, width = (
-        -(-size // unit) * unit for size, unit in ((n, 16), (n, 128), (heads * d, 128))
-    )
+    rows, columns, width = (-(-n // 16) * 16, -(-n // 128) * 128, -(-heads * d // 128) * 128)
     blocks = 2 * 7 * rows * width * x.dtype.itemsize  # the next image's are fetched meanwhile
     return blocks + 6 * rows * columns * 4 < FAST_MEMORY
 

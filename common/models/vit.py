@@ -50,11 +50,13 @@ class Block(nn.Module):
         heads: number of heads; divides the width.
         hidden: width inside the perceptron.
         dtype: of the matrix products and of the tokens.
+        kernel: see `attention.attend`.
     """
 
     heads: int
     hidden: int
     dtype: Any
+    kernel: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -66,7 +68,8 @@ class Block(nn.Module):
             checkpoint_name(dense(width, self.dtype, name)(y), "product").reshape(heads)
             for name in ("query", "key", "value")
         )
-        y = checkpoint_name(attention.attend(query, key, value).reshape(x.shape), "product")
+        y = attention.attend(query, key, value, self.kernel).reshape(x.shape)
+        y = checkpoint_name(y, "product")
         x = x + self._kept(dense(width, self.dtype, "out")(y), keep, 0)
         y = layer_norm(self.dtype, "norm2")(x)
         y = checkpoint_name(dense(self.hidden, self.dtype, "mlp1")(y), "product")
@@ -98,6 +101,7 @@ class ViT(Encoder):
         dtype: of matrix products and tokens.
         remat: "none", "convs" (of a block, store its input and the outputs of matrix products) or
             "blocks" (store its input only).
+        kernel: see `attention.attend`.
     """
 
     width: int = 384
@@ -113,6 +117,7 @@ class ViT(Encoder):
     bn_groups: int = 1
     dtype: Any = jnp.float32
     remat: str = "none"
+    kernel: bool = True
 
     @property
     def feature_dim(self) -> int:
@@ -178,7 +183,8 @@ class ViT(Encoder):
         keep = self.keep(keys, kind) if train and self.drop_path and keys is not None else None
         block = self._block()
         for i in range(self.depth):
-            x = block(self.heads, int(self.mlp_ratio * d), self.dtype, name=f"block{i}")(
+            hidden = int(self.mlp_ratio * d)
+            x = block(self.heads, hidden, self.dtype, self.kernel, name=f"block{i}")(
                 x, None if keep is None else keep[:, i]
             )
         if token:
@@ -290,4 +296,5 @@ def make_encoder(model: ConfigDict, vit: ConfigDict, image_size: int) -> ViT:
         bn_groups=model.bn_groups,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
+        kernel=v.tpu_kernel,
     )

@@ -6,6 +6,7 @@ The smallest that shows everything: two residual blocks, 8 devices, bfloat16, gl
 import importlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
@@ -13,9 +14,10 @@ import main
 from benchmarks import tpu_figures
 from benchmarks.record import plan
 from common.errors import UserError
+from common.models import attention
 from common.plan import measure
 from common.plan.collectives import Collective
-from common.sharding import make_mesh
+from common.sharding import make_mesh, replicated
 from common.train.prepare import Extent, prepare
 
 pytestmark = [pytest.mark.tpu, pytest.mark.optimised]
@@ -30,7 +32,15 @@ def config(method, **changes):
     }  # fmt: skip
     if method == "moco":
         settings |= {"model__bn_groups": 8, "moco__queue_length": 65536}
+    if method == "moco_v3":
+        settings |= {"moco_v3__predictor_hidden": 64}
     return tiny.config(method, **(settings | changes))
+
+
+VIT = {
+    "model__encoder": "vit", "vit__width": 128, "vit__depth": 2, "vit__heads": 2,
+    "vit__patch": 4, "vit__patches": "frozen",
+}  # fmt: skip
 
 
 def compiled(method, topology="v5e:2x4", **changes):
@@ -52,12 +62,13 @@ def state_bytes(method):
     return {"all": size(state) - queue, "queue": queue, "params": size(state.params)}
 
 
-def assert_sends(found, method):
+def assert_sends(found, method, **changes):
     """What `tpu_figures.theory` names, and nothing else but metrics.
 
     The compiler sends 2 to 3 % less: it picks the type in which it sums a gradient itself.
     """
-    theory = sum(tpu_figures.theory(main.METHODS[method], config(method), DEVICES, 10).values())
+    c = config(method, **changes)
+    theory = sum(tpu_figures.theory(main.METHODS[method], c, DEVICES, 10).values())
     total = sum(c.bytes for c in found["collectives"])
     assert 0.95 < total / theory < 1.01
 
@@ -81,6 +92,39 @@ def test_moco_sends_nothing_of_the_queue():
     share = size["all"] + size["queue"] / DEVICES
     # layouts pad small arrays, by less than a second copy would take
     assert found["arguments"] < share + size["queue"] / DEVICES
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco_v3"])
+def test_a_vit_sends_gradients_and_embeddings(method):
+    """No image and no token leaves its chip, though a kernel is opaque to the compiler."""
+    found = compiled(method, **VIT)
+    assert_sends(found, method, **VIT)
+
+
+def test_moco_v3_sends_what_two_encoders_need():
+    assert_sends(compiled("moco_v3"), "moco_v3")
+
+
+# tokens of 96 pixels at patch 16, of 224 at 32, of 32 at 4, of 224 at 16, and of 224 at 14
+KERNELS = [(37, 3, 64), (50, 12, 32), (65, 3, 64), (197, 12, 64), (257, 16, 64)]
+
+
+def kernels_for(mesh):
+    """Whether the compiler takes the attention kernels, forward and backward, in any size."""
+
+    def loss(*arrays):
+        return (attention.attend(*arrays).astype(jnp.float32) ** 2).sum()
+
+    found = {}
+    for size in KERNELS:
+        x = jax.ShapeDtypeStruct((2, *size), jnp.bfloat16, sharding=replicated(mesh))
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
+        found[size] = text.count('custom_call_target="tpu_custom_call"')
+    return found
+
+
+def test_the_attention_kernels_compile_for_every_number_of_tokens():
+    assert measure.on_topology(kernels_for, "v5e:1x1") == dict.fromkeys(KERNELS, 2)
 
 
 def test_an_unknown_topology_is_one_line():
