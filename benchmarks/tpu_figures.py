@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from common.method import make_setup
 from common.run import pictures
+from common.setup import make_setup
 from common.sharding import make_mesh
 from moco_jax import shuffle
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from common.contrast import normalize
 from common.errors import UserError
-from common.method import Setup
+from common.setup import Setup
 from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 from moco_jax.momentum import MomentumMethod, MomentumState, by_image

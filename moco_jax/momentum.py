@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.method import Method, TrainState, embedding_metrics, stream
+from common.method import Method, embedding_metrics, stream
+from common.setup import TrainState
 
 
 @flax.struct.dataclass

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Setup
 from common.models.heads import ProjectionHead
+from common.setup import Setup
 from moco_jax.momentum import MomentumMethod, MomentumState
 from moco_jax.v3_loss import batch_info_nce
 

@@ -7,7 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Method, Setup, TrainState, embedding_metrics, stream
+from common.method import Method, embedding_metrics, stream
+from common.setup import Setup, TrainState
 from simclr_jax.loss import nt_xent_with_metrics
 
 

@@ -16,7 +16,7 @@ from common.cli import command_line, modes
 from common.data.augment import presets
 from common.data.feed.recipe import FeedRecipe
 from common.errors import UserError
-from common.method import make_setup
+from common.setup import make_setup
 from common.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

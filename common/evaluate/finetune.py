@@ -20,11 +20,12 @@ import optax
 
 from common.evaluate import mixing
 from common.evaluate.finetune_recipe import SGD, Recipe
-from common.method import Setup, stream
+from common.method import stream
 from common.models.encoder import at_least_float32
 from common.models.heads import Network
 from common.run.console import Progress
 from common.run.writer import NonFiniteLossError
+from common.setup import Setup
 from common.sharding import batch_sharding, replicated
 from common.train.xla_options import compiler_options
 

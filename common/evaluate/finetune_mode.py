@@ -20,8 +20,8 @@ from common.errors import UserError
 from common.evaluate import accuracy, batches, finetune, finetune_recipe
 from common.evaluate.finetune_recipe import Recipe
 from common.evaluate.pretrained import Pretrained
-from common.method import make_encoder_setup
 from common.run import console, files
+from common.setup import make_encoder_setup
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:

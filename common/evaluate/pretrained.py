@@ -21,9 +21,10 @@ from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate import accuracy, batches, features
 from common.evaluate.features import Features
-from common.method import Method, Setup, make_encoder_setup, root_keys
+from common.method import Method, root_keys
 from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
+from common.setup import Setup, make_encoder_setup
 from common.sharding import make_mesh, replicated, state_shardings
 
 

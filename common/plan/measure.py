@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 
 from common.data.feed import resident
 from common.errors import UserError
-from common.method import Method, Setup
+from common.method import Method
 from common.plan import collectives, traffic
+from common.setup import Setup
 from common.sharding import AXIS, local_rows, make_mesh
 from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, cost

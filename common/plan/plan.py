@@ -15,10 +15,11 @@ from common import config as configs
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.fields import REMAT
-from common.method import Method, Setup
+from common.method import Method
 from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
 from common.run import console
+from common.setup import Setup
 from common.sharding import make_mesh
 from common.train.prepare import Extent
 

@@ -10,10 +10,10 @@ from etils import epath
 
 from common.data.augment.presets import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
-from common.method import Setup
 from common.run import console
 from common.run.checkpoint import Checkpoints
 from common.run.saved_config import moved_from
+from common.setup import Setup
 from common.sharding import replicated
 from common.train import resume_from
 from common.train.position import Position

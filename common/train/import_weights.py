@@ -11,11 +11,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.method import Method, Setup
+from common.method import Method
 from common.optim import steps_of
 from common.run import console, jsonl
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import claim
+from common.setup import Setup
 from common.sharding import make_mesh
 from common.train.first_state import with_weights
 from common.train.position import Position

@@ -10,12 +10,13 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.method import Method, Setup
+from common.method import Method
 from common.run import files
 from common.run.checkpoint import Checkpoints
 from common.run.saved_config import note_changes
 from common.run.workdir import as_begun, claim
 from common.run.writer import MetricsWriter
+from common.setup import Setup
 from common.sharding import make_mesh, to_global
 from common.train import summary
 from common.train.dispatch import spans

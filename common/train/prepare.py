@@ -16,9 +16,10 @@ from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.method import Method, Setup, make_setup, root_keys
+from common.method import Method, root_keys
 from common.optim import steps_of
 from common.run import console
+from common.setup import Setup, make_setup
 from common.sharding import local_rows, replicated, state_shardings
 from common.train.position import Position
 

@@ -14,9 +14,10 @@ from etils import epath
 
 from common.data.sources.opening import open_source
 from common.errors import UserError, first_line
-from common.method import Method, Setup, Step
+from common.method import Method, Step
 from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
+from common.setup import Setup
 from common.sharding import make_mesh, to_global
 from common.train import dispatch
 from common.train.divergence import FOLDER, not_finite, skip_nonfinite

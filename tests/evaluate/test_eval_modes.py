@@ -29,8 +29,8 @@ from common.evaluate import (
 )
 from common.evaluate.finetune_recipe import Recipe
 from common.evaluate.linear import Candidate
-from common.method import make_encoder_setup
 from common.run import jsonl
+from common.setup import make_encoder_setup
 from common.sharding import make_mesh
 
 

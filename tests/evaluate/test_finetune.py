@@ -27,8 +27,8 @@ from common.data.sources import subset
 from common.errors import UserError
 from common.evaluate import batches, finetune, finetune_mode, finetune_recipe, linear
 from common.evaluate.finetune_recipe import Recipe
-from common.method import make_encoder_setup
 from common.run.writer import NonFiniteLossError
+from common.setup import make_encoder_setup
 from common.sharding import make_mesh, to_global
 
 

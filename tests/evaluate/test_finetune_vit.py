@@ -16,8 +16,9 @@ from common.config import eval_config
 from common.errors import UserError
 from common.evaluate import batches, finetune, finetune_recipe
 from common.evaluate.finetune_recipe import Recipe
-from common.method import make_encoder_setup, stream
+from common.method import stream
 from common.models import resnet, vit
+from common.setup import make_encoder_setup
 from common.sharding import make_mesh
 
 VIT = tiny.VIT | {"vit__depth": 3, "head__layers": 3}

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from common.errors import UserError
-from common.method import Setup, make_encoder_setup
+from common.setup import Setup, make_encoder_setup
 from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
 from moco_jax import queue as queues

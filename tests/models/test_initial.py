@@ -13,9 +13,9 @@ from etils import epath
 
 from common import config
 from common.errors import UserError
-from common.method import make_encoder_setup
 from common.models import heads, initial, resnet
 from common.run import saved_config
+from common.setup import make_encoder_setup
 from common.sharding import make_mesh
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from common.method import Setup
+from common.setup import Setup
 
 STEPS, PIXELS = 6, 8 * 8 * 3
 CASES = {
