@@ -58,4 +58,4 @@ def get_config(arg: str = "") -> ConfigDict:
         c.head.kind = "moco_v2"
         c.moco.symmetric = False  # half the cost of a step
         return c
-    return smoke.apply(c, arg)
+    return smoke.apply(c, arg, "cpu")

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         if arg == "vit":
             small_vit(c)
         return c
-    return smoke.apply(c, arg)
+    return smoke.apply(c, arg, "cpu", "vit")
 
 
 def cpu(c: ConfigDict) -> None:

@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "r50":
         resnet50(c)
         return c
-    return smoke.apply(c, arg)
+    return smoke.apply(c, arg, "vit_s", "r50")
 
 
 def views(c: ConfigDict) -> None:

@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # after one epoch: kNN 36.6 % at T 0.5, 38.9 % at 0.2 (of 10,000 images; batch 256)
         c.simclr.temperature = 0.2
         return c
-    return smoke.apply(c, arg)
+    return smoke.apply(c, arg, "cpu")
 
 
 def torch_init(c: ConfigDict) -> None:

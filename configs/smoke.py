@@ -5,18 +5,22 @@ from ml_collections import ConfigDict
 from common.errors import UserError
 
 
-def apply(config: ConfigDict, arg: str) -> ConfigDict:
+def apply(config: ConfigDict, arg: str, *others: str) -> ConfigDict:
     """Returns the config, shrunk if `arg` is "smoke".
 
     Random images replace the data, so no dataset is needed.
 
+    Args:
+        config: changed in place.
+        arg: what followed the name of the config.
+        *others: arguments that the config has beside "smoke", for the message.
+
     Raises:
-        UserError: for any other argument.
+        UserError: for an argument other than "" and "smoke".
     """
     if arg not in ("", "smoke"):
-        raise UserError(
-            f"config argument {arg!r} is unknown: use :smoke or nothing (CIFAR-10 also has :cpu)"
-        )
+        known = ", ".join(f":{name}" for name in (*others, "smoke"))
+        raise UserError(f"config argument {arg!r} is unknown: use {known} or nothing")
     if arg == "smoke":
         c = config
         c.data.source = "fake"

@@ -42,7 +42,10 @@ MISTAKES = [
     ((DEMO,), ["--workdir is missing"]),
     ((NEW,), ["--config is missing"]),
     (("--config=configs/nope.py", NEW), ["no config file configs/nope.py"]),
-    (("--config=configs/simclr_demo.py:fast", NEW), ["'fast' is unknown: use :smoke or nothing"]),
+    (
+        ("--config=configs/simclr_demo.py:fast", NEW),
+        ["config argument 'fast' is unknown: use :smoke or nothing"],
+    ),
     ((DEMO, "--workdir=xx://bucket/run"), ["no library here reads xx://"]),
     ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
     ((DEMO, "--workdir=DIR/file"), ["is a file: give a new or an empty"]),
