@@ -166,6 +166,7 @@ def test_what_each_parameter_of_a_head_gets(kind):
     assert "\n".join(lines) == listed(HEADS[kind])
 
 
+@pytest.mark.slow
 def test_what_each_parameter_of_a_vit_s_gets():
     head = HEADS["moco_v3"]
     assert what_happens(*network("moco_v3", **vit())) == listed(VIT_S, head)

@@ -127,12 +127,14 @@ def test_a_fault_is_killed_or_survives(project):
     assert lines[-1].startswith("1 of 2 faults killed in ")
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_is_killed_with_its_fault(project):
     status, lines = run(project(KILLED, HANGS), "--timeout=1", "--only=never")
     assert status == 0 and lines[0].startswith("timed out ")
     assert lines[-1].startswith("1 of 1 faults killed in ")
 
 
+@pytest.mark.slow
 def test_a_fault_that_keeps_its_test_from_running_is_an_error_of_the_list(project):
     status, lines = run(project(BROKEN), "--jobs=1")
     assert status == 2 and lines[0].startswith("error ")
@@ -141,6 +143,7 @@ def test_a_fault_that_keeps_its_test_from_running_is_an_error_of_the_list(projec
     assert lines[-1].startswith("0 of 1 faults killed in ")
 
 
+@pytest.mark.slow
 def test_a_test_that_fails_anyway_kills_nothing(project):
     status, lines = run(project(FAILS_ANYWAY))
     assert status == 2 and lines[0] == "error: the tests do not pass without any fault:"
@@ -188,6 +191,7 @@ def test_a_part_of_the_list(project):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="looks into /proc")
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process_and_no_copy(project):
     root = project(HANGS)
     source = root / "sums.py"

@@ -101,7 +101,7 @@ def test_a_batch_that_cannot_be_split_is_refused(batch, advice):
         sharding.local_rows(mesh(8), batch)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_a_step_on_one_device_sends_nothing_not_even_to_itself(method, parts):
     """A collective of one device computes nothing, and libtpu may crash on it."""

@@ -173,6 +173,7 @@ def resized_by_hand(table):
     return np.concatenate([table[:, :1], grid.reshape(1, 9, -1)], axis=1)
 
 
+@pytest.mark.slow
 def test_a_vit_takes_images_of_another_size_with_its_positions_resized(tmp_path):
     changes = tiny.VIT | {"vit__positions": "learned"}
     run = opened_run.write(tmp_path / "run", "moco_v3", **changes)

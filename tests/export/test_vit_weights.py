@@ -419,7 +419,8 @@ def test_names_that_are_no_vits():
 
 
 @pytest.mark.parametrize(
-    "variant", ["moco-v3_vit", "simclr_vit", pytest.param("moco_vit", marks=pytest.mark.slow)]
+    "variant",
+    ["simclr_vit", *(pytest.param(x, marks=pytest.mark.slow) for x in ("moco_vit", "moco-v3_vit"))],
 )
 def test_a_run_and_its_export(tmp_path, variant):
     """All that the checkpoint has comes back to the bit, and the function from the file."""

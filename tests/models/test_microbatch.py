@@ -78,12 +78,9 @@ def test_a_step_in_parts_is_the_step(method, devices, parts):
 
 
 VITS = [(m, n, p) for m in ("simclr", "moco_v3") for n in (1, 2, 8) for p in (2, 4)]
-QUICK_VITS = [("simclr", 2, 4)]
 
 
-@pytest.mark.parametrize(
-    ("method", "devices", "parts"), QUICK_VITS + slow(*(c for c in VITS if c not in QUICK_VITS))
-)
+@pytest.mark.parametrize(("method", "devices", "parts"), slow(*VITS))
 def test_without_batch_norm_in_the_encoder_any_part_will_do(method, devices, parts):
     """One BN group for the heads, which are not split; an image's draws do not depend on its part.
 

@@ -296,7 +296,11 @@ FUSED = [pytest.mark.optimised, pytest.mark.slow]
 
 @pytest.mark.parametrize(
     ("method", "where"),
-    [("simclr", "device"), ("moco", "host"), pytest.param("moco", "device", marks=FUSED)],
+    [
+        ("simclr", "device"),
+        pytest.param("moco", "host", marks=pytest.mark.slow),
+        pytest.param("moco", "device", marks=FUSED),
+    ],
 )
 def test_a_real_step(method, where, tmp_path):
     c = tiny.config(
