@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def cpu(c: ConfigDict) -> None:
     """Network and views of `simclr_cifar10.py:cpu` but for the saturation; smaller heads."""
     simclr_cifar10.cpu(c)
-    c.duration = "14 epochs"
+    c.duration = "18 epochs"
     c.augment.interpolation = "bilinear"
     c.augment.area_min = 0.2
     c.augment.grey = 0.1
@@ -62,13 +62,15 @@ def cpu(c: ConfigDict) -> None:
     c.head.hidden = 1024
     c.head.dim = 128
     c.moco_v3.predictor_hidden = 1024
+    c.moco_v3.temperature = 0.1
     c.optimizer.name = "sgd"
+    c.optimizer.learning_rate = 1.0
 
 
 def small_vit(c: ConfigDict) -> None:
-    """A ViT of 6 blocks on patches of 4 pixels, trained with AdamW."""
+    """A ViT of 4 blocks on patches of 4 pixels, trained with AdamW."""
     c.model.encoder = "vit"
-    c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 128, 6, 4, 4
+    c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 96, 4, 3, 4
     c.head.layers = 3
     c.moco_v3.predictor_norm = True
     c.optimizer.name = "adamw"
