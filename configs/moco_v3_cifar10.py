@@ -68,12 +68,14 @@ def cpu(c: ConfigDict) -> None:
 
 
 def small_vit(c: ConfigDict) -> None:
-    """A ViT of 4 blocks on patches of 4 pixels, trained with AdamW."""
+    """A ViT of 4 blocks on patches of 4 pixels made by convolutions, trained with AdamW."""
+    c.duration = "6 epochs"
     c.model.encoder = "vit"
     c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 96, 4, 3, 4
+    c.vit.patches = "conv"
     c.head.layers = 3
     c.moco_v3.predictor_norm = True
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.weight_decay = 0.05
-    c.optimizer.warmup = "2 epochs"
+    c.optimizer.warmup = "1 epoch"
