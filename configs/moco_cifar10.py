@@ -49,13 +49,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.learning_rate = 0.03
     c.optimizer.weight_decay = 5e-4
     c.optimizer.decay_bn_and_bias = True
-    if arg == "cpu":
-        simclr_cifar10.cpu(c)
-        c.duration = "28 epochs"
-        c.evaluate.every = "3 epochs"
-        c.augment.area_min = 0.2
-        c.augment.grey = 0.1
-        c.head.kind = "moco_v2"
-        c.moco.symmetric = False  # half the cost of a step
-        return c
-    return smoke.apply(c, arg, "cpu")
+    return smoke.apply(c, arg, cpu=cpu)
+
+
+def cpu(c: ConfigDict) -> None:
+    """Network and views of `simclr_cifar10.py:cpu` but for the saturation."""
+    simclr_cifar10.cpu(c)
+    c.duration = "28 epochs"
+    c.evaluate.every = "3 epochs"
+    c.augment.area_min = 0.2
+    c.augment.grey = 0.1
+    c.head.kind = "moco_v2"
+    c.moco.symmetric = False  # half the cost of a step

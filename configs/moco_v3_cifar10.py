@@ -42,12 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.learning_rate = 0.3
     c.optimizer.weight_decay = 1e-6
     c.optimizer.warmup = "10 epochs"
-    if arg in ("cpu", "vit"):
-        cpu(c)
-        if arg == "vit":
-            small_vit(c)
-        return c
-    return smoke.apply(c, arg, "cpu", "vit")
+    return smoke.apply(c, arg, cpu=cpu, vit=small_vit)
 
 
 def cpu(c: ConfigDict) -> None:
@@ -69,6 +64,7 @@ def cpu(c: ConfigDict) -> None:
 
 def small_vit(c: ConfigDict) -> None:
     """A ViT of 4 blocks on patches of 4 pixels made by convolutions, trained with AdamW."""
+    cpu(c)
     c.duration = "6 epochs"
     c.model.encoder = "vit"
     c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 96, 4, 3, 4

@@ -1,27 +1,34 @@
 """`:smoke` after the name of a config: the same run, shrunk to seconds on a CPU."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from common.errors import UserError
 
 
-def apply(config: ConfigDict, arg: str, *others: str) -> ConfigDict:
-    """Returns the config, shrunk if `arg` is "smoke".
+def apply(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], None]) -> ConfigDict:
+    """Returns the config, changed as `arg` says: "", NAME of a variant, "smoke" or "NAME:smoke".
 
     Random images replace the data, so no dataset is needed.
 
     Args:
         config: changed in place.
         arg: what followed the name of the config.
-        *others: arguments that the config has beside "smoke", for the message.
+        **variants: what each variant that the config has changes.
 
     Raises:
-        UserError: for an argument other than "" and "smoke".
+        UserError: for any other argument.
     """
-    if arg not in ("", "smoke"):
-        known = ", ".join(f":{name}" for name in (*others, "smoke"))
+    name, _, rest = arg.partition(":")
+    if name in variants:
+        variants[name](config)
+    else:
+        rest = arg
+    if rest not in ("", "smoke"):
+        known = ", ".join(f":{name}" for name in (*variants, "smoke"))
         raise UserError(f"config argument {arg!r} is unknown: use {known} or nothing")
-    if arg == "smoke":
+    if rest == "smoke":
         c = config
         c.data.source = "fake"
         c.data.fake_examples = 64

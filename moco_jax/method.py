@@ -94,7 +94,7 @@ class MoCo(MomentumMethod):
             mesh=self.setup.mesh,
         )
 
-    def kept(self, state: MoCoState, keys: list[jax.Array]) -> dict[str, Any]:
+    def next_fields(self, state: MoCoState, keys: list[jax.Array]) -> dict[str, Any]:
         """See `MomentumMethod.kept`: the queue, with the keys of both directions."""
         return {"queue": queues.push(state.queue, by_image(keys), state.step)}
 

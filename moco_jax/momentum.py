@@ -59,7 +59,7 @@ class MomentumMethod(Method):
         _, keys, batch_stats = self.setup.forward(params, batch_stats, images, key)
         return keys, batch_stats
 
-    def kept(self, state: Any, keys: list[jax.Array]) -> dict[str, jax.Array]:
+    def next_fields(self, state: Any, keys: list[jax.Array]) -> dict[str, jax.Array]:
         """Fields of the next state that depend on the keys, one array a direction; by name."""
         del state, keys
         return {}
@@ -107,7 +107,7 @@ class MomentumMethod(Method):
             batch["labels"],
             key_params=key_params,
             key_batch_stats=key_stats,
-            **self.kept(state, keys),
+            **self.next_fields(state, keys),
         )
         return state, {"loss": loss} | metrics | more
 

@@ -18,10 +18,12 @@ from moco_jax.v3_loss import batch_info_nce
 class MoCoV3(MomentumMethod):
     """MoCo v3 (algorithm 1); its state is a `MomentumState`.
 
-    Both views are queries, through the predictor, and keys, without it.
+    Both views are queries, through the predictor, and keys, without it. The momentum encoder is
+    updated before it makes the keys, as in the authors' code; the algorithm has it at the end.
     """
 
-    pairs, key_views = ((0, 1), (1, 0)), (0, 1)
+    pairs = ((0, 1), (1, 0))
+    key_views = (0, 1)
 
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it; 0.2 for ViTs, 1.0 for ResNets",

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -48,8 +49,13 @@ def test_config_is_locked_json_and_takes_smoke(name):
     assert json.loads(json.dumps(config.as_dict(c)))["batch_size"] == c.batch_size
     smoke = module.get_config("smoke")
     assert smoke.data.source == "fake" and smoke.duration == "4 steps"
-    with pytest.raises(UserError, match=r"'nope' is unknown.*smoke"):
+    with pytest.raises(UserError, match=r"'nope' is unknown: use (.*)") as error:
         module.get_config("nope")
+    for variant in re.findall(r":(\w+), ", str(error.value)):
+        assert config.as_dict(module.get_config(variant)) != config.as_dict(c)
+        assert module.get_config(f"{variant}:smoke").data.source == "fake"
+        with pytest.raises(UserError, match=f"'{variant}:nope' is unknown"):
+            module.get_config(f"{variant}:nope")
 
 
 def test_overrides_arrive_with_their_types():

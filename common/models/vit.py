@@ -32,7 +32,7 @@ EPSILON = 1e-6
 
 
 def dense(features: int, dtype: Any, name: str | None = None, **init: Any) -> nn.Dense:
-    """A linear map, unless `init` says more with Xavier's kernel (Glorot & Bengio 2010, eq. 16)."""
+    """A linear map; `init` may replace Xavier's kernel (Glorot & Bengio 2010, eq. 16)."""
     xavier: dict[str, Any] = {"kernel_init": nn.initializers.xavier_uniform()}
     kind = at_least_float32(dtype)
     return nn.Dense(features, dtype=dtype, param_dtype=kind, name=name, **xavier | init)

@@ -1,14 +1,12 @@
 """The state that a start begins from: a checkpoint's, drawn, or with the weights of elsewhere."""
 
 import dataclasses
-import logging
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from common.data.augment.presets import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
 from common.run import console
 from common.run.checkpoint import Checkpoints
@@ -148,16 +146,18 @@ def _parts_in_words(taken: set[str], wanted: set[str]) -> str:
 
 def _check_scale(weights: Weights, setup: Setup) -> None:
     """The network has to see its images scaled as when it was trained."""
-    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-        ours, theirs = getattr(setup, name), weights.metadata.get(name)
-        if theirs is None:
-            if not np.allclose(ours, usual, atol=1e-3):
-                logging.warning(
-                    "%s does not say how its images were scaled; torchvision's and MoCo's have the "
-                    "%s %s, this config %s: see config.augment.%s",
-                    weights.path, name, usual, tuple(ours), name,
-                )  # fmt: skip
-        elif np.shape(theirs) != (3,) or not np.allclose(ours, theirs, atol=1e-6):
+    unknown = [name for name in ("mean", "std") if weights.metadata.get(name) is None]
+    if unknown:
+        console.say(
+            f"  it does not say how its images were scaled; here {' and '.join(unknown)} are "
+            f"{' and '.join(str(tuple(getattr(setup, name))) for name in unknown)}: "
+            f"config.augment.{unknown[0]} must fit (docs/export.md#import)"
+        )
+    for name in ("mean", "std"):
+        if name in unknown:
+            continue
+        ours, theirs = getattr(setup, name), weights.metadata[name]
+        if np.shape(theirs) != (3,) or not np.allclose(ours, theirs, atol=1e-6):
             raise UserError(
                 f"{weights.path} was trained on images with the {name} {tuple(theirs)} and the "
                 f"config has {tuple(ours)}: give --config.augment.{name}="
