@@ -36,11 +36,14 @@ def normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps))
 
 
-def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises UserError unless `temperature` is > 0 and finite; a traced one cannot be checked."""
+def check_temperature(temperature: float | jax.Array, field: str = "temperature") -> None:
+    """Raises a `UserError` that names `field` unless `temperature` is > 0 and finite.
+
+    One that is traced cannot be checked.
+    """
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise UserError(
-            f"temperature={temperature}: expected a finite number > 0, set e.g. temperature=0.1"
+            f"{field}={temperature}: expected a finite number > 0, set e.g. {field}=0.1"
         )
 
 

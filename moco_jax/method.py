@@ -7,7 +7,7 @@ import flax
 import jax
 from ml_collections import ConfigDict
 
-from common.contrast import normalize
+from common.contrast import check_temperature, normalize
 from common.errors import UserError
 from common.setup import Setup
 from moco_jax import queue as queues
@@ -50,6 +50,7 @@ class MoCo(MomentumMethod):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         moco = setup.config
+        check_temperature(moco.temperature, "moco.temperature")
         if not 0 <= moco.momentum < 1:
             raise UserError(f"moco.momentum={moco.momentum}: expected 0 <= momentum < 1")
         if setup.training:

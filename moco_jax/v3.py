@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from common.contrast import check_temperature
 from common.errors import UserError
 from common.models.heads import ProjectionHead
 from common.setup import Setup
@@ -53,6 +54,7 @@ class MoCoV3(MomentumMethod):
         c = setup.config
         if not 0 <= c.momentum < 1:
             raise UserError(f"moco_v3.momentum={c.momentum}: expected 0 <= momentum < 1")
+        check_temperature(c.temperature, "moco_v3.temperature")
         if c.momentum_schedule not in ("cosine", "constant"):
             raise UserError(
                 f"moco_v3.momentum_schedule={c.momentum_schedule!r}: choose cosine or constant"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 from ml_collections import ConfigDict
 
+from common.contrast import check_temperature
 from common.errors import UserError
 from common.method import Method, embedding_metrics, stream
 from common.setup import Setup, TrainState
@@ -35,8 +36,9 @@ class SimCLR(Method):
         )
 
     def __init__(self, setup: Setup) -> None:
-        """Raises a `UserError` for a scale of the loss that is not positive, where that matters."""
+        """Raises a `UserError` for a temperature or a scale of the loss that is not positive."""
         super().__init__(setup)
+        check_temperature(setup.config.temperature, "simclr.temperature")
         if setup.training and not 0 < (scale := setup.config.loss_scale) < math.inf:
             raise UserError(
                 f"simclr.loss_scale={scale}: expected a finite number above 0, 1 for the paper's "

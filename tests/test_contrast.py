@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from common import contrast
@@ -172,3 +173,9 @@ def test_cross_entropy_keeps_the_digits_of_a_small_loss():
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(UserError, match="temperature"):
         contrast.check_temperature(temperature)
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_temperature_that_is_refused_has_the_name_of_its_field(method):
+    with pytest.raises(UserError, match=f"^{method}.temperature=0.0: .* set e.g. {method}.temp"):
+        tiny.build(tiny.config(method, **{f"{method}__temperature": 0.0}), 1)

@@ -31,6 +31,7 @@ _OTHER_NAMES = {
     "wd": "weight_decay",
 }
 ALL = "`python main.py -h` lists all of them"
+_OF_BOTH = ("encoder", "bn_groups", "dtype", "remat")  # fields of `model` that a ViT reads too
 _ALIKE = 0.65  # by `_likeness`; the best, and those that come near to it, are suggested
 _AS_GOOD = 0.04
 
@@ -50,8 +51,20 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
         The other arguments.
 
     Raises:
-        UserError: no such field, or a value of another type.
+        UserError: no such field, a value of another type, or a field of the other kind of encoder.
     """
+    given: dict[str, str] = {}
+    rest = _applied(argv, trees, given)
+    config = trees["config"]
+    if config is not None and "vit" in config:  # not every config file is one of a run
+        _check_encoder(given, config.model.encoder)
+    return rest
+
+
+def _applied(
+    argv: Sequence[str], trees: Mapping[str, ConfigDict | None], given: dict[str, str]
+) -> list[str]:
+    """`apply`, which collects the flags of fields of "config" that were given, by name."""
     rest, remaining = [argv[0]], iter(argv[1:])
     for argument in remaining:
         match = _OVERRIDE.fullmatch(argument)
@@ -69,6 +82,7 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
                 "that evaluates takes the config from the workdir, so leave the flag out there"
             )
         section, last = _find(config, flag, name)
+        given |= {name: flag} if tree == "config" else {}
         kind = section.get_type(last)
         if kind is bool and text is None:
             text = str(not off)
@@ -79,6 +93,20 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
             raise UserError(f"{flag} has no value: write --{tree}.{name}=VALUE")
         section[last] = _value(flag, text, kind, name, section[last], _may_be_none(tree, name))
     return rest
+
+
+def _check_encoder(given: Mapping[str, str], encoder: str) -> None:
+    """Refuses what would be ignored: `vit.*` without a ViT, sizes of a ResNet with one."""
+    for name, flag in given.items():
+        section, _, field = name.partition(".")
+        if section == "vit" and encoder != "vit":
+            raise UserError(
+                f"{flag} has no effect on a ResNet: add --config.model.encoder=vit, or leave it out"
+            )
+        if section == "model" and encoder == "vit" and field not in _OF_BOTH:
+            raise UserError(
+                f"{flag} has no effect on a ViT, whose sizes are config.vit: leave it out"
+            )
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:

@@ -193,6 +193,7 @@ def _save(opened: Pretrained, classifier: linear.Classifier, train: Source) -> s
             layer=layer,
             source=opened.config.data.source,
             split=train.split,
+            image_size=opened.settings.image_size or opened.config.data.image_size,
         )
         (opened.workdir / name).write_bytes(buffer.getvalue())
     return name

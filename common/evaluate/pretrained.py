@@ -200,7 +200,11 @@ def _check_image_size(opened: Pretrained) -> None:
         raise UserError(f"eval.image_size={size}: expected a side in pixels, or 0 for the run's")
     if size and opened.settings.features != "pixels":
         images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        jax.eval_shape(opened.method.encode, opened.state, images)
+        try:
+            jax.eval_shape(opened.method.encode, opened.state, images)
+        except UserError as error:
+            at_fault = str(error).partition(": set data.image_size")[0]
+            raise UserError(f"eval.image_size={size} does not suit the encoder: {at_fault}") from error
 
 
 def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:

@@ -127,8 +127,11 @@ def _classifier(opened: Pretrained, d: int) -> tuple[np.ndarray, np.ndarray, str
         if lacking:
             raise UserError(f"{path} lacks {', '.join(lacking)}: run --mode=linear_eval again")
         step, layer = int(found["step"]), str(found.get("layer", "backbone"))
+        own_size = opened.config.data.image_size
         if step != opened.step:
             reason = f"the linear evaluation is of step {step}"
+        elif (size := int(found.get("image_size", own_size))) != own_size:
+            reason = f"the linear evaluation is of images of {size} pixels, not of {own_size}"
         elif layer != "backbone" or found["kernel"].shape[0] != d:
             reason = f"the linear evaluation is of the layer {layer}, not of the backbone"
         else:

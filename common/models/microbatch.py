@@ -53,8 +53,8 @@ def count(batch_size: int, microbatch: int, bn_groups: int | None, devices: int)
         raise UserError(
             f"model.bn_groups={groups} with {parts} micro-batches (batch_size={b}, microbatch="
             f"{size}) on {devices} device(s): batch statistics must not cross a micro-batch or a "
-            f"device, so set model.bn_groups to a multiple of {parts * devices}, "
-            f"{_either(fitting[:4])}, or microbatch=0"
+            f"device, so set model.bn_groups to a multiple of {parts * devices} ("
+            f"{_either(fitting[:4])}), or microbatch=0"
         )
     return parts
 

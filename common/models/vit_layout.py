@@ -138,10 +138,11 @@ def in_words(network: Mapping[str, Any]) -> str:
     """A sentence's part about what `describe` returns."""
     kind = " (convolutions)" if network["patches"] == "conv" else ""
     pool = "a class token" if network["pool"] == "token" else "no class token"
+    side = network["grid"]
+    table = f"{side} x {side} positions" if side else "positions of no square grid"
     return (
         f"a ViT of width {network['width']}, {network['depth']} blocks of hidden width "
-        f"{network['hidden']}, patch {network['patch']}{kind}, {pool}, {network['grid']} x "
-        f"{network['grid']} positions"
+        f"{network['hidden']}, patch {network['patch']}{kind}, {pool}, {table}"
     )
 
 

@@ -103,7 +103,7 @@ def check_heads(found: int | None, wanted: int, width: int, path: str) -> list[s
 
 
 def check_positions(table: Any, fixed: np.ndarray, side: int, wanted: int, path: str) -> None:
-    """Raises a `UserError` if a table is not the fixed one, or is for another grid.
+    """Raises a `UserError` if a table is for another grid, or is not the fixed one.
 
     Args:
         table: `[1, tokens, d]`, of the file, for a grid of `side` patches a side.
@@ -112,16 +112,21 @@ def check_positions(table: Any, fixed: np.ndarray, side: int, wanted: int, path:
         wanted: that of the encoder.
         path: of the file, for the message.
     """
+    check_grid(side, wanted, path)
+    if (off := np.abs(table - fixed).max()) > rounding(table) + 1e-5:
+        raise UserError(
+            f"{path} has other positions than vit.positions=sincos (they differ by up to "
+            f"{off:.2g}): set --config.vit.positions=learned"
+        )
+
+
+def check_grid(side: int, wanted: int, path: str) -> None:
+    """Raises a `UserError` if fixed positions are for another number of patches a side."""
     if side != wanted:
         raise UserError(
             f"{path} has positions for {side} x {side} patches and the config {wanted} x {wanted}, "
             "which are not resized while they are fixed: set --config.vit.positions=learned, or "
             "data.image_size"
-        )
-    if (off := np.abs(table - fixed).max()) > rounding(table) + 1e-5:
-        raise UserError(
-            f"{path} has other positions than vit.positions=sincos (they differ by up to "
-            f"{off:.2g}): set --config.vit.positions=learned"
         )
 
 

@@ -55,6 +55,8 @@ def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
         )
     try:
         data = path.read_bytes()
+        if not data:
+            raise UserError(f"{path} is empty: fetch or write it again")
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror or error}; give a file of weights or a workdir"
@@ -140,6 +142,8 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
             "state_dict() alone, as .safetensors or by torch.save"
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript program: save its state_dict()") from error
         raise _damaged(path, error) from error
     for name in ("state_dict", "model"):  # what training scripts wrap it in
         if isinstance(found, dict) and isinstance(found.get(name), dict):
@@ -173,5 +177,5 @@ def _decode(metadata: Any) -> dict[str, Any]:
 
 
 def _damaged(path: epath.Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
     return UserError(f"{path} cannot be read as {path.suffix} ({reason}): fetch or write it again")

@@ -9,8 +9,11 @@ from etils import epath
 
 from common.errors import UserError, first_line
 from common.method import Method
-from common.run import console, digests, files
+from common.models import vit, vit_variants
+from common.run import console, digests, files, saved_config
 from common.run.checkpoint import Checkpoints
+from common.setup import Setup
+from common.train import weights
 
 FILE = "resumed_from.json"
 
@@ -43,9 +46,11 @@ def adopt(
         The state, sharded as before.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or one of which nothing fits.
+        UserError: no such checkpoint, a damaged one, one of which nothing fits, or a ViT with
+            another number of heads or other fixed positions.
     """
     directory, step = source_of(text, workdir)
+    differences = _not_in_shapes(directory, method.setup)
     arrays = _read(directory, step)
     names, leaves = digests.names(state), jax.tree.leaves(state)
     taken, missed = [], {}
@@ -69,6 +74,8 @@ def adopt(
     if note:
         unused = sorted(set(arrays) - set(names))
         _note(workdir, directory, step, taken, missed, unused, derived)
+        for line in differences:
+            console.say(line)
     return state
 
 
@@ -99,6 +106,29 @@ def source_of(text: str, workdir: epath.Path) -> tuple[epath.Path, int]:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"resume_from={text}: no checkpoint of step {step}; there are: {known}")
     return directory, step
+
+
+def _not_in_shapes(directory: epath.Path, setup: Setup | None) -> list[str]:
+    """What differs between two runs though their arrays have the same names and shapes, in words.
+
+    Raises:
+        UserError: the number of heads, or the grid of fixed positions: the same arrays would be
+            another function.
+    """
+    if setup is None or not (directory / saved_config.FILE).exists():
+        return []
+    _, views, theirs = weights.views_and_encoder(directory)
+    ours = setup.network.backbone
+    if isinstance(ours, vit.ViT) and theirs and theirs.width == ours.width:
+        vit_variants.check_heads(theirs.heads, ours.heads, ours.width, str(directory))
+        if theirs.positions == ours.positions == "sincos":
+            there, here = (e.image_size // e.patch for e in (theirs, ours))
+            vit_variants.check_grid(there, here, str(directory))
+    scales = (views.mean, views.std), (setup.mean, setup.std)
+    if np.allclose(*scales, atol=1e-6):
+        return []
+    said = [f"mean {tuple(mean)} and std {tuple(std)}" for mean, std in scales]
+    return [f"  its images were scaled with {said[0]}, here with {said[1]} (config.augment)"]
 
 
 def _read(directory: epath.Path, step: int) -> dict[str, np.ndarray]:

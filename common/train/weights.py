@@ -151,12 +151,18 @@ def fit(
         shapes = [f"{n} {found[n].shape} and not {expected[n].shape}" for n in other]
         problems.append(f"has {first_three(shapes)}")
     if broken := [n for n in found if not np.isfinite(found[n].astype(np.float32)).all()]:
-        problems.append(f"has numbers that are not finite in {first_three(broken)}")
-    if problems:
         raise UserError(
-            f"{weights.path} does not fit the network of the config: it {'; '.join(problems)}; the "
-            f"file holds {own.in_words(found)}, the config asks for {own.in_words(expected)}: "
-            f"change {own.section}"
+            f"{weights.path} has numbers that are not finite in {first_three(broken)}: the run "
+            "that wrote it diverged, or the file is damaged; take another one"
+        )
+    if problems:
+        theirs, ours = own.in_words(weights.arrays), own.in_words(expected)
+        what = f"the file holds {theirs}, the config asks for {ours}: change {own.section}"
+        if theirs == ours:
+            what = "no field of the config helps: the file is incomplete, or of another network"
+        raise UserError(
+            f"{weights.path} does not fit the network of the config: it {'; '.join(problems)}; "
+            f"{what}"
         )
     for note in notes:
         console.say(f"  {note}")
@@ -181,15 +187,9 @@ def _of_run(path: epath.Path) -> Weights:
     workdir, step = path, None
     if _is_checkpoint(path):
         workdir, step = path.parent.parent, int(path.name)
-    config = workdir / saved_config.FILE
-    if not config.exists():
+    if not (workdir / saved_config.FILE).exists():
         raise UserError(f"{path} is a directory and holds no run (no config.json): give a workdir")
-    saved = saved_config.read(workdir)
-    try:
-        augmentation = presets.resolve(saved["augment"], saved["data"]["image_size"])
-        encoder = _vit_of(saved, augmentation.size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config} cannot be read ({error}): restore it") from error
+    saved, augmentation, encoder = views_and_encoder(workdir)
     sharding = replicated(make_mesh())
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
@@ -226,12 +226,27 @@ def _of_run(path: epath.Path) -> Weights:
     )
 
 
-def _vit_of(saved: Mapping[str, Any], image_size: int) -> vit.ViT | None:
-    """The encoder of a saved config if it is a ViT, as it was trained on views of that size."""
-    if saved["model"].get("encoder") != "vit":
-        return None
-    model, section = (configs.section(name, **saved[name]) for name in ("model", "vit"))
-    return vit.make_encoder(model, section, image_size)
+def views_and_encoder(
+    workdir: epath.Path,
+) -> tuple[dict[str, Any], presets.Augmentation, vit.ViT | None]:
+    """What a run's arrays do not show.
+
+    Returns:
+        `(its config, the augmentation of view 1, its encoder if that is a ViT)`.
+
+    Raises:
+        UserError: `config.json` is missing or cannot be understood.
+    """
+    saved = saved_config.read(workdir)
+    try:
+        views = presets.resolve(saved["augment"], saved["data"]["image_size"])
+        if saved["model"].get("encoder") != "vit":
+            return saved, views, None
+        model, section = (configs.section(name, **saved[name]) for name in ("model", "vit"))
+        return saved, views, vit.make_encoder(model, section, views.size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = workdir / saved_config.FILE
+        raise UserError(f"{path} cannot be read ({error}): restore it") from error
 
 
 def _is_checkpoint(path: epath.Path) -> bool:

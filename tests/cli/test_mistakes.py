@@ -46,6 +46,14 @@ MISTAKES = [
         ("--config=configs/simclr_demo.py:fast", NEW),
         ["config argument 'fast' is unknown: use :smoke or nothing"],
     ),
+    (
+        (DEMO, NEW, "--config.vit.patch=8"),
+        ["--config.vit.patch has no effect on a ResNet: add --config.model.encoder=vit"],
+    ),
+    (
+        (DEMO, NEW, "--config.model.encoder=vit", "--config.model.stem=cifar"),
+        ["--config.model.stem has no effect on a ViT, whose sizes are config.vit: leave it out"],
+    ),
     ((DEMO, "--workdir=xx://bucket/run"), ["no library here reads xx://"]),
     ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
     ((DEMO, "--workdir=DIR/file"), ["is a file: give a new or an empty"]),

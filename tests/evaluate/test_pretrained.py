@@ -194,7 +194,10 @@ def test_a_vit_takes_images_of_another_size_with_its_positions_resized(tmp_path)
     assert next(opened.batches(train, 8))[0].shape == (8, 12, 12, 3)
     assert (opened_run.load(run).image_size, opened.config.data.image_size) == (8, 8)
 
-    with pytest.raises(UserError, match="that is a multiple of 4, found 10x10"):
+    with pytest.raises(
+        UserError,
+        match=r"eval.image_size=10 does not suit the encoder: .* that is a multiple of 4, found 10x10$",
+    ):
         opened_run.load(run, image_size=10)
     with pytest.raises(UserError, match=r"image_size=-4: expected a side in pixels, or 0"):
         opened_run.load(run, image_size=-4)

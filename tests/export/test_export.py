@@ -270,6 +270,7 @@ def test_classifier_is_that_of_the_linear_evaluation_of_this_checkpoint(run):
     for changes, reason in (
         ({"step": 2}, "of step 2"),
         ({"layer": "head1"}, "of the layer head1"),
+        ({"image_size": 12}, "of images of 12 pixels, not of 8"),
     ):
         linear_eval(run, **changes)
         assert reason in export(run, export__format="npz")["fc"]

@@ -206,15 +206,17 @@ def test_pytorch_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path,
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "noise.pth").write_bytes(bytes(range(256)))
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
     for name, text in (
         ("whole", "holds more than tensors, which could run code"),
         ("trap", "holds more than tensors, which could run code"),
         ("args", "holds more than tensors, which could run code"),
         ("old", "holds more than tensors, which could run code"),
         ("cut", "cannot be read as .pth"),
-        ("empty", "cannot be read as .pth"),
+        ("empty", "is empty: fetch or write it again"),
         ("noise", "holds more than tensors, .* or is damaged"),
         ("list", "holds no state_dict"),
+        ("script", "is a TorchScript program: save its state_dict"),
     ):
         with pytest.raises(UserError, match=text) as raised:
             weights.load_weights(tmp_path / f"{name}.pth")

@@ -324,7 +324,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path, kind):
     found = weights.load_weights(save(tmp_path / "w.npz", make()))
     with pytest.raises(UserError, match=text) as raised:
         weights.fit(found, *shapes_of("simclr"))
-    assert "\n" not in str(raised.value) and "change config.model" in str(raised.value)
+    other = "no field of the config helps: the file is incomplete, or of another network"
+    advice = dict.fromkeys(("missing", "beyond", "another shape"), other)
+    advice["not finite"] = "take another one"
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith(advice.get(kind, "change config.model"))
 
 
 class Trap:
@@ -341,8 +345,8 @@ def trap(path):
 FILES = {
     "a trap.npz": (trap, "cannot be read as .npz .*pickle"),
     "pickle.npz": (lambda p: p.write_bytes(pickle.dumps(Trap())), "cannot be read as .npz"),
-    "empty.npz": (lambda p: p.write_bytes(b""), "cannot be read as .npz"),
-    "empty.safetensors": (lambda p: p.write_bytes(b""), "cannot be read as .safetensors"),
+    "empty.npz": (lambda p: p.write_bytes(b""), "empty.npz is empty: fetch"),
+    "empty.safetensors": (lambda p: p.write_bytes(b""), "is empty: fetch or write it again"),
     "pickle.safetensors": (
         lambda p: p.write_bytes(pickle.dumps(Trap())), "cannot be read as .safetensors",
     ),

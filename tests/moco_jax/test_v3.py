@@ -349,6 +349,7 @@ def test_features_come_from_the_encoder_that_is_trained():
         ({"momentum": 1.0}, r"moco_v3.momentum=1.0: expected 0 <= momentum < 1"),
         ({"momentum_schedule": "linear"}, "momentum_schedule='linear': choose cosine or constant"),
         ({"predictor_layers": -1}, "predictor_layers=-1 .* expected 0 or more layers, of a width"),
+        ({"temperature": 0.0}, "moco_v3.temperature=0.0: expected a finite number > 0, set e.g."),
         ({"predictor_hidden": 0}, "predictor_hidden=0: expected 0 or more layers"),
     ],
 )

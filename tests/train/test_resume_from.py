@@ -108,6 +108,33 @@ def test_another_head(other, tmp_path, capsys):
     assert "not restored: params/head/kernel: [4, 3] there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"vit__heads": 2}, "has 3 attention heads and the config 2: set --config.vit.heads=3"),
+        ({"data__image_size": 12}, "has positions for 2 x 2 patches and the config 3 x 3, which"),
+    ],
+)
+def test_what_the_shapes_of_a_vit_do_not_show_is_compared(changes, text, tmp_path):
+    """Heads and fixed positions: the same arrays would be another function."""
+    other = tmp_path / "other"
+    opened_run.write(other, "moco_v3", **tiny.VIT)
+    method = tiny.build(tiny.config("simclr", **tiny.VIT | changes), 1)
+    with pytest.raises(UserError, match=text):
+        resume_from.adopt(str(other), epath.Path(tmp_path), method, None)
+
+
+def test_another_scale_of_images_is_said(tmp_path, capsys):
+    other = opened_run.write(tmp_path / "other", augment__preset="simclr")
+    method = tiny.build(
+        tiny.config("simclr", augment__preset="simclr", augment__mean=(0.5, 0.4, 0.3)), 1
+    )
+    adopt(tiny.place_state(method), tmp_path, str(other), method)
+    said = capsys.readouterr().err
+    assert "its images were scaled with mean (0.0, 0.0, 0.0) and std (1.0, 1.0, 1.0), here" in said
+    assert "here with mean (0.5, 0.4, 0.3) and std (1.0, 1.0, 1.0)" in said
+
+
 @pytest.mark.parametrize("name", ["moco", "moco_v3"])
 def test_a_momentum_encoder_follows_weights_of_a_run_without_one(name):
     method = tiny.build(tiny.config(name, model__bn_groups=4), 2)
