@@ -204,7 +204,9 @@ def _check_image_size(opened: Pretrained) -> None:
             jax.eval_shape(opened.method.encode, opened.state, images)
         except UserError as error:
             at_fault = str(error).partition(": set data.image_size")[0]
-            raise UserError(f"eval.image_size={size} does not suit the encoder: {at_fault}") from error
+            raise UserError(
+                f"eval.image_size={size} does not suit the encoder: {at_fault}"
+            ) from error
 
 
 def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:

@@ -48,14 +48,16 @@ def start_up(
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     backbone = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["backbone"]))
     flops = cost(step_fn, run.setup.microbatches).get("flops", float("nan")) * mesh.size
-    model = run.setup.network.backbone
+    model, frozen = run.setup.network.backbone, run.setup.network.frozen
+    heads = "head and predictor" if "predictor" in state.params else "the head"
+    still = f", {' and '.join(name for _, name in frozen)} not trained" if frozen else ""
     lines = {
         "method": config.method,
         "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
         "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, "
-        f"{parameters / 1e6:.2f} M with the head, {model.dtype}",
+        f"{parameters / 1e6:.2f} M with {heads}, {model.dtype}{still}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
         f"2 views each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],

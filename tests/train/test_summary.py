@@ -150,3 +150,13 @@ def test_the_summary_at_the_start_is_of_all_devices(capsys):
     assert said["data"] == "fake (train): 4,096 images, 10 classes"
     assert said["code"] == f"version {version.in_words()}"
     assert said["resuming"] == "after step 3 of 1,200"
+
+
+def test_the_summary_names_the_predictor_and_what_is_not_trained(capsys):
+    c = tiny.config("moco_v3", data__source="fake", **tiny.VIT)
+    step = types.SimpleNamespace(cost_analysis=lambda: {"flops": 2e9, "bytes accessed": 5.0})
+    state = types.SimpleNamespace(params={"backbone": np.zeros(1), "predictor": np.zeros(30_000)})
+    run = dataclasses.replace(tiny.prepared(c, 1), data=open_source(c.data, "train"))
+    summary.start_up(run, epath.Path("w"), state, step, None, 0)
+    said = capsys.readouterr().err
+    assert "0.03 M with head and predictor, float32, patches not trained" in said
