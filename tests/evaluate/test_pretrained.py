@@ -196,7 +196,7 @@ def test_a_vit_takes_images_of_another_size_with_its_positions_resized(tmp_path)
 
     with pytest.raises(
         UserError,
-        match=r"eval.image_size=10 does not suit the encoder: .* that is a multiple of 4, found 10x10$",
+        match=r"eval.image_size=10 does not suit the encoder: .* a multiple of 4, found 10x10$",
     ):
         opened_run.load(run, image_size=10)
     with pytest.raises(UserError, match=r"image_size=-4: expected a side in pixels, or 0"):
