@@ -28,7 +28,7 @@ def theory(
     Counted as `common.plan.collectives.Collective.bytes`: of an all-reduce the array, of a gather
     what comes out, of a reduce-scatter what goes in.
     """
-    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, num_classes))
+    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 10_000, 10, num_classes))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
     resnet = config.model.encoder == "resnet"

@@ -14,8 +14,9 @@ from common.train import step, xla_options
 
 def test_each_platform_gets_its_own():
     assert xla_options.compiler_options("gpu") is None
-    assert xla_options.compiler_options("tpu") == xla_options.TPU_OPTIONS
-    assert xla_options.compiler_options("tpu", tpu=False) is None
+    assert xla_options.compiler_options("gpu", "resnet") is None
+    assert xla_options.compiler_options("tpu", "resnet") == xla_options.TPU_OPTIONS["resnet"]
+    assert xla_options.compiler_options("tpu") is None
 
 
 @pytest.mark.parametrize("name", ["xla_cpu_no_such_option", "xla_cpu_experimental_ynn_fusion_type"])
