@@ -31,7 +31,7 @@ def theory(
     built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 10_000, 10, num_classes))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
-    resnet = config.model.encoder == "resnet"
+    resnet, watched = config.model.encoder == "resnet", built.setup.network.backbone.watched
     folded = _folded(state) if resnet and config.model.fold_norm else {}
     # the gradient of a parameter has the type of the arithmetic, except of those that are used in
     # float32: norms, and kernels with a folded norm
@@ -39,8 +39,8 @@ def theory(
     parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         names = tuple(k.key for k in path)
-        if names[:2] in built.setup.network.frozen:
-            continue
+        if names[:2] in built.setup.network.frozen and names[1] != watched:
+            continue  # (the norm of a watched gradient is logged, whatever the optimiser does)
         plain = x.ndim > 1 and names not in folded
         plain |= not resnet and names[0] == "backbone" and not _is_norm(names)
         parts["gradients"] += x.size * (half if plain else 4)

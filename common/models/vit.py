@@ -202,7 +202,8 @@ class ViT(Encoder):
     def keep(self, keys: jax.Array, kind: Any) -> jax.Array:
         """Factors `[b, depth, 2]`: 0, or 1 / the probability of keeping the branch."""
         rates = jnp.asarray(np.linspace(0, self.drop_path, self.depth), kind)[None, :, None]
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (self.depth, 2), kind))(keys)
+        # of one type, so that the same branches are left out whatever the model computes in
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (self.depth, 2), jnp.float32))(keys)
         return (draws >= rates) / (1 - rates)
 
     def _block(self) -> Any:

@@ -1,6 +1,9 @@
 """timm's ViTs against ours at full size, both ways. `-s` shows the figures of docs/export.md."""
 
+import importlib.util
 import json
+import re
+import sys
 
 import jax
 import numpy as np
@@ -23,10 +26,28 @@ CASES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def timm():
-    """Imported by those tests alone that run."""
-    return pytest.importorskip("timm")
+    """Imported by those tests alone that run.
+
+    timm imports torchvision, and that cannot be imported where its operators are built for another
+    torch, e.g. PyPI's beside a CPU build of torch. None is used here: declarations will do.
+    """
+    torch = pytest.importorskip("torch")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _ in range(10):
+        try:
+            yield importlib.import_module("timm")
+            return
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if not missing:
+                raise
+            operators.define(f"{missing[1]}(Tensor boxes, Tensor scores, float limit) -> Tensor")
+            for name in [n for n in sys.modules if n.partition(".")[0] in ("timm", "torchvision")]:
+                del sys.modules[name]
 
 
 def as_torch(images):

@@ -196,7 +196,7 @@ def test_what_is_recomputed_changes_no_gradient_and_saves_memory():
 WITHOUT_NORM = tiny.VIT | {"head__kind": "moco_v2"}
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco"])
+@pytest.mark.parametrize("method", ["simclr", pytest.param("moco", marks=pytest.mark.slow)])
 def test_a_state_without_batch_statistics_goes_to_the_disk_and_back(method, tmp_path):
     """Frozen parameters have no place in the state of the optimiser either."""
     c = tiny.config(method, optimizer__name="adamw", **WITHOUT_NORM)

@@ -76,6 +76,7 @@ def test_a_step_compiles_once_and_leaves_its_state_as_it_was(variant):
 @pytest.mark.parametrize("method", ["simclr", "moco", "moco_v3"])
 def test_a_plain_jit_of_the_step_compiles_once_too(method):
     """In float32, with nothing but arrays that are already in their place."""
+    chex.clear_trace_counter()  # it counts by name, and methods may share a step
     method = tiny.build(tiny.config(method, model__bn_groups=4), 2)
     state = tiny.place_state(method)
     key = jax.device_put(jax.random.key(0), state.step.sharding)
