@@ -42,7 +42,7 @@ DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 ROWS, PAGE, FIGURE = DOCS / "tpu_plans.jsonl", DOCS / "tpu.md", DOCS / "figures/tpu_collectives.png"
 PARTS = ("changes", "table", "growth", "vit_changes", "vit_table")
 # Compiled with little effort: full effort takes five times that.
-QUICK = ("table", "growth", "vit_table")
+QUICK = ("table", "growth")
 
 SLICES = ("v5e:4x8", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}

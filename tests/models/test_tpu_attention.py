@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,3 +131,27 @@ def test_what_does_not_fit_takes_the_plain_path():
     many = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.bfloat16)
     assert not tpu_attention.fits(many)
     assert "tpu_custom_call" not in lowered_for("tpu", attention.attend, many, many, many)
+
+
+def test_tokens_are_in_order_in_the_memory_of_a_tpu():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.bfloat16)
+
+    def loss(x):
+        return (attention.row_major(x) ** 2).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), 2 * x)
+    found = {p: lowered_for(p, jax.grad(loss), x).count("LayoutConstraint") for p in ("tpu", "cpu")}
+    assert found == {"tpu": 2, "cpu": 0}  # of the gradient too
+
+
+def test_an_exported_function_has_neither():
+    """It takes any number of images, which no kernel does."""
+    (b,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((b, 5, 2, 8), jnp.bfloat16)
+
+    def encode(x):
+        return attention.attend(x, x, attention.row_major(x[:, :, 0])[:, :, None] + x)
+
+    exported = jax.export.export(jax.jit(encode), platforms=("cpu", "tpu"))(x)
+    assert "dot_general" in exported.mlir_module()
+    assert "custom_call" not in exported.mlir_module()
