@@ -101,7 +101,7 @@ class ViT(Encoder):
         dtype: of matrix products and tokens.
         remat: "none", "convs" (of a block, store its input and the outputs of matrix products) or
             "blocks" (store its input only).
-        kernel: see `attention.attend`.
+        kernel: see `attention.attend`; with it `attention.row_major` too.
     """
 
     width: int = 384
