@@ -92,9 +92,14 @@ def test_moco_sends_nothing_of_the_queue():
     assert found["arguments"] < share + size["queue"] / DEVICES
 
 
-def test_a_vit_sends_gradients_and_embeddings():
+@pytest.mark.parametrize("method", ["simclr", "moco_v3"])
+def test_a_vit_sends_gradients_and_embeddings(method):
     """No image and no token leaves its chip, though a kernel is opaque to the compiler."""
-    assert_sends(compiled("simclr", **VIT), "simclr", **VIT)
+    assert_sends(compiled(method, **VIT), method, **VIT)
+
+
+def test_moco_v3_sends_what_two_passes_of_two_encoders_need():
+    assert_sends(compiled("moco_v3"), "moco_v3")
 
 
 # tokens of 96 pixels at patch 16, of 224 at 32, of 32 at 4, of 224 at 16, and of 224 at 14
