@@ -61,14 +61,11 @@ def state_bytes(method):
 
 
 def assert_sends(found, method, **changes):
-    """What `tpu_figures.theory` names, and nothing else but metrics.
-
-    The compiler sends 2 to 3 % less: it picks the type in which it sums a gradient itself.
-    """
+    """What `tpu_figures.theory` names, and nothing else but metrics: 0.2 or 0.3 % here."""
     c = config(method, **changes)
     theory = sum(tpu_figures.theory(main.METHODS[method], c, DEVICES, 10).values())
     total = sum(c.bytes for c in found["collectives"])
-    assert 0.95 < total / theory < 1.01
+    assert 0.99 < total / theory < 1.01
 
 
 def test_simclr_sends_gradients_statistics_and_embeddings():
