@@ -64,10 +64,10 @@ VIT_CHANGES: dict[str, dict[str, Any]] = {
     "kernel, scoped_vmem 32768": {"xla": {_SCOPED: "32768"}, "row_major": False},
     "kernel, ratio 1.5": {"xla": {_RATIO: "1.5"}, "row_major": False},
     "kernel, order, ratio 2": {"xla": {_RATIO: "2"}},
-    "all, remat=convs": {"model.remat": "convs"},
-    "all, remat=blocks": {"model.remat": "blocks"},
     "kernel, order": {"tpu_compiler_options": False},
     "ratio 2.5": {"vit.tpu_kernel": False},
+    "all, remat=blocks": {"model.remat": "blocks"},
+    "all, remat=convs": {"model.remat": "convs"},
     "none": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
 }
 VIT_SLICES = ("v5e:16x16", "v5e:4x8", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
