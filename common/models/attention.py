@@ -19,7 +19,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, kernel: bool = Tr
         value: likewise.
         kernel: in bfloat16, let a TPU keep logits and probabilities on the chip
             (`common/models/tpu_attention.py`). The backward pass then computes the probabilities
-            again, on every platform, and there is no forward-mode derivative.
+            again, on every platform, and there is no forward-mode derivative. (TPU v2 and v3 are
+            too old for it.)
 
     Returns:
         `[b, tokens, heads, d]` of that type; logits and softmax are at least float32.
@@ -48,7 +49,7 @@ def row_major(tokens: jax.Array) -> jax.Array:
 
 def _is_ours(x: jax.Array) -> bool:
     """Not in an exported function, which takes any number of images and has no kernels."""
-    return x.dtype == jnp.bfloat16 and isinstance(x.shape[0], int)
+    return x.dtype == jnp.bfloat16 and isinstance(x.shape[0], int) and tpu_attention.runs_on(x)
 
 
 def dense(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

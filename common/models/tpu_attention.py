@@ -22,6 +22,15 @@ from jax.sharding import PartitionSpec
 from common.sharding import AXIS
 
 FAST_MEMORY = 16 * 2**20  # bytes for a program: what XLA gives one by default
+# Their kernels cannot multiply bfloat16: "Unsupported matmul RHS type on target".
+_TOO_OLD = ("TPU v2", "TPU v3")
+
+
+def runs_on(x: jax.Array) -> bool:
+    """Whether the devices of an array, if they are TPUs, have what the kernel needs."""
+    device: Any = jax.typeof(x).sharding.mesh.abstract_device  # None: not on a mesh
+    kind = device.device_kind if device else jax.devices()[0].device_kind
+    return kind not in _TOO_OLD
 
 
 def fits(x: jax.Array) -> bool:

@@ -133,6 +133,22 @@ def test_what_does_not_fit_takes_the_plain_path():
     assert "tpu_custom_call" not in lowered_for("tpu", attention.attend, many, many, many)
 
 
+@pytest.mark.parametrize(("kind", "calls"), [("TPU v3", 0), ("TPU v4", 1)])
+def test_tpus_that_cannot_run_the_kernel_take_the_plain_path(kind, calls):
+    """Their plans would not compile (libtpu 0.0.42.1)."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((2, 5, 2, 8), jnp.bfloat16, sharding=sharding)
+
+    def encode(x):
+        return attention.attend(x, x, attention.row_major(x[:, :, 0])[:, :, None] + x)
+
+    text = lowered_for("tpu", encode, x)
+    for name in ("tpu_custom_call", "LayoutConstraint"):
+        assert text.count(name) == calls
+
+
 def test_tokens_are_in_order_in_the_memory_of_a_tpu():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.bfloat16)
 
