@@ -41,8 +41,12 @@ def row_major(tokens: jax.Array) -> jax.Array:
     if not _is_ours(tokens):
         return tokens
 
-    def on_a_tpu(x: jax.Array) -> jax.Array:
+    def local(x: jax.Array) -> jax.Array:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def on_a_tpu(x: jax.Array) -> jax.Array:
+        ordered: jax.Array = tpu_attention.on_own_images(local, x)
+        return ordered
 
     return on_tpu(on_a_tpu, lambda x: x, tokens)
 

@@ -160,6 +160,15 @@ def test_tokens_are_in_order_in_the_memory_of_a_tpu():
     assert found == {"tpu": 2, "cpu": 0}  # of the gradient too
 
 
+def test_on_a_mesh_each_device_orders_its_own_tokens():
+    """Else the compiler gathers those of all chips on some slices, such as v5p:4x4x4."""
+    sharding = jax.sharding.NamedSharding(make_mesh(), PartitionSpec(AXIS))
+    x = jax.ShapeDtypeStruct((16, 5, 8), jnp.bfloat16, sharding=sharding)
+    lines = lowered_for("tpu", attention.row_major, x).splitlines()
+    (line,) = (line for line in lines if "LayoutConstraint" in line)
+    assert "tensor<2x5x8xbf16>" in line  # of one device of eight
+
+
 def test_an_exported_function_has_neither():
     """It takes any number of images, which no kernel does."""
     (b,) = jax.export.symbolic_shape("b")
