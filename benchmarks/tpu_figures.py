@@ -28,14 +28,15 @@ def theory(
     Counted as `common.plan.collectives.Collective.bytes`: of an all-reduce the array, of a gather
     what comes out, of a reduce-scatter what goes in.
     """
-    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 100, 10, num_classes))
+    built = make_method(make_setup(config, make_mesh(jax.devices()[:1]), 10_000, 10, num_classes))
     state = jax.eval_shape(built.init, jax.random.key(0))
     batch, dim = config.batch_size, config.head.dim
     resnet, watched = config.model.encoder == "resnet", built.setup.network.backbone.watched
     folded = _folded(state) if resnet and config.model.fold_norm else {}
-    # the gradient of a parameter has the type of the arithmetic, except of those that are used in
-    # float32: norms, and kernels with a folded norm
-    half = 2 if config.model.dtype == "bfloat16" else 4
+    # The gradient of a parameter has the type of the arithmetic, except of those that are used in
+    # float32: norms, and kernels with a folded norm. MoCo v3's two passes give two, which are added
+    # in float32: two sums over the devices in bfloat16, or else one in float32, which is as much.
+    half = 2 if config.model.dtype == "bfloat16" and config.method != "moco_v3" else 4
     parts = {"gradients": 4.0 * sum(x.size for x in jax.tree.leaves(state.probe.params))}
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         names = tuple(k.key for k in path)
@@ -94,13 +95,14 @@ def _is_norm(names: tuple[str, ...]) -> bool:
 
 
 def _folded(state: Any) -> dict[tuple[str, ...], Any]:
-    """The kernels that hold a batch norm: 1x1 convolutions that widen."""
+    """The kernels that hold a batch norm: 1x1 convolutions of bottlenecks that widen."""
     backbone = state.params["backbone"]
     return {
         ("backbone", block, conv, "kernel"): x["kernel"]
         for block, convs in backbone.items()
         for conv, x in convs.items()
-        if isinstance(x, dict)
+        if "conv3" in convs
+        and isinstance(x, dict)
         and getattr(x.get("kernel"), "ndim", 0) == 4
         and x["kernel"].shape[:2] == (1, 1)
         and x["kernel"].shape[3] > x["kernel"].shape[2]

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks import tpu_baseline, tpu_figures, tpu_vit_baseline
+from benchmarks import tpu_baseline, tpu_figures, tpu_variants, tpu_vit_baseline
 from common.errors import UserError
 from common.plan import measure, plan
 from common.train.prepare import Extent
@@ -55,14 +55,25 @@ CHANGES: dict[str, dict[str, Any]] = {
     "all, remat=convs": {"model.remat": "convs"},
     "all, remat=blocks": {"model.remat": "blocks"},
 }
+# With the fields of `tpu_variants`; "ratio" is the first of these options, and "order" that of the
+# tokens in memory.
+_RATIO, _SCOPED = "xla_tpu_msa_inefficient_use_to_copy_ratio", "xla_tpu_scoped_vmem_limit_kib"
 VIT_CHANGES: dict[str, dict[str, Any]] = {
-    "all (the default on TPU)": {},
-    "neither": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
-    "kernel only": {"tpu_compiler_options": False},
-    "compiler options only": {"vit.tpu_kernel": False},
+    "all (the default on TPU): kernel, order, ratio 2.5": {},
+    "kernel": {"xla": {}, "row_major": False},
+    "kernel, scoped_vmem 32768": {"xla": {_SCOPED: "32768"}, "row_major": False},
+    "kernel, ratio 1.5": {"xla": {_RATIO: "1.5"}, "row_major": False},
+    "kernel, order, ratio 2": {"xla": {_RATIO: "2"}},
+    "kernel, order": {"tpu_compiler_options": False},
+    "ratio 2.5": {"vit.tpu_kernel": False},
+    "all, remat=blocks": {"model.remat": "blocks"},
+    "all, remat=convs": {"model.remat": "convs"},
+    "none": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
 }
 VIT_SLICES = ("v5e:16x16", "v5e:4x8", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
+
+EXTENT = Extent(93_600, 312, 1000)  # ImageNet, 300 epochs of 4,096
 
 Job = tuple[str, str, int, dict[str, Any]]  # of METHODS or BASELINES, topology, batch, changes
 
@@ -119,7 +130,12 @@ def rows_of(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measured(job: Job, quick: bool) -> list[dict[str, Any]]:
     """Compiles; a crash of the compiler is a row too."""
     method, topology, batch, changes = job
+    fields = {k: v for k, v in changes.items() if k not in tpu_variants.FIELDS}
     try:
+        if fields != changes:
+            task = measure.Task(METHODS[method], config(method, batch, fields), EXTENT, quick)
+            compile_for = functools.partial(tpu_variants.compile_for, task, changes)
+            return [plan.row_of(task, topology, measure.on_topology(compile_for, topology, quick))]
         if method in BASELINES:
             compile_for = functools.partial(BASELINES[method].compile_for, batch)
             found = measure.on_topology(compile_for, topology)

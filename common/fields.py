@@ -220,8 +220,8 @@ CONFIG: dict[str, dict[str, Field]] = {
             "probability of leaving out a branch of the last block, in proportion for earlier "
             "ones", least=0),
         "tpu_kernel": Field(True,
-            "bfloat16 attention on TPUs by a kernel that keeps its logits on the chip; False: by "
-            "XLA's operations", before=True, free=True),
+            "bfloat16 attention on TPUs by a kernel that keeps its logits on the chip, and tokens "
+            "in the order in memory that it takes; False: as XLA likes", before=True, free=True),
     },
     "head": {
         "kind": Field("simclr",

@@ -49,7 +49,7 @@ def jit_encoder(encode: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., j
     Returns:
         The compiled function. Pass `functools.partial(it, state)` to `extract`.
     """
-    options = compiler_options(mesh.devices.flat[0].platform, tpu=False)
+    options = compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(encode, out_shardings=replicated(mesh), compiler_options=options)
 
 

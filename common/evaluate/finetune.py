@@ -73,7 +73,7 @@ class Finetuner:
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, setup.mesh
         self.depth = self.setup.network.depth_of(layer)
         everywhere, rows = replicated(self.mesh), batch_sharding(self.mesh)
-        options = compiler_options(self.mesh.devices.flat[0].platform, tpu=False)
+        options = compiler_options(self.mesh.devices.flat[0].platform)
         self.step: Callable = jax.jit(
             self._step, donate_argnums=0, out_shardings=(everywhere, everywhere),
             in_shardings=(everywhere, rows, rows), compiler_options=options,

@@ -10,7 +10,7 @@ nothing is transposed or padded in memory. (The flash attention kernels that shi
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,15 @@ from jax.sharding import PartitionSpec
 from common.sharding import AXIS
 
 FAST_MEMORY = 16 * 2**20  # bytes for a program: what XLA gives one by default
+# Their kernels cannot multiply bfloat16: "Unsupported matmul RHS type on target".
+_TOO_OLD = ("TPU v2", "TPU v3")
+
+
+def runs_on(x: jax.Array) -> bool:
+    """Whether the devices of an array, if they are TPUs, have what the kernel needs."""
+    device: Any = jax.typeof(x).sharding.mesh.abstract_device  # None: not on a mesh
+    kind = device.device_kind if device else jax.devices()[0].device_kind
+    return kind not in _TOO_OLD
 
 
 def fits(x: jax.Array) -> bool:
@@ -60,13 +69,29 @@ def backward(
     return _each_image(_backward, 10, 3, (query, key, value, g), interpret)
 
 
+def on_own_images(local: Callable, *arrays: jax.Array) -> Any:
+    """Calls `local` on each device with its own images.
+
+    The compiler cannot split a kernel, nor always an order in memory, over devices: on a mesh it is
+    told here that the images are independent. (Inside a `shard_map` they are a device's own
+    already.)
+
+    Args:
+        local: of arrays to arrays, with the images first.
+        arrays: `[b, ...]`.
+    """
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if mesh.size > 1 and AXIS not in mesh.manual_axes:
+        even = len(arrays[0]) % mesh.shape[AXIS] == 0
+        rows = PartitionSpec(AXIS) if even else PartitionSpec()
+        local = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return local(*arrays)
+
+
 def _each_image(
     kernel: Any, flops: int, results: int, arrays: tuple[jax.Array, ...], interpret: bool
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel for each image, on the device that holds it.
-
-    The compiler cannot split a kernel over devices: on a mesh it is told here that the images are
-    independent. (Inside a `shard_map` they are a device's own already.)
 
     Args:
         kernel: of references to the arrays and the results.
@@ -99,12 +124,7 @@ def _each_image(
             interpret=interpret,
         )(*arrays)
 
-    mesh = jax.typeof(arrays[0]).sharding.mesh
-    run = local
-    if mesh.size > 1 and AXIS not in mesh.manual_axes:
-        rows = PartitionSpec() if b % mesh.shape[AXIS] else PartitionSpec(AXIS)
-        run = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    found = run(*(x.reshape(b, n, heads * d) for x in arrays))
+    found = on_own_images(local, *(x.reshape(b, n, heads * d) for x in arrays))
     return tuple(x.reshape(b, n, heads, d) for x in found)
 
 

@@ -101,7 +101,7 @@ class ViT(Encoder):
         dtype: of matrix products and tokens.
         remat: "none", "convs" (of a block, store its input and the outputs of matrix products) or
             "blocks" (store its input only).
-        kernel: see `attention.attend`.
+        kernel: see `attention.attend`; with it `attention.row_major` too.
     """
 
     width: int = 384
@@ -180,6 +180,7 @@ class ViT(Encoder):
             first = self.param("token", nn.initializers.normal(1e-6), (1, 1, d), kind)
             x = jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (b, 1, d)), x], axis=1)
         x = x + table
+        x = attention.row_major(x) if self.kernel else x
         keep = self.keep(keys, kind) if train and self.drop_path and keys is not None else None
         block = self._block()
         for i in range(self.depth):

@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 # The head of a computation that a fusion calls: `%name (parameters) -> result {`.
 _FUSION = re.compile(r"^%[\w.-]*(?:fusion|fused_computation)[\w.-]* \(", re.MULTILINE)
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
@@ -54,8 +55,8 @@ def read(text: str, devices: int) -> list[Collective]:
     """Finds the collectives of an HLO text; one in the body of a loop counts once.
 
     The TPU compiler overlaps collectives with arithmetic: such a one appears in each of the fusions
-    that run meanwhile. It counts once, by its channel and shape. (The channel alone is not enough:
-    all gathers of a `shard_map` may have the same.)
+    that run meanwhile, which it may number as a chain. It counts once, by chain, channel and shape.
+    (The channel alone is not enough: all gathers of a `shard_map` may have the same.)
 
     Args:
         text: `compiled.as_text()`.
@@ -66,16 +67,16 @@ def read(text: str, devices: int) -> list[Collective]:
     found, seen, hidden = [], set(), []
     for match in _INSTRUCTION.finditer(text):
         line = text[match.start() : text.find("\n", match.end())]
-        channel = _CHANNEL.search(line)
+        channel, chain = _CHANNEL.search(line), _CHAIN.search(line)
         one = _collective(match[1], match[2], match[3], line, devices)
-        key = (one, channel and channel[1])
+        key = (one, channel and channel[1], chain and chain[1])
         i = bisect.bisect_right(fusions, match.start()) - 1
         if i >= 0 and match.start() < ends[i]:
             hidden.append(key)
         else:
             seen.add(key)
             found.append(one)
-    return found + [one for one, channel in dict.fromkeys(hidden) if (one, channel) not in seen]
+    return found + [key[0] for key in dict.fromkeys(hidden) if key not in seen]
 
 
 def _collective(shape: str, kind: str, start: str | None, line: str, devices: int) -> Collective:

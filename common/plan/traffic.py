@@ -25,7 +25,7 @@ class Moved(NamedTuple):
     Attributes:
         kind: its opcode; of a custom call, its target.
         path: of names under which JAX traced it; "" for none.
-        touched: bytes of all operands and results, wherever they are.
+        touched: bytes of all operands and results, wherever they are; each once.
         hbm: bytes read from and written to HBM.
     """
 
@@ -60,10 +60,11 @@ def read(text: str) -> list[Moved] | None:
         if kind in _FREE or kind.endswith("-done"):
             continue
         touched = arrays[name] + [a for x in _NAME.findall(operands) for a in arrays.get(x, [])]
+        if kind in ("slice-start", "copy-start"):
+            touched = arrays[name][:2]  # the result names both ends, and a scalar
         hbm = sum(size for size, in_hbm in touched if in_hbm)
-        if kind in ("slice-start", "copy-start"):  # (from, to, a scalar), or to before from
-            ends = arrays[name][:2]
-            hbm = min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
+        if kind == "slice-start":
+            hbm = min(size for size, _ in touched) * sum(in_hbm for _, in_hbm in touched)
         elif kind == "custom-call":
             target = _TARGET.search(line)
             kind = target[1] if target else kind

@@ -28,7 +28,9 @@ def compile_step(train_step: Step, run: Prepared, data: dict | None = None) -> j
         `divergence.WATCHED` of all steps.
     """
     platform = run.mesh.devices.flat[0].platform
-    options = compiler_options(platform, run.config.tpu_compiler_options)
+    config = run.config
+    encoder = config.model.encoder if config.tpu_compiler_options else None
+    options = compiler_options(platform, encoder)
     return trace_step(train_step, run, data).lower().compile(compiler_options=options)
 
 

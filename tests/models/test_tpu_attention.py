@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,3 +131,53 @@ def test_what_does_not_fit_takes_the_plain_path():
     many = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.bfloat16)
     assert not tpu_attention.fits(many)
     assert "tpu_custom_call" not in lowered_for("tpu", attention.attend, many, many, many)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("TPU v3", 0), ("TPU v4", 1)])
+def test_tpus_that_cannot_run_the_kernel_take_the_plain_path(kind, calls):
+    """Their plans would not compile (libtpu 0.0.42.1)."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((2, 5, 2, 8), jnp.bfloat16, sharding=sharding)
+
+    def encode(x):
+        return attention.attend(x, x, attention.row_major(x[:, :, 0])[:, :, None] + x)
+
+    text = lowered_for("tpu", encode, x)
+    for name in ("tpu_custom_call", "LayoutConstraint"):
+        assert text.count(name) == calls
+
+
+def test_tokens_are_in_order_in_the_memory_of_a_tpu():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.bfloat16)
+
+    def loss(x):
+        return (attention.row_major(x) ** 2).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), 2 * x)
+    found = {p: lowered_for(p, jax.grad(loss), x).count("LayoutConstraint") for p in ("tpu", "cpu")}
+    assert found == {"tpu": 2, "cpu": 0}  # of the gradient too
+
+
+def test_on_a_mesh_each_device_orders_its_own_tokens():
+    """Else the compiler gathers those of all chips on some slices, such as v5p:4x4x4."""
+    sharding = jax.sharding.NamedSharding(make_mesh(), PartitionSpec(AXIS))
+    x = jax.ShapeDtypeStruct((16, 5, 8), jnp.bfloat16, sharding=sharding)
+    lines = lowered_for("tpu", attention.row_major, x).splitlines()
+    (line,) = (line for line in lines if "LayoutConstraint" in line)
+    assert "tensor<2x5x8xbf16>" in line  # of one device of eight
+
+
+def test_an_exported_function_has_neither():
+    """It takes any number of images, which no kernel does."""
+    (b,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((b, 5, 2, 8), jnp.bfloat16)
+
+    def encode(x):
+        return attention.attend(x, x, attention.row_major(x[:, :, 0])[:, :, None] + x)
+
+    exported = jax.export.export(jax.jit(encode), platforms=("cpu", "tpu"))(x)
+    assert "dot_general" in exported.mlir_module()
+    for name in ("tpu_custom_call", "LayoutConstraint"):
+        assert name not in exported.mlir_module()

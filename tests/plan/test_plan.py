@@ -23,6 +23,12 @@ HLO = """
 
 %async_collective_fusion.8 (p: u8[100]) -> u8[100] {
   %copy.2 = f32[32]{0} all-gather(%p), channel_id=4, replica_groups={}
+  %c = f32[3]{0} all-gather(%p), channel_id=5, frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.9 (p: u8[100]) -> u8[100] {
+  %c = f32[3]{0} all-gather(%p), channel_id=5, frontend_attributes={chain_id="0"}
+  %other = f32[3]{0} all-gather(%p), channel_id=5, frontend_attributes={chain_id="1"}
 }
 
 ENTRY %main.1 (p: u8[100]) -> u8[100] {
@@ -35,6 +41,7 @@ ENTRY %main.1 (p: u8[100]) -> u8[100] {
   %t = u8[16,4]{1,0} all-to-all(u8[16,4]{1,0} %r), replica_groups={}
   %other = u8[7]{0} collective-permute(%q), channel_id=1
   %same = u8[7]{0} collective-permute(%other), channel_id=1
+  %plain = f32[3]{0} all-gather(%p), channel_id=5, replica_groups={}
   %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
 }
 """
@@ -51,12 +58,15 @@ def test_collectives_of_a_text():
         ("all-to-all", 64, 8),
         ("collective-permute", 7, 8),
         ("collective-permute", 7, 8),
+        ("all-gather", 12, 8),
         ("all-gather", 32 * 4, 8),  # in two fusions, and one
+        ("all-gather", 12, 8),  # of the same channel: one in two fusions, and one in one
+        ("all-gather", 12, 8),
     ]
     assert got[0].traffic == 2 * 7 / 8 * 316 and got[1].traffic == 64 * 128 * 4 / 2
     assert got[4].traffic == 100
     totals = collectives.totals(got)
-    assert totals["all-gather"] == {"count": 3, "bytes": 64 * 128 * 4 + 256 + 128}
+    assert totals["all-gather"] == {"count": 6, "bytes": 64 * 128 * 4 + 256 + 128 + 36}
     assert next(iter(totals)) == "all-gather"
 
 
@@ -85,6 +95,9 @@ ENTRY %main.1 (p: f32[8,100]) -> f32[8,100] {
     assert traffic.hbm_bytes(text) == fetched + fusion + copied + kernel + compared
     found = {x.kind: x for x in traffic.read(text)}
     assert found["tpu_custom_call"][1:] == ("", 800 + 1600 + 3200, kernel)
+    # a fetch touches its two ends: here a whole array and two rows, and an array and its copy
+    assert (found["slice-start"].touched, found["slice-start"].hbm) == (1600 + 400, fetched)
+    assert (found["copy-start"].touched, found["copy-start"].hbm) == (2 * 3200, copied)
     assert found["ConcatBitcast"].hbm == 0  # it only says that two arrays are one
     assert found["compare"][1:] == ("jit(step)/loss/lt", 800 + 2 * 3200, 800)
     assert traffic.hbm_bytes(text.replace("S(1)", "")) is None

@@ -61,14 +61,11 @@ def state_bytes(method):
 
 
 def assert_sends(found, method, **changes):
-    """What `tpu_figures.theory` names, and nothing else but metrics.
-
-    The compiler sends 2 to 3 % less: it picks the type in which it sums a gradient itself.
-    """
+    """What `tpu_figures.theory` names, and nothing else but metrics: 0.2 or 0.3 % here."""
     c = config(method, **changes)
     theory = sum(tpu_figures.theory(main.METHODS[method], c, DEVICES, 10).values())
     total = sum(c.bytes for c in found["collectives"])
-    assert 0.95 < total / theory < 1.01
+    assert 0.99 < total / theory < 1.01
 
 
 def test_simclr_sends_gradients_statistics_and_embeddings():
@@ -92,9 +89,14 @@ def test_moco_sends_nothing_of_the_queue():
     assert found["arguments"] < share + size["queue"] / DEVICES
 
 
-def test_a_vit_sends_gradients_and_embeddings():
+@pytest.mark.parametrize("method", ["simclr", "moco_v3"])
+def test_a_vit_sends_gradients_and_embeddings(method):
     """No image and no token leaves its chip, though a kernel is opaque to the compiler."""
-    assert_sends(compiled("simclr", **VIT), "simclr", **VIT)
+    assert_sends(compiled(method, **VIT), method, **VIT)
+
+
+def test_moco_v3_sends_what_two_passes_of_two_encoders_need():
+    assert_sends(compiled("moco_v3"), "moco_v3")
 
 
 # tokens of 96 pixels at patch 16, of 224 at 32, of 32 at 4, of 224 at 16, and of 224 at 14

@@ -8,14 +8,18 @@ import tiny
 
 from common.evaluate import features
 from common.evaluate.features import jit_encoder
+from common.fields import CONFIG
 from common.sharding import make_mesh
 from common.train import step, xla_options
 
 
 def test_each_platform_gets_its_own():
     assert xla_options.compiler_options("gpu") is None
-    assert xla_options.compiler_options("tpu") == xla_options.TPU_OPTIONS
-    assert xla_options.compiler_options("tpu", tpu=False) is None
+    assert xla_options.compiler_options("gpu", "resnet") is None
+    assert set(xla_options.TPU_OPTIONS) == set(CONFIG["model"]["encoder"].one_of)
+    for encoder, options in xla_options.TPU_OPTIONS.items():
+        assert xla_options.compiler_options("tpu", encoder) == options
+    assert xla_options.compiler_options("tpu") is None
 
 
 @pytest.mark.parametrize("name", ["xla_cpu_no_such_option", "xla_cpu_experimental_ynn_fusion_type"])
