@@ -28,7 +28,7 @@ _TOO_OLD = ("TPU v2", "TPU v3")
 
 def runs_on(x: jax.Array) -> bool:
     """Whether the devices of an array, if they are TPUs, have what the kernel needs."""
-    device: Any = jax.typeof(x).sharding.mesh.abstract_device  # None: not on a mesh
+    device: Any = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)  # None: no mesh
     kind = device.device_kind if device else jax.devices()[0].device_kind
     return kind not in _TOO_OLD
 
