@@ -8,8 +8,9 @@ from 8 % and bicubic, no blur, the second view solarised with probability 0.2). 
 of a classifier trained alongside, after 1,000 epochs. Not run by us. Their LARS never raises the
 rate of a kernel above the learning rate, ours may: this and the rest in docs/fidelity.md.
 
-`:cpu` is the same task sized for two CPU cores, with the network of `simclr_cifar10.py:cpu`, and
-`:vit` for two cores with a small vision transformer (measured: docs/results.md).
+`:cpu` is the same task sized for two CPU cores, with the network of `simclr_cifar10.py:cpu`: kNN
+59.3 % after 18 epochs. `:vit` is for two cores with a small vision transformer: 52.0 % after 6. Both
+are measured in docs/results.md.
 """
 
 from ml_collections import ConfigDict
