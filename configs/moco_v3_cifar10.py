@@ -9,8 +9,8 @@ of a classifier trained alongside, after 1,000 epochs. Not run by us. Their LARS
 rate of a kernel above the learning rate, ours may: this and the rest in docs/fidelity.md.
 
 `:cpu` is the same task sized for two CPU cores, with the network of `simclr_cifar10.py:cpu`: kNN
-59.3 % after 18 epochs. `:vit` is for two cores with a small vision transformer: 52.0 % after 6. Both
-are measured in docs/results.md.
+59.3 % after 18 epochs. `:vit` has a small vision transformer instead: 52.0 % after 6 (commands and
+curves of both: docs/results.md).
 """
 
 from ml_collections import ConfigDict
