@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -134,7 +135,8 @@ def _torch(data: bytes, path: epath.Path) -> tuple[Arrays, Any]:
     try:
         # DINO's training saves its command line too: a Namespace holds values, and runs nothing
         allowing = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # 2.5
-        with allowing([argparse.Namespace]):
+        with allowing([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is answered below
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -27,9 +27,12 @@ def test_the_kit_ends_after_it_was_cut_off_and_killed(tmp_path):
             )  # fmt: skip
 
     every = [item.name for item in items.every(steps.TINY)]
-    assert start(minutes=0.7).wait() == 3
-    assert "the same command continues" in said.read_text()
-    done = [r["item"] for r in Ledger(out).records() if r["state"] == "ok"]
+    for minutes in (0.7, 1.5, 3):  # in the first, a busy machine finishes nothing
+        assert start(minutes).wait() == 3
+        assert "the same command continues" in said.read_text()
+        done = [r["item"] for r in Ledger(out).records() if r["state"] == "ok"]
+        if done:
+            break
     assert done == every[: len(done)] and 0 < len(done) < len(every)
 
     second = start(minutes=25)

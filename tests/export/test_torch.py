@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import warnings
 
 import jax
 import numpy as np
@@ -206,7 +207,8 @@ def test_pytorch_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path,
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "noise.pth").write_bytes(bytes(range(256)))
     torch.save([1, 2], tmp_path / "list.pth")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
     for name, text in (
         ("whole", "holds more than tensors, which could run code"),
         ("trap", "holds more than tensors, which could run code"),
