@@ -207,7 +207,7 @@ def test_pytorch_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path,
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "noise.pth").write_bytes(bytes(range(256)))
     torch.save([1, 2], tmp_path / "list.pth")
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    with warnings.catch_warnings(action="ignore"):  # it is deprecated
         torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
     for name, text in (
         ("whole", "holds more than tensors, which could run code"),
