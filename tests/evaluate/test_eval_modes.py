@@ -146,6 +146,7 @@ def test_linear_eval_leaves_the_encoder_a_line_and_a_classifier(opened, workdir,
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert "crops and flips" in sentence and "step 7" in sentence and metrics["top5"] is None
     with np.load(workdir / "linear_eval.npz") as saved:
+        assert saved["image_size"] == opened.config.data.image_size
         features, labels, _ = opened.extract(opened.open("test"))
         logits = features @ saved["kernel"] + saved["bias"]
         assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics["top1"])
