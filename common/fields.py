@@ -290,4 +290,8 @@ CONFIG: dict[str, dict[str, Field]] = {
 # fmt: on
 
 # `before` of fields in the sections of methods.
-METHODS_BEFORE = {"simclr.loss_scale": 1.0}
+METHODS_BEFORE = {
+    "simclr.loss_scale": 1.0,
+    "simclr.memory_momentum": 0.999,
+    "moco.loss_scale": 1.0,
+}

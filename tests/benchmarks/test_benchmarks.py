@@ -18,8 +18,8 @@ from benchmarks import (
     scaling,
     side_by_side,
 )
+from common import queue as queues
 from common.contrast import normalize
-from moco_jax import queue as queues
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 

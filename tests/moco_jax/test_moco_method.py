@@ -13,11 +13,12 @@ import optax
 import pytest
 import tiny
 
+from common import queue as queues
 from common.errors import UserError
+from common.momentum import QueueState
 from common.setup import Setup, make_encoder_setup
 from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
-from moco_jax import queue as queues
 
 VARIANTS = [
     "moco",
@@ -169,7 +170,7 @@ def test_the_loss_of_both_directions_is_their_sum():
     method, rng = moco.MoCo(Plain(c)), np.random.default_rng(0)
     directions = ((0, 1), (1, 0))
     params, key_params = rng.normal(size=(2, 8 * 8 * 3, 8)).astype(np.float32)
-    state = moco.MoCoState(
+    state = QueueState(
         step=jnp.int32(1), params={"backbone": params, "head": {}}, batch_stats=jnp.int32(0),
         opt_state=optax.EmptyState(), key_params={"backbone": key_params, "head": {}},
         key_batch_stats=jnp.int32(0),
@@ -335,7 +336,7 @@ def test_a_queue_that_is_longer_than_an_epoch_is_remarked_on_by_who_trains(caplo
         assert not caplog.records
         c = tiny.config("moco", model__bn_groups=4, moco__queue_length=80)
         tiny.build(c, 1)
-        assert "moco.queue_length=80 is longer than an epoch, of 64 images" in caplog.text
+        assert "moco.queue_length=80 is longer than an epoch, of 64 keys" in caplog.text
         caplog.clear()
         c.model.bn_groups = 1
         moco.MoCo(make_encoder_setup(c, make_mesh(jax.devices()[:1])))
