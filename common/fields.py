@@ -290,4 +290,4 @@ CONFIG: dict[str, dict[str, Field]] = {
 # fmt: on
 
 # `before` of fields in the sections of methods.
-METHODS_BEFORE = {"simclr.loss_scale": 1.0}
+METHODS_BEFORE = {"simclr.loss": "nt_xent", "simclr.loss_scale": 1.0}

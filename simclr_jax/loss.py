@@ -1,4 +1,4 @@
-"""NT-Xent: every embedding against all other embeddings of the global batch."""
+"""NT-Xent and DCL: every embedding against all other embeddings of the global batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ def nt_xent(
     z2: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
@@ -25,10 +26,15 @@ def nt_xent(
     Chen et al. 2020 (arXiv 2002.05709), eq. 1. The authors' code averages over N and adds the two
     halves, which is twice this value; `simclr.loss_scale=2` gives their gradient.
 
+    Decoupled, the other view is left out of the sum in the softmax's denominator, which then holds
+    the 2N - 2 embeddings of other images only: DCL, Yeh et al. 2021 (arXiv 2110.06848), eq. 6.
+    It is below 0 once the other view outweighs all of those together, which is no fault.
+
     Args:
         z1: `[n, d]`, first view; any float type, any length of the vectors.
         z2: `[n, d]`, second view of the same images in the same order.
         temperature: > 0.
+        decoupled: DCL instead of NT-Xent.
         mesh: where `z1` and `z2` are split along their rows; each device then holds the
             embeddings of all but computes its own rows only. None: one device.
         block_size: edge of the tiles of logits; memory is O(n d + block_size^2).
@@ -38,8 +44,8 @@ def nt_xent(
         Scalar, at least float32.
 
     Raises:
-        UserError: if the shapes differ or are not `[n, d]` with n >= 1, if n cannot be split over
-            the mesh, or if the temperature is not positive.
+        UserError: if the shapes differ or are not `[n, d]` with n >= 1 (decoupled: 2), if n cannot
+            be split over the mesh, or if the temperature is not positive.
     """
     if z1.shape != z2.shape:
         raise UserError(
@@ -50,7 +56,12 @@ def nt_xent(
         raise UserError(f"nt_xent: z1 and z2 are {list(z1.shape)}: expected [n, d], flatten them")
     z = jnp.stack([z1, z2], axis=1)  # on an unsplit axis: nothing is communicated
     return nt_xent_with_metrics(
-        z, temperature, mesh=mesh, block_size=block_size, precision=precision
+        z,
+        temperature,
+        decoupled=decoupled,
+        mesh=mesh,
+        block_size=block_size,
+        precision=precision,
     )[0]
 
 
@@ -59,6 +70,7 @@ def nt_xent_with_metrics(
     z: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
@@ -68,6 +80,7 @@ def nt_xent_with_metrics(
     Args:
         z: `[n, 2, d]`, the two views of each image side by side, split along axis 0.
         temperature: > 0.
+        decoupled: as in `nt_xent`.
         mesh: as in `nt_xent`.
         block_size: as in `nt_xent`.
         precision: as in `nt_xent`.
@@ -91,6 +104,11 @@ def nt_xent_with_metrics(
             f"use a multiple of {mesh.size}"
         )
     n = z.shape[0]
+    if decoupled and n == 1:
+        raise UserError(
+            "dcl: a batch of 1 image has no negatives, and the positive is not in the denominator: "
+            "expected at least 2 images"
+        )
 
     def local(z, temperature, axis):
         def total(x):  # sum over rows, of all devices
@@ -112,7 +130,8 @@ def nt_xent_with_metrics(
             block_size=block_size,
             precision=precision,
         )
-        loss = total(contrast.cross_entropy(positive, lse)) / (2 * n)
+        each = lse - positive if decoupled else contrast.cross_entropy(positive, lse)
+        loss = total(each) / (2 * n)
         rows, similarity = jax.lax.stop_gradient((rows, similarity))
         # The sum over all ordered pairs, less each row with itself and with its positive.
         positives, mean = 2 * total(similarity), total(rows)
