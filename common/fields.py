@@ -291,6 +291,7 @@ CONFIG: dict[str, dict[str, Field]] = {
 
 # `before` of fields in the sections of methods.
 METHODS_BEFORE = {
+    "simclr.loss": "nt_xent",
     "simclr.loss_scale": 1.0,
     "simclr.memory_momentum": 0.999,
     "moco.loss_scale": 1.0,

@@ -25,11 +25,14 @@ class Method(Protocol):
         setup: what the method was built from.
         chance: accuracy of guessing in the contrastive task: at or below it, nothing has been
             learned; None: there is no such task.
+        supervised: whether training reads the images' labels, apart from the probe's: summaries
+            and evaluations then say so.
     """
 
     MEANINGS: ClassVar[Mapping[str, str]] = {}
     setup: Setup
     chance: float | None = None
+    supervised: bool = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

@@ -1,4 +1,4 @@
-"""NT-Xent: every embedding against all other embeddings of the global batch."""
+"""NT-Xent and DCL: every embedding against all other embeddings of the global batch."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ def nt_xent(
     z2: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
@@ -28,10 +29,15 @@ def nt_xent(
     Chen et al. 2020 (arXiv 2002.05709), eq. 1. The authors' code averages over N and adds the two
     halves, which is twice this value; `simclr.loss_scale=2` gives their gradient.
 
+    Decoupled, the other view is left out of the sum in the softmax's denominator, which then holds
+    the 2N - 2 embeddings of other images only: DCL, Yeh et al. 2021 (arXiv 2110.06848), eq. 6.
+    It is below 0 once the other view outweighs all of those together, which is no fault.
+
     Args:
         z1: `[n, d]`, first view; any float type, any length of the vectors.
         z2: `[n, d]`, second view of the same images in the same order.
         temperature: > 0.
+        decoupled: DCL instead of NT-Xent.
         mesh: where `z1` and `z2` are split along their rows; each device then holds the
             embeddings of all but computes its own rows only. None: one device.
         block_size: edge of the tiles of logits; memory is O(n d + block_size^2).
@@ -41,8 +47,8 @@ def nt_xent(
         Scalar, at least float32.
 
     Raises:
-        UserError: if the shapes differ or are not `[n, d]` with n >= 1, if n cannot be split over
-            the mesh, or if the temperature is not positive.
+        UserError: if the shapes differ or are not `[n, d]` with n >= 1 (decoupled: 2), if n cannot
+            be split over the mesh, or if the temperature is not positive.
     """
     if z1.shape != z2.shape:
         raise UserError(
@@ -53,7 +59,12 @@ def nt_xent(
         raise UserError(f"nt_xent: z1 and z2 are {list(z1.shape)}: expected [n, d], flatten them")
     z = jnp.stack([z1, z2], axis=1)  # on an unsplit axis: nothing is communicated
     return nt_xent_with_metrics(
-        z, temperature, mesh=mesh, block_size=block_size, precision=precision
+        z,
+        temperature,
+        decoupled=decoupled,
+        mesh=mesh,
+        block_size=block_size,
+        precision=precision,
     )[0]
 
 
@@ -62,6 +73,7 @@ def nt_xent_with_metrics(
     z: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
     memory: queues.Queue | None = None,
     memory_length: int = 0,
     step: jax.Array | int = 0,
@@ -77,6 +89,7 @@ def nt_xent_with_metrics(
     Args:
         z: `[n, 2, d]`, the two views of each image side by side, split along axis 0.
         temperature: > 0.
+        decoupled: as in `nt_xent`.
         memory: more negatives, unit norm, no gradient; None: none. Empty entries do not count.
         memory_length: number of its keys that count, >= 1.
         step: int >= 0, number of pushes into the memory so far.
@@ -104,6 +117,11 @@ def nt_xent_with_metrics(
             f"use a multiple of {mesh.size}"
         )
     n = z.shape[0]
+    if decoupled and n == 1:
+        raise UserError(
+            "dcl: a batch of 1 image has no negatives, and the positive is not in the denominator: "
+            "expected at least 2 images"
+        )
     keys_and_live: tuple[jax.Array, ...] = ()
     if memory is not None:
         queues.check("nt_xent", memory, memory_length, (2 * n, z.shape[2]), mesh)
@@ -129,7 +147,8 @@ def nt_xent_with_metrics(
             past, ranks, keys = queues.scored(rows / temperature, threshold, *memory, **tiles)
             lse = contrast.joint_lse(lse, past)
             above += jax.lax.dynamic_slice_in_dim(ranks, 2 * first, len(rows))
-        loss = total(contrast.cross_entropy(positive, lse)) / (2 * n)
+        each = lse - positive if decoupled else contrast.cross_entropy(positive, lse)
+        loss = total(each) / (2 * n)
         rows, similarity = jax.lax.stop_gradient((rows, similarity))
         # The sum over all ordered pairs, less each row with itself and with its positive.
         positives, mean = 2 * total(similarity), total(rows)

@@ -26,6 +26,49 @@ def nt_xent(z1, z2, temperature):
     return -log_probs[own].mean(), np.split(d_z, 2)
 
 
+def dcl(z1, z2, temperature):
+    """Yeh et al. eq. 6 averaged over 2N rows, and its gradient, row by row from the definition."""
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, loss, d_unit = unit(z), 0.0, np.zeros_like(z)
+    for i in range(2 * n):
+        other_view = (i + n) % (2 * n)
+        negatives = [j for j in range(2 * n) if j not in (i, other_view)]
+        logits = u[negatives] @ u[i] / temperature
+        top = logits.max()
+        total = np.exp(logits - top).sum()
+        loss += (top + np.log(total) - u[i] @ u[other_view] / temperature) / (2 * n)
+        share = np.exp(logits - top) / total / (2 * n * temperature)
+        d_unit[i] += share @ u[negatives] - u[other_view] / (2 * n * temperature)
+        d_unit[negatives] += share[:, None] * u[i]
+        d_unit[other_view] -= u[i] / (2 * n * temperature)
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return loss, np.split(d_z, 2)
+
+
+def supcon(z1, z2, labels, temperature):
+    """Khosla et al. eq. 2 averaged over 2N rows, and its gradient, from full logits and masks.
+
+    The positives of a row: all others of its class, and its own other view without a label.
+    """
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, labels, image = unit(z), np.tile(labels, 2), np.tile(np.arange(n), 2)
+    itself = np.eye(2 * n, dtype=bool)
+    same = (labels[:, None] == labels) & (labels >= 0)[:, None]
+    positive = (same | (image[:, None] == image)) & ~itself
+    logits = u @ u.T / temperature
+    logits[itself] = -np.inf
+    top = logits.max(axis=1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    share = positive / positive.sum(axis=1, keepdims=True)
+    loss = -np.where(positive, log_probs, 0)[positive] @ share[positive] / (2 * n)
+    d_logits = (np.exp(log_probs) - share) / (2 * n)
+    d_unit = (d_logits + d_logits.T) @ u / temperature
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return loss, np.split(d_z, 2)
+
+
 def info_nce(queries, keys, negatives, temperature):
     """He et al. eq. 1 averaged over the batch and its gradient by `queries`, with all logits."""
     queries, keys, negatives = (np.asarray(x, np.float64) for x in (queries, keys, negatives))

@@ -222,6 +222,19 @@ def test_a_run_from_before_the_scale_of_the_loss_goes_on_with_1():
         config.check_same_run(saved, config.as_dict(c), "w")
 
 
+def test_a_run_from_before_dcl_goes_on_with_nt_xent():
+    c = tiny.config("simclr", simclr__loss="dcl")
+    saved = config.as_dict(c)
+    del saved["simclr"]["loss"]
+    begun, newer = config.as_begun(c, saved)
+    assert begun.simclr.loss == "nt_xent" and newer == {"simclr.loss": "nt_xent"}
+    config.check_same_run(saved, config.as_dict(begun), "w")
+    with pytest.raises(UserError, match=r"simclr.loss \(was 'absent', now 'dcl'\)"):
+        config.check_same_run(saved, config.as_dict(c), "w")
+    with pytest.raises(UserError, match=r'simclr.loss="dlc" is unknown.*did you mean "dcl"'):
+        tiny.build(tiny.config("simclr", simclr__loss="dlc"))
+
+
 def test_a_run_starts_from_one_place():
     c = config.base_config("simclr", ConfigDict())
     c.init_from, c.resume_from = "a.npz", "b"
