@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.evaluate import batches, finetune, finetune_recipe
 from common.evaluate.finetune_recipe import Recipe
 from common.method import stream
-from common.models import resnet, vit
+from common.models import classifier, resnet, vit
 from common.setup import make_encoder_setup
 from common.sharding import make_mesh
 
@@ -75,9 +75,8 @@ def parameters(**changes):
     """Shapes of what is fine-tuned behind the head's first layer."""
     c = tiny.config("moco_v3", **changes)
     setup = make_encoder_setup(c, make_mesh(jax.devices()[:1]))
-    tuner = finetune.Finetuner(setup, "head1", 3, optax.sgd(1.0))
     params, _ = jax.eval_shape(setup.init_network, jax.random.key(0))
-    return setup, {"network": tuner._used(params), "classifier": {"kernel": 0.0, "bias": 0.0}}
+    return setup, classifier.start(setup.network, "head1", 3, params)
 
 
 VIT_SCALES = {
