@@ -186,8 +186,8 @@ def load(path: str | os.PathLike) -> tuple[Classifier, dict[str, Any]]:
     named, _, _ = formats.read(path)
     if _digest(named) != header.info["digest"]:
         raise UserError(
-            f"{path} is damaged, its arrays are not those that were saved: copy it again, or run "
-            "--mode=finetune again"
+            f"{path} is damaged, its arrays are not those that were saved: fetch it once more, "
+            "or give the command of --mode=finetune again"
         )
     arrays = {"batch_stats": {}} | unflatten_dict(
         {tuple(k.split("/")): x for k, x in named.items()}

@@ -39,6 +39,10 @@ def test_recipes():
     of_resnet = Recipe.of(settings(optimizer="adamw"), "resnet")
     assert of_resnet == dataclasses.replace(deit, drop_path=0.0)
     assert Recipe.of(settings(optimizer="sgd"), "vit") == Recipe()
+    lars = Recipe("lars", 0.005, 0.0, "0 steps", scaling="sqrt")  # simclr's README
+    assert Recipe.of(settings(optimizer="lars"), "resnet") == lars
+    assert lars.in_words() == "crops and flips, LARS"
+    assert Recipe.of(settings(scaling="none"), "resnet") == Recipe(scaling="none")
     changes = {"learning_rate": 0.0, "weight_decay": 0.3, "warmup": "3 epochs", "layer_decay": 0.75,
                "drop_path": 0.0, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0}  # fmt: skip
     assert Recipe.of(settings(**changes), "vit") == Recipe("adamw", **changes)
@@ -50,7 +54,8 @@ def test_recipes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "lars"}, 'eval.finetune.optimizer="lars" is unknown'),
+        ({"optimizer": "lamb"}, 'eval.finetune.optimizer="lamb" is unknown'),
+        ({"scaling": "square"}, 'eval.finetune.scaling="square" is unknown'),
         ({"drop_path": 0.1}, "drop_path=0.1 needs a vision transformer, found model.encoder=resne"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 cannot be used: expected a finite number, 0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 cannot be .* 0 or more and less than 1"),

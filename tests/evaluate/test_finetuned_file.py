@@ -97,6 +97,14 @@ def test_a_chosen_name_is_kept_or_refused_before_training(asked, tmp_path):
     assert asked(finetune__save=False) is None
 
 
+def test_process_0_decides_for_all(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert written(asked()) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(finetuned_file, "first_process", lambda here: True)
+    with pytest.raises(UserError, match=r"process 0 cannot use .*finetuned: see its message"):
+        asked()
+
+
 def test_other_weights_to_start_from_are_another_fine_tuning(asked, opened, tmp_path):
     """A run that was trained again in the same workdir, to the same step."""
     first = written(asked())
@@ -110,7 +118,7 @@ def test_other_weights_to_start_from_are_another_fine_tuning(asked, opened, tmp_
 
 def test_a_disk_that_is_full(asked, tmp_path, monkeypatch, caplog):
     (tmp_path / "finetuned").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write to .*finetuned \(File exists\): make room"):
+    with pytest.raises(UserError, match=r"finetuned \(File exists\): make room for the network"):
         asked()
     (tmp_path / "finetuned").unlink()
     place = asked()
