@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from common import optim
 from common.config import section
 from common.data.augment import presets
-from common.models import heads, microbatch, probe
+from common.models import encoder, heads, microbatch, probe
 
 
 @flax.struct.dataclass
@@ -97,12 +97,7 @@ class Setup:
 
     def scale(self, images: jax.Array) -> jax.Array:
         """uint8 `[..., h, w, 3]` to [0, 1], then standardised if the preset has mean and std."""
-        kind = jnp.promote_types(self.network.backbone.dtype, jnp.float32)
-        mean, std = (
-            jnp.asarray(v, kind).reshape((1,) * (images.ndim - 1) + (3,))
-            for v in (self.mean, self.std)
-        )
-        return (images.astype(kind) / 255 - mean) / std
+        return encoder.scale(images, self.mean, self.std, self.network.backbone.dtype)
 
     def forward(
         self, params: Any, batch_stats: Any, images: jax.Array, key: jax.Array

@@ -1,5 +1,6 @@
 """What every encoder is: images to features. ResNets and vision transformers are two of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,21 @@ import jax.numpy as jnp
 def at_least_float32(dtype: Any) -> Any:
     """float32, or the wider type if `dtype` is one (tests run in float64)."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def scale(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any) -> jax.Array:
+    """uint8 `[..., h, w, 3]` to [0, 1], then standardised.
+
+    Args:
+        images: uint8, colours last.
+        mean: of the colours, in [0, 1]; three zeros: not subtracted.
+        std: likewise; three ones: not divided by.
+        dtype: of the encoder; what is returned is at least float32.
+    """
+    kind = at_least_float32(dtype)
+    shape = (1,) * (images.ndim - 1) + (3,)
+    centre, width = (jnp.asarray(v, kind).reshape(shape) for v in (mean, std))
+    return (images.astype(kind) / 255 - centre) / width
 
 
 class Encoder(nn.Module):

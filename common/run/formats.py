@@ -27,6 +27,7 @@ from common.run import files
 TORCH = (".pth", ".pt", ".tar", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH)
 Arrays = dict[str, np.ndarray]
+_LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 # of safetensors
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -65,6 +66,30 @@ def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     arrays, metadata = reader(data, path)
     return arrays, _decode(metadata), hashlib.sha256(data).hexdigest()
+
+
+def read_header(path: epath.Path) -> dict[str, Any]:
+    """The metadata of a `.safetensors` file, of which only the beginning is read.
+
+    Args:
+        path: local or e.g. `gs://...`.
+
+    Raises:
+        UserError: no such file, another file extension, or no header that can be read.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} has the file extension {path.suffix!r}: expected .safetensors")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length <= _LONGEST_HEADER else b"")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; give a .safetensors file"
+        ) from error
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return _decode(header.get("__metadata__") if isinstance(header, dict) else None)
 
 
 def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> int:
