@@ -15,7 +15,7 @@ def at_least_float32(dtype: Any) -> Any:
 class Encoder(nn.Module):
     """Base of encoders: `__call__`, `feature_dim` and a field `dtype`; the rest is optional.
 
-    An encoder with batch norm also has a field `bn_groups`, see `resnet.BatchNorm`.
+    An encoder with batch norm also has a field `bn_groups`, see `batch_norm.BatchNorm`.
     """
 
     @property
