@@ -46,6 +46,31 @@ def dcl(z1, z2, temperature):
     return loss, np.split(d_z, 2)
 
 
+def with_memory(z1, z2, keys, temperature, decoupled=False):
+    """NT-Xent, or DCL, with `keys` beside the batch's negatives; gradients by z1 and z2.
+
+    Every row has a line of 2N - 2 + K logits of negatives, written out.
+    """
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, other_view = unit(z), np.roll(np.arange(2 * n), n)
+    others = np.array([[j for j in range(2 * n) if j % n != i % n] for i in range(2 * n)])
+    logits = np.concatenate([(u[:, None] * u[others]).sum(-1), u @ keys.T], 1) / temperature
+    positive = (u * u[other_view]).sum(1) / temperature
+    top = np.maximum(logits.max(1), positive)
+    negatives = np.exp(logits - top[:, None])
+    total = negatives.sum(1) + (0 if decoupled else np.exp(positive - top))
+    d_logits = negatives / total[:, None] / (2 * n * temperature)
+    d_positive = ((0 if decoupled else np.exp(positive - top) / total) - 1) / (2 * n * temperature)
+    d_unit = d_logits[:, 2 * n - 2 :] @ keys
+    for i in range(2 * n):
+        d_unit[i] += d_logits[i, : 2 * n - 2] @ u[others[i]] + d_positive[i] * u[other_view[i]]
+        np.add.at(d_unit, others[i], d_logits[i, : 2 * n - 2, None] * u[i])
+        d_unit[other_view[i]] += d_positive[i] * u[i]
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return (top + np.log(total) - positive).mean(), np.split(d_z, 2)
+
+
 def supcon(z1, z2, labels, temperature):
     """Khosla et al. eq. 2 averaged over 2N rows, and its gradient, from full logits and masks.
 

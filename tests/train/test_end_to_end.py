@@ -26,7 +26,7 @@ from common.train.position import Position
 from common.train.prepare import Extent, prepare
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
-CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "simclr_vit_tpu"]
+CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "moco_v2plus_cifar10", "simclr_vit_tpu"]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
            "probe_top1", "images_per_second"}  # fmt: skip
 TOTAL = 7
@@ -94,6 +94,8 @@ def assert_same_run(c, got, want):
     wanted = {"params", "batch_stats", "opt_state", "probe", "step"}
     wanted |= {"key_params", "key_batch_stats"} if "moco" in c.method else set()
     wanted |= {"queue"} if c.method == "moco" else set()
+    if "simclr" in c and c.simclr.memory_length:
+        wanted |= {"key_params", "key_batch_stats", "queue"}
     assert wanted <= {name.split(".")[1].split("[")[0] for name in b}
 
 
@@ -148,10 +150,11 @@ DEVICE = tiny.VIT | {"data__augment_on": "device", "steps_per_dispatch": 2, "mic
         ("simclr", "fake", 6),
         pytest.param("moco", "jpeg", 6, marks=pytest.mark.slow),
         pytest.param("moco_v3", "device", 5, marks=pytest.mark.slow),  # steps 5 and 6
+        pytest.param("simclr", "memory", 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_continues_bit_by_bit(method, images, dies_at, folder, tmp_path, monkeypatch):
-    changes = DEVICE if images == "device" else {}
+    changes = {"device": DEVICE, "memory": {"simclr__memory_length": 20}}.get(images, {})
     c = small(method, folder if images == "jpeg" else None, data__fake_classes=2, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = run(c, whole)

@@ -25,8 +25,17 @@ from common.train.prepare import Extent
 
 pytestmark = pytest.mark.slow
 
+# Methods, and what changes their state.
+METHODS = {
+    "simclr": {},
+    "memory": {"method": "simclr", "simclr__memory_length": 40},
+    "moco": {},
+    "moco_v2plus": {"method": "moco"} | tiny.VARIANTS["moco_v2plus"],
+    "moco_v3": {},
+}
+del METHODS["moco_v2plus"]["model__bn_groups"]
 OPTIONS = {
-    "method": ("simclr", "moco", "moco_v3"),
+    "method": tuple(METHODS),
     "model__encoder": ("resnet", "vit"),
     "data__augment_on": ("host", "both", "device"),
     "steps_per_dispatch": (1, 2),
@@ -70,10 +79,17 @@ def name_of(row):
     return "-".join(str(v) for v in row.values()).replace(" ", "")
 
 
+def settings(row):
+    """The method of a row, and the fields that it changes, with `__` for the dot."""
+    changes = METHODS[row["method"]] | {k: v for k, v in row.items() if "__" in k}
+    return changes.pop("method", row["method"]), changes
+
+
 def config(row, **more):
     """Of a run, without what it starts from."""
-    changes = NETWORK | {k: v for k, v in row.items() if "__" in k} | more
-    c = tiny.config(row["method"], data__fake_examples=60, data__fake_classes=3, **changes)
+    method, changes = settings(row)
+    changes = NETWORK | changes | more
+    c = tiny.config(method, data__fake_examples=60, data__fake_classes=3, **changes)
     c.data.source, c.microbatch = "fake", row["microbatch"]
     c.steps_per_dispatch = row["steps_per_dispatch"]
     return c
@@ -95,7 +111,8 @@ class Plain:
         if key not in self.found:
             folder = self.folders.mktemp(method)
             changes = {"model__encoder": encoder, "data__augment_on": key[2]}
-            opened_run.write(folder / "run", method, **(NETWORK | changes))
+            method, more = settings({"method": method})
+            opened_run.write(folder / "run", method, **(NETWORK | more | changes))
             self.found[key] = folder / "run", {}
         return self.found[key][0]
 
@@ -141,11 +158,11 @@ def every_mode(workdir, devices):
 
 @pytest.mark.parametrize("row", covering(OPTIONS | {"elsewhere": (1, 8)}), ids=name_of)
 def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, tmp_path):
-    changes = {k: v for k, v in row.items() if "__" in k}
+    method, changes = settings(row)
     changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
     want = plain.modes(row)
     changes |= {row["start"]: str(plain.workdir(row))} if row["start"] else {}
-    opened_run.write(tmp_path / "run", row["method"], **(NETWORK | changes))
+    opened_run.write(tmp_path / "run", method, **(NETWORK | changes))
     found = every_mode(tmp_path / "run", row["elsewhere"])
     for name, value in want.items():
         if name == "weights":
@@ -156,7 +173,7 @@ def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, t
         else:  # a rounding may turn one of 60 images
             assert found[name] == pytest.approx(value, abs=0.02), name
     c = config(row, init_from=str(tmp_path / "export" / "model.npz"))
-    import_weights(tiny.METHODS[row["method"]], c, tmp_path / "imported")
+    import_weights(tiny.METHODS[method], c, tmp_path / "imported")
     opened = opened_run.load(tmp_path / "imported", row["elsewhere"])
     top1 = MODES["knn"](opened)[0]["top1"]
     assert top1 == pytest.approx(want["knn"], abs=0.02)
@@ -183,7 +200,7 @@ def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch
         evaluate__every="0 steps", evaluate__pictures=False, optimizer__learning_rate=0.05, **start,
     )  # fmt: skip
     mesh = make_mesh(jax.devices()[: row["devices"]])
-    make_method = tiny.METHODS[row["method"]]
+    make_method = tiny.METHODS[c.method]
     interrupt_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         loop.train(make_method, c, tmp_path, make_evaluator, mesh)
