@@ -209,6 +209,7 @@ VARIANTS: dict[str, dict] = {
     "simclr": {},
     "simclr_groups": {"model__bn_groups": 4, "head__layers": 3},
     "simclr_dcl": {"simclr__loss": "dcl"},
+    "simclr_supcon": {"simclr__loss": "supcon"},
     # Larger than anything else in the step, and no multiple of the batch.
     "moco": {"model__bn_groups": 8, "moco__queue_length": 8189},
     # Two slots of 32 keys, 24 of the oldest one masked.
