@@ -25,7 +25,7 @@ from common.train.prepare import Extent
 
 pytestmark = pytest.mark.slow
 
-# What changes the state of a method, or what it reads of a batch. (DCL and MoCo v2+ change neither.)
+# What changes the state of a method, or what it reads of a batch; DCL and MoCo v2+ change neither.
 VARIANTS = {
     "": ("", {}),
     "supcon": ("simclr", {"simclr__loss": "supcon"}),
