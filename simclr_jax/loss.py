@@ -155,15 +155,17 @@ def nt_xent_with_metrics(
         negatives = jnp.sum(mean * mean) - jnp.sum(total(rows * rows)) - positives
         # as an integer it has more than 32 bits at 2n = 65,536
         pairs: Any = float(2 * n * (2 * n - 2))
+        if n == 1:  # there is none: what the difference leaves is rounding
+            negatives, pairs = 0 * loss, 1.0
         if memory:
             negatives += jnp.sum(mean * keys)
-            pairs += 2 * n * total(memory[1].reshape(-1).astype(loss.dtype))
-            pairs = jnp.maximum(pairs, 1)
+            of_memory = 2 * n * total(memory[1].reshape(-1).astype(loss.dtype))
+            pairs = pairs + of_memory if n > 1 else jnp.maximum(of_memory, 1)
         return loss, {
             "contrastive_top1": total((above < 1).astype(loss.dtype)) / (2 * n),
             "contrastive_top5": total((above < 5).astype(loss.dtype)) / (2 * n),
             "positive_similarity": positives / (2 * n),
-            "negative_similarity": negatives / pairs if n > 1 or memory else 0 * loss,
+            "negative_similarity": negatives / pairs,
         }
 
     temperature = jnp.asarray(temperature)

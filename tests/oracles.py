@@ -54,14 +54,16 @@ def with_memory(z1, z2, keys, temperature, decoupled=False):
     z = np.concatenate([z1, z2]).astype(np.float64)
     n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
     u, other_view = unit(z), np.roll(np.arange(2 * n), n)
-    others = np.array([[j for j in range(2 * n) if j % n != i % n] for i in range(2 * n)])
+    others = [[j for j in range(2 * n) if j % n != i % n] for i in range(2 * n)]
+    others = np.array(others, int).reshape(2 * n, 2 * n - 2)
     logits = np.concatenate([(u[:, None] * u[others]).sum(-1), u @ keys.T], 1) / temperature
     positive = (u * u[other_view]).sum(1) / temperature
     top = np.maximum(logits.max(1), positive)
     negatives = np.exp(logits - top[:, None])
-    total = negatives.sum(1) + (0 if decoupled else np.exp(positive - top))
+    own = np.exp(positive - top) * (not decoupled)
+    total = negatives.sum(1) + own
     d_logits = negatives / total[:, None] / (2 * n * temperature)
-    d_positive = ((0 if decoupled else np.exp(positive - top) / total) - 1) / (2 * n * temperature)
+    d_positive = (own / total - 1) / (2 * n * temperature)
     d_unit = d_logits[:, 2 * n - 2 :] @ keys
     for i in range(2 * n):
         d_unit[i] += d_logits[i, : 2 * n - 2] @ u[others[i]] + d_positive[i] * u[other_view[i]]

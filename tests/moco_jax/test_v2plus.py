@@ -73,13 +73,16 @@ def test_each_view_meets_the_past_keys_of_the_other():
         np.testing.assert_array_equal(got[:4], old)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_mean_and_the_logged_loss_the_sum():
     mean, total = one_step(0.5)[-1], one_step(1.0)[-1]
     assert mean["loss"] == total["loss"]
     np.testing.assert_allclose(2 * mean["gradient_norm"], total["gradient_norm"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("length", [20, 32, 5])
+@pytest.mark.parametrize(
+    "length", [20, *(pytest.param(x, marks=pytest.mark.slow) for x in (32, 5))]
+)
 def test_half_of_a_queue_of_both_views_is_a_queue_of_one(length):
     """Its mask leaves as many keys of each view, from the same steps."""
     rng, both = np.random.default_rng(0), queues.empty(2 * length, 32, 2)

@@ -135,7 +135,9 @@ def test_another_scale_of_images_is_said(tmp_path, capsys):
     assert "here with mean (0.5, 0.4, 0.3) and std (1.0, 1.0, 1.0)" in said
 
 
-@pytest.mark.parametrize("variant", ["moco", "moco_v3", "simclr_memory"])
+@pytest.mark.parametrize(
+    "variant", ["moco", "moco_v3", pytest.param("simclr_memory", marks=pytest.mark.slow)]
+)
 def test_a_momentum_encoder_follows_weights_of_a_run_without_one(variant):
     c = tiny.config(variant, model__bn_groups=4) if variant in tiny.METHODS else (
         tiny.variant_config(variant, "float32"))  # fmt: skip
@@ -150,6 +152,7 @@ def test_a_momentum_encoder_follows_weights_of_a_run_without_one(variant):
     assert same is state and derived == []
 
 
+@pytest.mark.slow
 def test_a_memory_begins_empty_after_a_run_without_one_and_is_left_behind(tmp_path):
     """The momentum encoder and the keys of a run with a memory are no part of one without."""
     memory = {"simclr__memory_length": 40}
