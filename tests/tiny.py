@@ -211,6 +211,7 @@ VARIANTS: dict[str, dict] = {
     "simclr_dcl": {"simclr__loss": "dcl"},
     # Two slots of 32 keys, 24 of the oldest one masked, as in moco_symmetric.
     "simclr_memory": {"simclr__memory_length": 40, "simclr__memory_momentum": 0.75},
+    "simclr_supcon": {"simclr__loss": "supcon"},
     # Larger than anything else in the step, and no multiple of the batch.
     "moco": {"model__bn_groups": 8, "moco__queue_length": 8189},
     # Two slots of 32 keys, 24 of the oldest one masked.

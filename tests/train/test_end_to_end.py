@@ -7,12 +7,14 @@ import shutil
 
 import jax
 import numpy as np
+import opened_run
 import pytest
 import tiny
 from PIL import Image
 from test_writer import read_events
 
 import main
+from common.cli import modes
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate.online import make_evaluator
@@ -257,6 +259,22 @@ def test_a_run_without_labels_or_test_set(tmp_path):
     assert not any("probe_loss" in r for r in lines(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_supervised_run_says_that_it_is_one(tmp_path, capsys):
+    """Where its method, its score or its encoder are named; random pixels and the untrained not."""
+    changes = {"microbatch": 4, "model__bn_groups": 4, "duration": "3 steps"}
+    c = small("simclr", simclr__loss="supcon", **changes)
+    assert run(c, tmp_path)["supervised"]
+    said = capsys.readouterr().err
+    assert "method  simclr, supervised: its loss reads the labels" in said
+    assert "Trained simclr, supervised, for 3 steps." in said
+    for features, word in (("trained", "the supervised encoder after step 3"), ("pixels", "raw")):
+        settings = opened_run.config(features=features)
+        record = modes.run("knn", str(tmp_path), settings, main.METHODS)
+        assert record["supervised"] == (features == "trained")
+        assert word in capsys.readouterr().out
+
+
 def bad(tmp_path, words, method="simclr", devices=2, **changes):
     with pytest.raises(UserError) as caught:
         run(small(method, **changes), tmp_path / "work", devices)
@@ -273,6 +291,10 @@ def bad(tmp_path, words, method="simclr", devices=2, **changes):
         ({"data__source": "webdataset"}, ["webdataset", "embedded", "folder:PATH"]),
         ({"data__source": "tfds:no_such_set"}, ["no_such_set", "TFDS_DATA_DIR"]),
         ({"data__source": "folder:/no/such/folder"}, ["/no/such/folder", "data.source"]),
+        (
+            {"simclr__loss": "supcon", "data__fake_classes": 0},
+            ["simclr.loss=supcon", "data.labels", "nt_xent"],
+        ),
         ({"batch_size": 9, "model__bn_groups": 3}, ["batch_size=9", "2 devices", "8"]),
         ({"batch_size": 40}, ["40", "20 examples", "batch_size"]),
         ({"model__bn_groups": 3}, ["bn_groups=3", "batch_size=8"]),

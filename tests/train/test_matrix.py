@@ -25,17 +25,15 @@ from common.train.prepare import Extent
 
 pytestmark = pytest.mark.slow
 
-# Methods, and what changes their state.
-METHODS = {
-    "simclr": {},
-    "memory": {"method": "simclr", "simclr__memory_length": 40},
-    "moco": {},
-    "moco_v2plus": {"method": "moco"} | tiny.VARIANTS["moco_v2plus"],
-    "moco_v3": {},
+# Of one method each: a queue beside the batch, another queue and another schedule.
+KEYS = {
+    "memory": ("simclr", {"simclr__memory_length": 40}),
+    "v2plus": ("moco", tiny.VARIANTS["moco_v2plus"]),
 }
-del METHODS["moco_v2plus"]["model__bn_groups"]
 OPTIONS = {
-    "method": tuple(METHODS),
+    "method": ("simclr", "moco", "moco_v3"),
+    "loss": ("", "dcl", "supcon"),  # of SimCLR, instead of NT-Xent
+    "keys": ("", *KEYS),
     "model__encoder": ("resnet", "vit"),
     "data__augment_on": ("host", "both", "device"),
     "steps_per_dispatch": (1, 2),
@@ -55,9 +53,20 @@ def possible(row):
     """
     vit = row["model__encoder"] == "vit"
     return not (
-        (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
+        (row["loss"] and row["method"] != "simclr")
+        or (row["keys"] and row["method"] != KEYS[row["keys"]][0])
+        or (row["keys"] == "memory" and row["loss"] == "supcon")
+        or (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
         or (row["microbatch"] and row["model__bn_groups"] == 1 and not vit)
     )
+
+
+def changes_of(row):
+    """The fields of a row by the names of `tiny.config`, without what the run starts from."""
+    changes = {k: v for k, v in row.items() if "__" in k}
+    changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
+    changes |= {"simclr__loss": row["loss"]} if row["loss"] else {}
+    return (KEYS[row["keys"]][1] if row["keys"] else {}) | changes
 
 
 def pairs(row):
@@ -79,20 +88,10 @@ def name_of(row):
     return "-".join(str(v) for v in row.values()).replace(" ", "")
 
 
-def settings(row):
-    """The method of a row, and the fields that it changes, with `__` for the dot."""
-    changes = METHODS[row["method"]] | {k: v for k, v in row.items() if "__" in k}
-    return changes.pop("method", row["method"]), changes
-
-
 def config(row, **more):
     """Of a run, without what it starts from."""
-    method, changes = settings(row)
-    changes = NETWORK | changes | more
-    c = tiny.config(method, data__fake_examples=60, data__fake_classes=3, **changes)
-    c.data.source, c.microbatch = "fake", row["microbatch"]
-    c.steps_per_dispatch = row["steps_per_dispatch"]
-    return c
+    fake = {"data__source": "fake", "data__fake_examples": 60, "data__fake_classes": 3}
+    return tiny.config(row["method"], **(NETWORK | changes_of(row) | fake | more))
 
 
 class Plain:
@@ -111,8 +110,7 @@ class Plain:
         if key not in self.found:
             folder = self.folders.mktemp(method)
             changes = {"model__encoder": encoder, "data__augment_on": key[2]}
-            method, more = settings({"method": method})
-            opened_run.write(folder / "run", method, **(NETWORK | more | changes))
+            opened_run.write(folder / "run", method, **(NETWORK | changes))
             self.found[key] = folder / "run", {}
         return self.found[key][0]
 
@@ -158,11 +156,9 @@ def every_mode(workdir, devices):
 
 @pytest.mark.parametrize("row", covering(OPTIONS | {"elsewhere": (1, 8)}), ids=name_of)
 def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, tmp_path):
-    method, changes = settings(row)
-    changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
     want = plain.modes(row)
-    changes |= {row["start"]: str(plain.workdir(row))} if row["start"] else {}
-    opened_run.write(tmp_path / "run", method, **(NETWORK | changes))
+    start = {row["start"]: str(plain.workdir(row))} if row["start"] else {}
+    opened_run.write(tmp_path / "run", row["method"], **(NETWORK | changes_of(row) | start))
     found = every_mode(tmp_path / "run", row["elsewhere"])
     for name, value in want.items():
         if name == "weights":
@@ -173,7 +169,7 @@ def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, t
         else:  # a rounding may turn one of 60 images
             assert found[name] == pytest.approx(value, abs=0.02), name
     c = config(row, init_from=str(tmp_path / "export" / "model.npz"))
-    import_weights(tiny.METHODS[method], c, tmp_path / "imported")
+    import_weights(tiny.METHODS[row["method"]], c, tmp_path / "imported")
     opened = opened_run.load(tmp_path / "imported", row["elsewhere"])
     top1 = MODES["knn"](opened)[0]["top1"]
     assert top1 == pytest.approx(want["knn"], abs=0.02)
@@ -200,7 +196,7 @@ def test_a_run_is_resumed_replayed_and_planned(row, plain, tmp_path, monkeypatch
         evaluate__every="0 steps", evaluate__pictures=False, optimizer__learning_rate=0.05, **start,
     )  # fmt: skip
     mesh = make_mesh(jax.devices()[: row["devices"]])
-    make_method = tiny.METHODS[c.method]
+    make_method = tiny.METHODS[row["method"]]
     interrupt_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         loop.train(make_method, c, tmp_path, make_evaluator, mesh)
