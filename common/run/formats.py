@@ -82,7 +82,10 @@ def read_header(path: epath.Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length <= _LONGEST_HEADER else b"")
+            text = file.read(length) if length <= _LONGEST_HEADER else b""
+        if len(text) < length:  # the end of a header is spaces: without some it is valid JSON too
+            raise ValueError(f"it ends in its header of {length} bytes")
+        header = json.loads(text)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror or error}; give a .safetensors file"
