@@ -22,12 +22,14 @@ class Method(Protocol):
 
     Attributes:
         MEANINGS: what each field of the method's section is for, by name; `main.py -h` shows it.
+        VIEWS: numbers of views of an image that its train step can take.
         setup: what the method was built from.
         chance: accuracy of guessing in the contrastive task: at or below it, nothing has been
             learned; None: there is no such task.
     """
 
     MEANINGS: ClassVar[Mapping[str, str]] = {}
+    VIEWS: ClassVar[tuple[int, ...]] = (2,)
     setup: Setup
     chance: float | None = None
 
@@ -48,7 +50,7 @@ class Method(Protocol):
 
         Args:
             state: of step t.
-            batch: `images` uint8 `[b, 2, h, w, c]`, `labels` int32 `[b]` (-1: none).
+            batch: `images` uint8 `[b, views, h, w, c]`, `labels` int32 `[b]` (-1: none).
             key: root key of the run; `stream` makes that of a use in this step.
 
         Returns:

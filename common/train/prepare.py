@@ -142,6 +142,11 @@ def prepare(
     )  # fmt: skip
     setup = dataclasses.replace(setup, training=training)
     method = make_method(setup)
+    if training and config.views not in method.VIEWS:
+        raise UserError(
+            f"views={config.views} and method {config.method}, which takes "
+            f"{' or '.join(map(str, method.VIEWS))} of each image: set views={method.VIEWS[0]}"
+        )
     # touches no device: they may be busy with a run, or not be there
     abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
     shardings = state_shardings(mesh, abstract)

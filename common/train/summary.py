@@ -23,7 +23,7 @@ from common.train.step import cost
 
 PAIRS = 16  # augmented pairs in the picture
 PICTURES = {
-    "augmented_pairs.png": "the two views of an image, as training sees them",
+    "augmented_pairs.png": "images as training sees them",
     "nearest_neighbours.png": "test images, each with those nearest to it by the features",
 }
 TOO_FEW = 100  # steps of a run that says nothing about learning
@@ -50,6 +50,7 @@ def start_up(
     flops = cost(step_fn, run.setup.microbatches).get("flops", float("nan")) * mesh.size
     model, frozen = run.setup.network.backbone, run.setup.network.frozen
     heads = "head and predictor" if "predictor" in state.params else "the head"
+    views = len(run.recipe.views)
     still = f", {' and '.join(name for _, name in frozen)} not trained" if frozen else ""
     lines = {
         "method": config.method,
@@ -59,7 +60,7 @@ def start_up(
         "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, "
         f"{parameters / 1e6:.2f} M with {heads}, {model.dtype}{still}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
-        f"2 views each, {run.recipe.size} px",
+        f"{views} view{'s' if views > 1 else ''} each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({run.extent.steps_per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
@@ -92,7 +93,7 @@ def draw_pairs(recipe: FeedRecipe, source: Source, workdir: epath.Path) -> None:
 
 
 def some_pairs(recipe: FeedRecipe, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
+    """Ids `[n]` and views uint8 `[n, v, h, w, 3]` of the first batch, of that size."""
     small = dataclasses.replace(recipe, batch_size=n)
     if small.augment_on == "device" and not resident.has_one_shape(source):
         # --eval.source names other images than the run's
