@@ -124,6 +124,7 @@ def prepare(
     Raises:
         UserError: for a mistake in the config or the data.
     """
+    config = completed(make_method, config)
     configs.check(config)
     if extent is None:
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split
@@ -162,6 +163,12 @@ def prepare(
         shardings,
         source,
     )
+
+
+def completed(make_method: Callable[[Setup], Method], config: ConfigDict) -> ConfigDict:
+    """`Method.complete` of a class; a function that makes a method completes nothing."""
+    complete = getattr(make_method, "complete", None)
+    return complete(config) if complete else config
 
 
 def open_evaluation(data: ConfigDict, train: Source) -> tuple[Source, Source | None]:
