@@ -68,7 +68,7 @@ class Method(Protocol):
 
         Of a method that `--mode` names; the others are named by their config files.
         """
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} is named by a config file, and not by --mode")
 
     @classmethod
     def complete(cls, config: ConfigDict) -> ConfigDict:

@@ -206,8 +206,11 @@ class Distil(Method):
         return each_device(local, self.setup.mesh, (whole, rows), rows)(state.teacher, images)
 
     def student_logits(self, state: DistilState, features: jax.Array) -> jax.Array:
-        """Logits `[n, c]` of the student's `features [n, d]`, those of its backbone in eval mode."""
-        return self.setup.network.head.apply({"params": state.params["head"]}, features, False)
+        """Logits `[n, c]` of features `[n, d]` of the student's backbone, in eval mode."""
+        logits: Any = self.setup.network.head.apply(
+            {"params": state.params["head"]}, features, False
+        )
+        return logits
 
     def finish(
         self, config: ConfigDict, state: DistilState, workdir: epath.Path, info: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The loss of knowledge distillation: a student that is to give the class probabilities of a teacher."""
+"""The loss of knowledge distillation: a student is to give the teacher's probabilities."""
 
 import jax
 import jax.numpy as jnp

@@ -41,6 +41,7 @@ def test_the_loss_is_that_of_numpy_and_of_optax(temperature):
         grad = jax.value_and_grad(distillation_loss_with_metrics, argnums=(0, 1), has_aux=True)
         (loss, metrics), (got, of_teacher) = grad(jnp.array(student), jnp.array(teacher), t)
         kl = optax.kl_divergence(jax.nn.log_softmax(jnp.array(student) / t), jnp.array(p)).mean()
+    kl = float(kl)
     np.testing.assert_allclose(loss, -(t**2) * (p * np.log(q)).sum(-1).mean(), rtol=1e-12)
     np.testing.assert_allclose(loss, t**2 * (kl + entropy), rtol=1e-12)
     np.testing.assert_allclose(got, t * (q - p) / len(p), rtol=1e-9, atol=1e-12)
@@ -71,9 +72,9 @@ def test_large_logits_and_low_precision_stay_finite():
 
 
 def test_logits_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="expected two equal shapes .n, c., of the same images"):
+    with pytest.raises(UserError, match="of the same images and classes"):
         distillation_loss(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
-    with pytest.raises(UserError, match="distil.temperature=0"):
+    with pytest.raises(UserError, match=r"distil\.temperature=0"):
         distillation_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), 0)
 
 
@@ -185,11 +186,20 @@ def test_what_is_refused(changes, message):
         ready(**changes)
 
 
-def test_views_that_the_teacher_cannot_take_are_refused():
+def vit_teacher(folder):
+    """Its header is all that is read."""
+    c, arrays = classifier.load(tiny.teacher())
+    with c.config.unlocked():
+        c.config.model.encoder = "vit"
+    classifier.save(folder / "vit.safetensors", c, arrays)
+    return str(folder / "vit.safetensors")
+
+
+def test_views_that_the_teacher_cannot_take_are_refused(tmp_path):
     path = tiny.teacher(stem="imagenet", stages=(1, 1, 1, 1))
-    with pytest.raises(UserError, match="cannot take views of 8 pixels.*set augment.size=8"):
+    with pytest.raises(UserError, match=r"cannot take views of 8 pixels.*set augment.size=8"):
         ready(distil__teacher=path)
-    path = tiny.teacher(encoder="vit")
+    path = vit_teacher(tmp_path)
     with pytest.raises(UserError, match="is a ViT for images of 8 pixels, and the views have 16"):
         ready(distil__teacher=path, data__image_size=16)
 
@@ -202,7 +212,7 @@ def test_a_workdir_names_its_only_network(tmp_path):
     (folder / "a.safetensors").write_bytes(b"")
     assert finetuned.find(str(tmp_path), "x").name == "a.safetensors"
     (folder / "b.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="2 fine-tuned networks, name the file of one.*a.s.*b.s"):
+    with pytest.raises(UserError, match=r"2 fine-tuned networks, name the file of one.*a.s.*b.s"):
         finetuned.find(str(tmp_path), "distil.teacher")
 
 
