@@ -126,22 +126,29 @@ def kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _is_frozen(frozen: Sequence[tuple[str, ...]], path: tuple) -> bool:
+def _is_below(starts: Sequence[tuple[str, ...]], path: tuple) -> bool:
     names = tuple(key.key for key in path)
-    return any(names[: len(start)] == start for start in frozen)
+    return any(names[: len(start)] == start for start in starts)
+
+
+def _adapted(unadapted: Sequence[tuple[str, ...]], params: Any) -> Any:
+    """Mask that is True on what has a trust ratio: kernels, without those below `unadapted`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, kernel: kernel and not _is_below(unadapted, path), kernels(params)
+    )
 
 
 def trained(tree: Any, frozen: Sequence[tuple[str, ...]]) -> Any:
     """A tree like the parameters, without the leaves below the paths `frozen`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: None if _is_frozen(frozen, path) else x, tree
+        lambda path, x: None if _is_below(frozen, path) else x, tree
     )
 
 
 def _labels(frozen: Sequence[tuple[str, ...]], params: Any) -> Any:
     """A tree like `params`: "freeze" below the paths `frozen`, else "train"."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "freeze" if _is_frozen(frozen, path) else "train", params
+        lambda path, _: "freeze" if _is_below(frozen, path) else "train", params
     )
 
 
@@ -155,6 +162,7 @@ def make_optimizer(
     total_steps: int,
     steps_per_epoch: int,
     frozen: Sequence[tuple[str, ...]] = (),
+    unadapted: Sequence[tuple[str, ...]] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optax transformation and its schedule.
 
@@ -173,6 +181,7 @@ def make_optimizer(
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
         frozen: paths in the parameters, e.g. `("backbone", "patches")`; all below stays as it is.
+        unadapted: paths below which kernels have no trust ratio in LARS either.
 
     Returns:
         The transformation and the schedule (for the logs and the start-up summary).
@@ -207,7 +216,7 @@ def make_optimizer(
                 weight_decay=c.weight_decay,
                 weight_decay_mask=decayed,
                 trust_coefficient=c.trust_coefficient,
-                trust_ratio_mask=kernels,
+                trust_ratio_mask=functools.partial(_adapted, tuple(unadapted)),
                 momentum=c.momentum,
                 nesterov=c.nesterov,
             )

@@ -105,7 +105,7 @@ def run_on_them(monkeypatch: Any, workdir: Any) -> Callable[..., Pretrained]:
     def opened(train: str = "train", **changes: Any) -> Pretrained:
         c = first.config.copy_and_resolve_references()
         c.data.train_split = train
-        settings = opened_run.config(**changes)
+        settings = opened_run.config(**({"finetune__save": False} | changes))
         run = dataclasses.replace(first, config=c, settings=settings, workdir=epath.Path(workdir))
         if settings.layer == "backbone":
             run.__dict__["encoder"] = first.encoder

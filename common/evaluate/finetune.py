@@ -21,7 +21,7 @@ import optax
 from common.evaluate import mixing
 from common.evaluate.finetune_recipe import SGD, Recipe
 from common.method import stream
-from common.models.encoder import at_least_float32
+from common.models import classifier
 from common.models.heads import Network
 from common.run.console import Progress
 from common.run.writer import NonFiniteLossError
@@ -71,7 +71,7 @@ class Finetuner:
         self.setup = dataclasses.replace(setup, network=network)
         self.recipe, self.seed = recipe, seed
         self.layer, self.num_classes, self.tx, self.mesh = layer, num_classes, tx, setup.mesh
-        self.depth = self.setup.network.depth_of(layer)
+        network.depth_of(layer)
         everywhere, rows = replicated(self.mesh), batch_sharding(self.mesh)
         options = compiler_options(self.mesh.devices.flat[0].platform)
         self.step: Callable = jax.jit(
@@ -84,30 +84,15 @@ class Finetuner:
 
     def init(self, params: Any, batch_stats: Any) -> Finetuned:
         """Starts from the arrays of a network, which are copied; the classifier starts at zero."""
-        dim = self.setup.network.backbone.feature_dim
-        if self.depth:
-            dim = params["head"][f"dense{self.depth}"]["kernel"].shape[-1]
-        kind = at_least_float32(self.setup.network.backbone.dtype)
-        params = {
-            "network": self._used(params),
-            "classifier": {
-                "kernel": np.zeros((dim, self.num_classes), kind),
-                "bias": np.zeros(self.num_classes, kind),
-            },
-        }
+        network = self.setup.network
+        params = classifier.start(network, self.layer, self.num_classes, params)
+        stats = classifier.used(batch_stats, network.depth_of(self.layer))
         # copied on the host: a step donates its state, and the caller keeps these arrays
-        start = np.zeros((), np.int32), params, self._used(batch_stats)
+        start = np.zeros((), np.int32), params, stats
         host = jax.tree.map(np.array, jax.device_get(start))
         step, params, batch_stats = jax.device_put(host, replicated(self.mesh))
         opt_state = jax.jit(self.tx.init, out_shardings=replicated(self.mesh))(params)
         return Finetuned(step, params, batch_stats, opt_state)
-
-    def _used(self, tree: Any) -> dict[str, Any]:
-        """Without the layers of the head above the classifier."""
-        names = [f"{kind}{i + 1}" for i in range(self.depth) for kind in ("dense", "bn")]
-        head = {name: v for name, v in tree.get("head", {}).items() if name in names}
-        backbone = {k: x for k, x in tree.items() if k == "backbone"}  # no statistics, no entry
-        return backbone | ({"head": head} if head else {})
 
     def _step(
         self, state: Finetuned, images: jax.Array, labels: jax.Array
@@ -128,7 +113,7 @@ class Finetuner:
                 {"params": params["network"], "batch_stats": state.batch_stats},
                 inputs, self.layer, True, keys, method="encode", mutable=["batch_stats"],
             )  # fmt: skip
-            logits = _classify(params["classifier"], features)
+            logits = classifier.linear(params["classifier"], features)
             loss = _loss(logits, labels, own, self.recipe.label_smoothing)
             return loss, new.get("batch_stats", {})  # not there without batch norm
 
@@ -141,7 +126,7 @@ class Finetuner:
         """Eval-mode logits `[b, c]` of uint8 images."""
         network = state.params["network"]
         features = self.setup.encode(network, state.batch_stats, images, self.layer)
-        return _classify(state.params["classifier"], features)
+        return classifier.linear(state.params["classifier"], features)
 
     def train(
         self,
@@ -177,11 +162,6 @@ class Finetuner:
                 progress.show(done, None, {"loss": value}, rate, eta)
         progress.close()
         return state
-
-
-def _classify(params: dict[str, jax.Array], features: jax.Array) -> jax.Array:
-    logits = jnp.matmul(features, params["kernel"], precision="highest")
-    return logits + params["bias"][None]
 
 
 def _loss(

@@ -1,9 +1,10 @@
 """`--mode=finetune`: the whole network trained on 1 %, 10 % or 100 % of the labels.
 
 Chen et al. 2020, B.5: class-balanced labels, crops and flips only, SGD with Nesterov momentum,
-60 epochs on 1 % and 30 on more; for vision transformers AdamW with DeiT's values, see
-`finetune_recipe.py`. `--eval.features=untrained` is supervised training from scratch on
-the same labels. No setting is tuned; the test split is only scored.
+60 epochs on 1 % and 30 on more; or as in SimCLR v2 with LARS; for vision transformers AdamW with
+DeiT's values: see `finetune_recipe.py`. `--eval.features=untrained` is supervised training from
+scratch on the same labels. No setting is tuned; the test split is only scored. The network is
+saved, see `finetuned_file.py`.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 from common.data.sources import subset
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import accuracy, batches, finetune, finetune_recipe
+from common.evaluate import accuracy, batches, finetune, finetune_recipe, finetuned_file
 from common.evaluate.finetune_recipe import Recipe
 from common.evaluate.pretrained import Pretrained
 from common.run import console, files
@@ -58,26 +59,35 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     layers = setup.network.backbone.layers
     tx = finetune_recipe.optimizer(recipe, size, steps, per_epoch, layers)
     tuner = finetune.Finetuner(setup, s.layer, train.num_classes, tx, recipe, s.seed)
+    how = {"epochs": epochs, "batch_size": size, **dataclasses.asdict(recipe)}
+    classes = train.class_names or tuple(map(str, range(train.num_classes)))
+    place = finetuned_file.reserve(opened, tuple(classes), how)
     state = tuner.init(opened.state.params, opened.state.batch_stats)
     console.say(f"Training on {len(ids):,} labelled images for {epochs:g} epochs, {steps:,} steps.")
     state = tuner.train(state, opened.batches(images, size, keep), steps, size)
 
     logits, wanted, _ = opened.extract(test, encode=functools.partial(tuner.logits, state))
     logits, wanted = accuracy.labelled("test", logits, wanted)
-    metrics = accuracy.top_k(logits, wanted) | {
+    scores = accuracy.top_k(logits, wanted)
+    metrics = scores | {
         "protocol": f"fine-tuning of all layers, {recipe.in_words()}",
         "fraction": c.fraction,
         "ids": listed,
         "num_train": len(ids),
         "num_test": len(wanted),
-        "epochs": epochs,
-        "batch_size": size,
-        **dataclasses.asdict(recipe),
+        **how,
+        "finetuned": None,
     }
+    where = ""
+    if place:
+        arrays = {"params": state.params, "batch_stats": state.batch_stats}
+        path = place.write(arrays, scores | {"num_train": len(ids), "num_test": len(wanted)})
+        metrics["finetuned"] = path and f"{finetuned_file.FOLDER}/{path.name}"
+        where = f"; the network is in {path}" if path else "; the network could NOT be saved"
     start = "from scratch" if s.features == "untrained" else f"from {opened.subject}"
     return metrics, (
         f"Fine-tuned on {100 * c.fraction:g} % of the labels ({len(ids):,} images) {start}, layer "
-        f"{s.layer}, {epochs:g} epochs: {accuracy.in_words(metrics, test)}."
+        f"{s.layer}, {epochs:g} epochs: {accuracy.in_words(metrics, test)}{where}."
     )
 
 

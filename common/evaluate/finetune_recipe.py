@@ -1,8 +1,9 @@
-"""How `--mode=finetune` trains: two recipes of the literature, and any field of them changed.
+"""How `--mode=finetune` trains: three recipes of the literature, and any field of them changed.
 
-SGD is Chen et al. 2020, B.5. AdamW is that of DeiT's code (Touvron et al. 2021), with which MoCo v3
-fine-tunes its ViTs, without RandAugment, random erasing, repeated augmentation and averaged
-weights, and with mixup and CutMix only where asked for.
+SGD is Chen et al. 2020, B.5. LARS is SimCLR v2's (Chen et al. 2020b, and the command in its
+README): the classifier has no trust ratio, as in the authors' code. AdamW is that of DeiT's code
+(Touvron et al. 2021), with which MoCo v3 fine-tunes its ViTs, without RandAugment, random erasing,
+repeated augmentation and averaged weights, and with mixup and CutMix only where asked for.
 """
 
 import dataclasses
@@ -21,14 +22,19 @@ from common.errors import UserError
 # Of fields that are None. A warm-up in percent fits a run of any length; DeiT's is 5 of 300 epochs.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {
-        "learning_rate": 0.05, "weight_decay": 0.0, "warmup": "0 steps", "drop_path": 0.0,
-        "label_smoothing": 0.0,
+        "learning_rate": 0.05, "scaling": "linear", "weight_decay": 0.0, "warmup": "0 steps",
+        "drop_path": 0.0, "label_smoothing": 0.0,
+    },
+    "lars": {  # 0.16 with 1,024 images
+        "learning_rate": 0.005, "scaling": "sqrt", "weight_decay": 0.0, "warmup": "0 steps",
+        "drop_path": 0.0, "label_smoothing": 0.0,
     },
     "adamw": {  # 5e-4 x batch / 512
-        "learning_rate": 2.5e-4, "weight_decay": 0.05, "warmup": "5 %", "drop_path": 0.1,
-        "label_smoothing": 0.1,
+        "learning_rate": 2.5e-4, "scaling": "linear", "weight_decay": 0.05, "warmup": "5 %",
+        "drop_path": 0.1, "label_smoothing": 0.1,
     },
 }  # fmt: skip
+_NAMES = {"sgd": "SGD with Nesterov momentum", "lars": "LARS", "adamw": "AdamW"}
 _BELOW_1 = ("drop_path", "label_smoothing")
 
 
@@ -37,8 +43,9 @@ class Recipe:
     """What decides a step of fine-tuning, beside the network and the batch.
 
     Attributes:
-        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw" (0.9, 0.999, 1e-8).
-        learning_rate: base value, x batch / 256.
+        optimizer: "sgd" (Nesterov momentum 0.9), "lars" (momentum 0.9) or "adamw" (0.9, 0.999,
+            1e-8).
+        learning_rate: base value, see `scaling`.
         weight_decay: on kernels, >= 0.
         warmup: a duration, linear; a cosine to 0 follows.
         layer_decay: factor of the learning rate from each layer to the one before it, in (0, 1].
@@ -46,6 +53,8 @@ class Recipe:
         label_smoothing: share of the target spread over all classes, in [0, 1).
         mixup: alpha of Beta(alpha, alpha), see `mixing.draw`; 0 = off.
         cutmix: likewise.
+        scaling: of the learning rate by the batch: "linear" (x batch / 256), "sqrt"
+            (x sqrt(batch)) or "none".
     """
 
     optimizer: str = "sgd"
@@ -57,6 +66,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    scaling: str = "linear"
 
     @classmethod
     def of(cls, c: ConfigDict, encoder: str) -> "Recipe":
@@ -87,6 +97,7 @@ class Recipe:
         return recipe
 
     def _check(self) -> None:
+        one_of_field("eval.finetune.scaling", self.scaling)
         for name in ("learning_rate", "weight_decay", "mixup", "cutmix", *_BELOW_1):
             value, top = getattr(self, name), 1 if name in _BELOW_1 else math.inf
             if not 0 <= value < top:
@@ -109,9 +120,8 @@ class Recipe:
     def in_words(self) -> str:
         """For the record, e.g. "crops and flips, SGD with Nesterov momentum"."""
         mixing = [f"{name} {a:g}" for name in ("mixup", "cutmix") if (a := getattr(self, name))]
-        name = {"sgd": "SGD with Nesterov momentum", "adamw": "AdamW"}[self.optimizer]
         views = ["crops", "flips", *mixing]
-        return f"{', '.join(views[:-1])} and {views[-1]}, {name}"
+        return f"{', '.join(views[:-1])} and {views[-1]}, {_NAMES[self.optimizer]}"
 
 
 SGD = Recipe()
@@ -145,11 +155,11 @@ def optimizer(
         )
     c = section("optimizer")
     c.update(
-        name=recipe.optimizer, learning_rate=recipe.learning_rate, scaling="linear",
+        name=recipe.optimizer, learning_rate=recipe.learning_rate, scaling=recipe.scaling,
         weight_decay=recipe.weight_decay, momentum=0.9, nesterov=recipe.optimizer == "sgd",
         schedule="cosine", warmup=f"{warmup} steps",
     )  # fmt: skip
-    tx = optim.make_optimizer(c, batch_size, steps, steps_per_epoch)[0]
+    tx, _ = optim.make_optimizer(c, batch_size, steps, steps_per_epoch, unadapted=[("classifier",)])
     if recipe.layer_decay == 1:
         return tx
     if not layers:

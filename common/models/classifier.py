@@ -77,7 +77,7 @@ class Classifier:
         variables = {
             "params": arrays["params"]["network"], "batch_stats": arrays["batch_stats"],
         }  # fmt: skip
-        features = self.network.apply(variables, scaled, self.layer, method="encode")
+        features: Any = self.network.apply(variables, scaled, self.layer, method="encode")
         return linear(arrays["params"]["classifier"], features)
 
     def shapes(self) -> Any:
@@ -186,8 +186,8 @@ def load(path: str | os.PathLike) -> tuple[Classifier, dict[str, Any]]:
     named, _, _ = formats.read(path)
     if _digest(named) != header.info["digest"]:
         raise UserError(
-            f"{path} is damaged, its arrays are not those that were saved: copy it again, or run "
-            "--mode=finetune again"
+            f"{path} is damaged, its arrays are not those that were saved: fetch it once more, "
+            "or give the command of --mode=finetune again"
         )
     arrays = {"batch_stats": {}} | unflatten_dict(
         {tuple(k.split("/")): x for k, x in named.items()}
@@ -215,7 +215,7 @@ def _described(found: Mapping[str, Any], path: epath.Path) -> Classifier:
         )
     config = ConfigDict({name: configs.section(name) for name in SECTIONS}).lock()
     configs.update(config, found["config"], str(path))
-    plain = {n: tuple(x) if isinstance(x := found[n], list) else x for n in _PLAIN}
+    plain: dict[str, Any] = {n: tuple(x) if isinstance(x := found[n], list) else x for n in _PLAIN}
     return Classifier(config, info=found["info"] | {"digest": found["digest"]}, **plain)
 
 

@@ -24,8 +24,8 @@ def scale(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype:
     """
     kind = at_least_float32(dtype)
     shape = (1,) * (images.ndim - 1) + (3,)
-    mean, std = (jnp.asarray(v, kind).reshape(shape) for v in (mean, std))
-    return (images.astype(kind) / 255 - mean) / std
+    centre, width = (jnp.asarray(v, kind).reshape(shape) for v in (mean, std))
+    return (images.astype(kind) / 255 - centre) / width
 
 
 class Encoder(nn.Module):

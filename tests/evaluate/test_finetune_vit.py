@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.evaluate import batches, finetune, finetune_recipe
 from common.evaluate.finetune_recipe import Recipe
 from common.method import stream
-from common.models import resnet, vit
+from common.models import classifier, resnet, vit
 from common.setup import make_encoder_setup
 from common.sharding import make_mesh
 
@@ -39,6 +39,10 @@ def test_recipes():
     of_resnet = Recipe.of(settings(optimizer="adamw"), "resnet")
     assert of_resnet == dataclasses.replace(deit, drop_path=0.0)
     assert Recipe.of(settings(optimizer="sgd"), "vit") == Recipe()
+    lars = Recipe("lars", 0.005, 0.0, "0 steps", scaling="sqrt")  # simclr's README
+    assert Recipe.of(settings(optimizer="lars"), "resnet") == lars
+    assert lars.in_words() == "crops and flips, LARS"
+    assert Recipe.of(settings(scaling="none"), "resnet") == Recipe(scaling="none")
     changes = {"learning_rate": 0.0, "weight_decay": 0.3, "warmup": "3 epochs", "layer_decay": 0.75,
                "drop_path": 0.0, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0}  # fmt: skip
     assert Recipe.of(settings(**changes), "vit") == Recipe("adamw", **changes)
@@ -50,7 +54,8 @@ def test_recipes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "lars"}, 'eval.finetune.optimizer="lars" is unknown'),
+        ({"optimizer": "lamb"}, 'eval.finetune.optimizer="lamb" is unknown'),
+        ({"scaling": "square"}, 'eval.finetune.scaling="square" is unknown'),
         ({"drop_path": 0.1}, "drop_path=0.1 needs a vision transformer, found model.encoder=resne"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 cannot be used: expected a finite number, 0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 cannot be .* 0 or more and less than 1"),
@@ -75,9 +80,8 @@ def parameters(**changes):
     """Shapes of what is fine-tuned behind the head's first layer."""
     c = tiny.config("moco_v3", **changes)
     setup = make_encoder_setup(c, make_mesh(jax.devices()[:1]))
-    tuner = finetune.Finetuner(setup, "head1", 3, optax.sgd(1.0))
     params, _ = jax.eval_shape(setup.init_network, jax.random.key(0))
-    return setup, {"network": tuner._used(params), "classifier": {"kernel": 0.0, "bias": 0.0}}
+    return setup, classifier.start(setup.network, "head1", 3, params)
 
 
 VIT_SCALES = {
