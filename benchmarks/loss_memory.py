@@ -8,8 +8,8 @@ XLA's own analysis of the compiled program for one device of this machine; nothi
 import jax
 import jax.numpy as jnp
 
+from common.queue import Queue, slots
 from moco_jax.loss import info_nce
-from moco_jax.queue import Queue, slots
 from simclr_jax.loss import nt_xent
 
 DIM = 128

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import side_by_side
+from common import queue as queues
 from common.contrast import normalize
 from common.plan import collectives
 from common.sharding import batch_sharding, make_mesh, replicated, state_shardings
-from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 
 BATCH, DIM, TEMPERATURE = 256, 128, 0.2

@@ -146,7 +146,22 @@ def scattered_lse(lse: jax.Array, axis: str | None) -> jax.Array:
     shift = jnp.where(shift == -jnp.inf, 0, shift)
     total = jax.lax.psum_scatter(jnp.exp(lse - shift), axis, tiled=True)
     start = jax.lax.axis_index(axis) * total.shape[0]
-    return jnp.log(total) + jax.lax.dynamic_slice_in_dim(shift, start, total.shape[0])
+    return _log(total) + jax.lax.dynamic_slice_in_dim(shift, start, total.shape[0])
+
+
+def joint_lse(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The log-sum-exp over two sets of keys, from that over each; -inf: it has no keys.
+
+    `jnp.logaddexp` has no gradient where both are -inf.
+    """
+    shift = jax.lax.stop_gradient(jnp.maximum(a, b))
+    shift = jnp.where(shift == -jnp.inf, 0, shift)
+    return _log(jnp.exp(a - shift) + jnp.exp(b - shift)) + shift
+
+
+def _log(total: jax.Array) -> jax.Array:
+    """`log`, whose gradient at 0, a sum over no keys, is 0 times infinity otherwise."""
+    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
 
 
 def cross_entropy(positive: jax.Array, negatives_lse: jax.Array) -> jax.Array:

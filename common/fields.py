@@ -175,6 +175,9 @@ CONFIG: dict[str, dict[str, Field]] = {
         "stages": Field((),
             "blocks per stage of a custom network; depth is then ignored",
             example=(2, 2, 2, 2)),
+        "bottleneck": Field(False,
+            "blocks of model.stages are bottlenecks (1x1, 3x3, 1x1), as those of depth 50 and more",
+            before=False),
         "width": Field(64, "channels of the first stage"),
         "width_multiplier": Field(1, "multiplies all channels, e.g. 2 for a ResNet-50 (2x)"),
         "stem": Field("imagenet",
@@ -196,6 +199,12 @@ CONFIG: dict[str, dict[str, Field]] = {
         "zero_init_residual": Field(True,
             "start the last scale of a residual block at 0, as in SimCLR's code; False: at 1, as "
             "in torchvision", before=True),
+        "resnet_d": Field(False,
+            "ResNet-D as in SimCLR v2: an imagenet stem of three 3x3 convolutions, shortcuts that "
+            "average 2x2 pixels", before=False),
+        "sk_ratio": Field(0.0,
+            "selective kernels in bottlenecks, with a squeeze to this share of the channels "
+            "(SimCLR v2: 0.0625); 0 = none; needs model.resnet_d", least=0, before=0.0),
     },
     "vit": {
         "variant": Field("S",
@@ -293,4 +302,9 @@ CONFIG: dict[str, dict[str, Field]] = {
 # fmt: on
 
 # `before` of fields in the sections of methods.
-METHODS_BEFORE = {"simclr.loss_scale": 1.0}
+METHODS_BEFORE = {
+    "simclr.loss": "nt_xent",
+    "simclr.loss_scale": 1.0,
+    "simclr.memory_momentum": 0.999,
+    "moco.loss_scale": 1.0,
+}

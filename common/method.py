@@ -45,6 +45,8 @@ class Method(Protocol):
         chance: accuracy of guessing in the contrastive task: at or below it, nothing has been
             learned; None: there is no such task.
         classification: of a network that is trained to classify; None of all others.
+        supervised: whether training reads the images' labels, apart from the probe's: summaries
+            and evaluations then say so.
     """
 
     MEANINGS: ClassVar[Mapping[str, str]] = {}
@@ -53,6 +55,7 @@ class Method(Protocol):
     setup: Setup
     chance: float | None = None
     classification: Classification | None = None
+    supervised: bool = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

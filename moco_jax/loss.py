@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from common import contrast
+from common import queue as queue_lib
 from common.errors import UserError
 from common.sharding import AXIS, each_device
-from moco_jax import queue as queue_lib
 
 
 @jax.named_scope("loss")
@@ -56,34 +56,26 @@ def info_nce(
     """
     contrast.check_temperature(temperature)
     check_rows("info_nce", queries, keys)
-    _check_queue(queries, queue.keys, length, mesh)
+    queue_lib.check("info_nce", queue, length, queries.shape, mesh)
     dtype = jnp.result_type(queries, keys, queue.keys, jnp.float32)
     live = queue_lib.mask(length, queue.keys.shape[1], step)
 
     def local(queries, keys, negatives, live, temperature, axis):
         mean = functools.partial(mean_of_rows, axis=axis)
-        keys, negatives = jax.lax.stop_gradient((keys, negatives))
+        keys = jax.lax.stop_gradient(keys)
         queries = contrast.normalize(queries.astype(dtype))
         similarity = jnp.sum(queries * contrast.normalize(keys.astype(dtype)), axis=-1)
         positive = similarity / temperature
-        live = live.reshape(-1)
-        negatives = negatives.astype(dtype).reshape(live.shape[0], -1)
-        threshold = contrast.tie_threshold(positive, temperature)
-        everyone = contrast.gather_rows(queries / temperature, axis)
-        lse, above = contrast.rows_lse(
-            everyone,
+        lse, above, total = queue_lib.scored(
+            queries / temperature,
+            contrast.tie_threshold(positive, temperature),
             negatives,
-            jnp.zeros(everyone.shape[0], jnp.int32),
-            jnp.where(live, 1, -1).astype(jnp.int32),
-            contrast.gather_rows(threshold, axis),
+            live,
+            axis=axis,
             block_size=block_size,
             precision=precision,
         )
-        lse = contrast.scattered_lse(lse, axis)
         loss = mean(contrast.cross_entropy(positive, lse))
-        total = jnp.where(live[:, None], negatives, 0).sum(axis=0)
-        if axis is not None:
-            above, total = jax.lax.psum((above, total), axis)
         queries, similarity = jax.lax.stop_gradient((queries, similarity))
         return loss, {
             "contrastive_top1": jnp.mean(above < 1, dtype=dtype),
@@ -109,20 +101,4 @@ def check_rows(loss: str, queries: jax.Array, keys: jax.Array) -> None:
         raise UserError(
             f"{loss}: queries are {list(queries.shape)} and keys {list(keys.shape)}: expected "
             "two equal shapes [b, d] with b >= 1"
-        )
-
-
-def _check_queue(queries, negatives, length, mesh):
-    slots, rows, dim = negatives.shape
-    expected = queue_lib.slots(length, rows), rows, queries.shape[1]
-    if (slots, rows, dim) != expected:
-        raise UserError(
-            f"info_nce: the queue is {[slots, rows, dim]}: expected {list(expected)} for length "
-            f"{length} and queries {list(queries.shape)}, make it with queue.init of that length"
-        )
-    devices = 1 if mesh is None else mesh.size
-    if queries.shape[0] % devices or rows % devices:
-        raise UserError(
-            f"info_nce: {queries.shape[0]} queries and {rows} queue rows cannot be split over "
-            f"{devices} devices: use multiples of {devices}"
         )

@@ -1,28 +1,12 @@
 """What all versions of MoCo share: a momentum encoder, its keys, and the step that uses them."""
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import optax
 
+from common import momentum as momentum_encoder
 from common.method import Method, embedding_metrics, stream
-from common.setup import TrainState
-
-
-@flax.struct.dataclass
-class MomentumState(TrainState):
-    """The state of a run with a momentum encoder.
-
-    Attributes:
-        key_params: encoder and head that make the keys; the average of `params` over the steps.
-        key_batch_stats: running statistics of their own passes.
-    """
-
-    key_params: Any
-    key_batch_stats: Any
 
 
 class MomentumMethod(Method):
@@ -31,23 +15,27 @@ class MomentumMethod(Method):
     Attributes:
         pairs: a query's view and its key's, of each direction of the loss.
         key_views: the views of which keys are made, in the order of their passes.
+        loss_scale: factor on the loss before its gradient is taken.
     """
 
-    KEY_PARTS: ClassVar = ("backbone", "head")  # the momentum encoder has no predictor
     pairs: tuple[tuple[int, int], ...] = ((0, 1),)
     key_views: tuple[int, ...] = (1,)
+    loss_scale: float = 1.0
 
     def momentum(self, step: jax.Array) -> float | jax.Array:
         """Share of the old parameters in the update of the momentum encoder in step t = 0, 1 ..."""
         raise NotImplementedError
 
-    def contrast(self, queries: jax.Array, keys: jax.Array, state: Any) -> tuple[jax.Array, dict]:
+    def contrast(
+        self, queries: jax.Array, keys: jax.Array, state: Any, direction: int
+    ) -> tuple[jax.Array, dict]:
         """Loss of one direction, a scalar, and its metrics; no gradient reaches the keys.
 
         Args:
             queries: `[b, dim]`, of one view.
             keys: `[b, dim]`, of the other.
             state: before the step.
+            direction: its number in `pairs`.
         """
         raise NotImplementedError
 
@@ -69,6 +57,9 @@ class MomentumMethod(Method):
 
         The momentum encoder is updated before it makes keys, with the parameters that make this
         step's queries. Each view has a pass of its own, so batch statistics are of one view.
+
+        The metric "loss" is the sum of the directions whatever `loss_scale` is, and "gradient_norm"
+        is of the gradient that the optimiser gets, which is `loss_scale` times that of "loss".
         """
         setup, images = self.setup, batch["images"]
         key_params = self.averaged(state, self.momentum(state.step))
@@ -80,13 +71,13 @@ class MomentumMethod(Method):
 
         def loss_fn(params: Any) -> tuple:
             stats, losses, metrics, seen, projected = state.batch_stats, [], [], [], []
-            for (view, _), its_keys in zip(self.pairs, keys, strict=True):
+            for direction, ((view, _), its_keys) in enumerate(zip(self.pairs, keys, strict=True)):
                 draws = stream(key, state.step, f"query{view}")
                 features, z, stats = setup.forward(params, stats, images[:, view], draws)
                 queries = z
                 if setup.network.predictor is not None:
                     queries, stats = setup.apply("predict", params, stats, z)
-                loss, scores = self.contrast(queries, its_keys, state)
+                loss, scores = self.contrast(queries, its_keys, state, direction)
                 losses.append(loss)
                 metrics.append(scores)
                 seen.append(features)
@@ -94,11 +85,11 @@ class MomentumMethod(Method):
             # means over the directions; the loss itself is their sum
             scores = jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
             features, z = by_image(seen), by_image(projected)
-            return sum(losses), (stats, features, scores | embedding_metrics(features, z))
+            total = sum(losses)
+            scores |= {"loss": total} | embedding_metrics(features, z)
+            return self.loss_scale * total, (stats, features, scores)
 
-        (loss, (stats, features, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
+        grads, (stats, features, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
         state, more = setup.next_state(
             state,
             grads,
@@ -109,39 +100,15 @@ class MomentumMethod(Method):
             key_batch_stats=key_stats,
             **self.next_fields(state, keys),
         )
-        return state, {"loss": loss} | metrics | more
+        return state, metrics | more
 
-    @jax.named_scope("update")
     def averaged(self, state: Any, momentum: float | jax.Array) -> Any:
-        """The momentum encoder's parameters after one update with the encoder's of this step.
-
-        Those that are not trained are left alone: a mean of equal numbers is off by a rounding.
-        """
-        params = {part: state.params[part] for part in self.KEY_PARTS}
-        new = optax.incremental_update(params, state.key_params, 1 - momentum)
-        for part, name in self.setup.network.frozen:
-            new[part] = new[part] | {name: state.key_params[part][name]}
-        return new
-
-    def key_tree(self, tree: Any) -> Any:
-        """A copy of the part of `params` or `batch_stats` that the momentum encoder has."""
-        return jax.tree.map(jnp.copy, {k: x for k, x in tree.items() if k in self.KEY_PARTS})
-
-    def started(self, start: TrainState) -> dict[str, Any]:
-        """Fields of the first `MomentumState`, from a `TrainState`."""
-        fields = {field.name: getattr(start, field.name) for field in dataclasses.fields(start)}
-        return fields | {
-            "key_params": self.key_tree(start.params),
-            "key_batch_stats": self.key_tree(start.batch_stats),
-        }
+        """The momentum encoder's parameters after one update with the encoder's of this step."""
+        return momentum_encoder.averaged(state, momentum, self.setup.network.frozen)
 
     def adopted(self, state: Any, taken: set[str]) -> tuple[Any, list[str]]:
         """Without a momentum encoder in that run, the key encoder is a copy of its weights."""
-        if any(name.startswith("key_params/") for name in taken):
-            return state, []
-        names = ["key_params", "key_batch_stats"]
-        copies = map(self.key_tree, (state.params, state.batch_stats))
-        return dataclasses.replace(state, **dict(zip(names, copies, strict=True))), names
+        return momentum_encoder.adopted(state, taken)
 
 
 def by_image(directions: list[jax.Array]) -> jax.Array:

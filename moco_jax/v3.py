@@ -1,18 +1,19 @@
 """MoCo v3 (Chen et al. 2021): a momentum encoder and a predictor, the batch instead of a queue."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from common import momentum
 from common.contrast import check_temperature
 from common.errors import UserError
 from common.models.heads import ProjectionHead
+from common.momentum import MomentumState
 from common.setup import Setup
-from moco_jax.momentum import MomentumMethod, MomentumState
+from moco_jax.momentum import MomentumMethod
 from moco_jax.v3_loss import batch_info_nce
 
 
@@ -52,8 +53,7 @@ class MoCoV3(MomentumMethod):
     def __init__(self, setup: Setup) -> None:
         """Raises a `UserError` for a value out of its range."""
         c = setup.config
-        if not 0 <= c.momentum < 1:
-            raise UserError(f"moco_v3.momentum={c.momentum}: expected 0 <= momentum < 1")
+        momentum.check("moco_v3.momentum", c.momentum)
         check_temperature(c.temperature, "moco_v3.temperature")
         if c.momentum_schedule not in ("cosine", "constant"):
             raise UserError(
@@ -69,22 +69,20 @@ class MoCoV3(MomentumMethod):
 
     def init(self, key: jax.Array) -> MomentumState:
         """See `Method.init`. The momentum encoder starts as a copy of encoder and head."""
-        return MomentumState(**self.started(super().init(key)))
+        return MomentumState(**momentum.started(super().init(key)))
 
     def momentum(self, step: jax.Array) -> jax.Array:
-        """See `MomentumMethod.momentum`: `1 - (1 - m) (1 + cos(pi t / T)) / 2` in step t of T.
+        """See `MomentumMethod.momentum`: on a cosine to 1, as in the authors' code."""
+        c = self.setup.config
+        if c.momentum_schedule == "constant":
+            return jnp.asarray(c.momentum)
+        return momentum.cosine(step, self.setup.total_steps, c.momentum, 1)
 
-        As in the authors' code, where t counts the steps of the warm-up too.
-        """
-        m = self.setup.config.momentum
-        if self.setup.config.momentum_schedule == "constant":
-            return jnp.asarray(m)
-        fraction = step.astype(float) / self.setup.total_steps
-        return 1 - (1 - m) * (1 + jnp.cos(math.pi * fraction)) / 2
-
-    def contrast(self, queries: jax.Array, keys: jax.Array, state: MomentumState) -> tuple:
+    def contrast(
+        self, queries: jax.Array, keys: jax.Array, state: MomentumState, direction: int
+    ) -> tuple:
         """See `MomentumMethod.contrast`: the keys of the other images are the negatives."""
-        del state
+        del state, direction
         temperature, mesh = self.setup.config.temperature, self.setup.mesh
         return batch_info_nce(queries, keys, temperature=temperature, mesh=mesh)
 

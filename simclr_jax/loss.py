@@ -1,10 +1,13 @@
-"""NT-Xent: every embedding against all other embeddings of the global batch."""
+"""NT-Xent and DCL: every embedding against all other embeddings of the global batch."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from common import contrast
+from common import queue as queues
 from common.errors import UserError
 from common.sharding import AXIS, each_device
 
@@ -14,6 +17,7 @@ def nt_xent(
     z2: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
@@ -25,10 +29,15 @@ def nt_xent(
     Chen et al. 2020 (arXiv 2002.05709), eq. 1. The authors' code averages over N and adds the two
     halves, which is twice this value; `simclr.loss_scale=2` gives their gradient.
 
+    Decoupled, the other view is left out of the sum in the softmax's denominator, which then holds
+    the 2N - 2 embeddings of other images only: DCL, Yeh et al. 2021 (arXiv 2110.06848), eq. 6.
+    It is below 0 once the other view outweighs all of those together, which is no fault.
+
     Args:
         z1: `[n, d]`, first view; any float type, any length of the vectors.
         z2: `[n, d]`, second view of the same images in the same order.
         temperature: > 0.
+        decoupled: DCL instead of NT-Xent.
         mesh: where `z1` and `z2` are split along their rows; each device then holds the
             embeddings of all but computes its own rows only. None: one device.
         block_size: edge of the tiles of logits; memory is O(n d + block_size^2).
@@ -38,8 +47,8 @@ def nt_xent(
         Scalar, at least float32.
 
     Raises:
-        UserError: if the shapes differ or are not `[n, d]` with n >= 1, if n cannot be split over
-            the mesh, or if the temperature is not positive.
+        UserError: if the shapes differ or are not `[n, d]` with n >= 1 (decoupled: 2), if n cannot
+            be split over the mesh, or if the temperature is not positive.
     """
     if z1.shape != z2.shape:
         raise UserError(
@@ -50,7 +59,12 @@ def nt_xent(
         raise UserError(f"nt_xent: z1 and z2 are {list(z1.shape)}: expected [n, d], flatten them")
     z = jnp.stack([z1, z2], axis=1)  # on an unsplit axis: nothing is communicated
     return nt_xent_with_metrics(
-        z, temperature, mesh=mesh, block_size=block_size, precision=precision
+        z,
+        temperature,
+        decoupled=decoupled,
+        mesh=mesh,
+        block_size=block_size,
+        precision=precision,
     )[0]
 
 
@@ -59,26 +73,38 @@ def nt_xent_with_metrics(
     z: jax.Array,
     temperature: float | jax.Array = 0.1,
     *,
+    decoupled: bool = False,
+    memory: queues.Queue | None = None,
+    memory_length: int = 0,
+    step: jax.Array | int = 0,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`nt_xent` of views that travel together, and what to watch while training.
 
+    With a memory its keys are in the denominator of every row, beside the 2n - 2 other negatives
+    (Chen et al. 2020b, arXiv 2006.10029, section 2). Push the new keys after this, not before.
+
     Args:
         z: `[n, 2, d]`, the two views of each image side by side, split along axis 0.
         temperature: > 0.
-        mesh: as in `nt_xent`.
+        decoupled: as in `nt_xent`.
+        memory: more negatives, unit norm, no gradient; None: none. Empty entries do not count.
+        memory_length: number of its keys that count, >= 1.
+        step: int >= 0, number of pushes into the memory so far.
+        mesh: as in `nt_xent`; the rows of the memory are split too, and it is not communicated.
         block_size: as in `nt_xent`.
         precision: as in `nt_xent`.
 
     Returns:
         The loss, and metrics without gradient: `contrastive_top1` and `contrastive_top5` (fraction
-        of rows whose positive is the best, or among the best five, of the 2n - 1; ties are misses),
-        `positive_similarity` and `negative_similarity` (mean cosines; 0 if n = 1).
+        of rows whose positive is the best, or among the best five, of the 2n - 1 and the keys of
+        the memory; ties are misses), `positive_similarity` and `negative_similarity` (mean
+        cosines; 0 without negatives).
 
     Raises:
-        UserError: as `nt_xent`.
+        UserError: as `nt_xent`, or if the memory does not fit the batch or the mesh.
     """
     contrast.check_temperature(temperature)
     if z.ndim != 3 or z.shape[1] != 2 or z.shape[0] < 1 or z.shape[2] < 1:
@@ -91,8 +117,18 @@ def nt_xent_with_metrics(
             f"use a multiple of {mesh.size}"
         )
     n = z.shape[0]
+    if decoupled and n == 1:
+        raise UserError(
+            "dcl: a batch of 1 image has no negatives, and the positive is not in the denominator: "
+            "expected at least 2 images"
+        )
+    keys_and_live: tuple[jax.Array, ...] = ()
+    if memory is not None:
+        queues.check("nt_xent", memory, memory_length, (2 * n, z.shape[2]), mesh)
+        live = queues.mask(memory_length, memory.keys.shape[1], step) & queues.filled(memory)
+        keys_and_live = memory.keys, live
 
-    def local(z, temperature, axis):
+    def local(z, temperature, *memory, axis):
         def total(x):  # sum over rows, of all devices
             return x.sum(axis=0) if axis is None else jax.lax.psum(x.sum(axis=0), axis)
 
@@ -104,27 +140,35 @@ def nt_xent_with_metrics(
         similarity = jnp.sum(z[:, 0] * z[:, 1], axis=-1)
         positive = jnp.repeat(similarity / temperature, 2)
         rows = z.reshape(-1, z.shape[2])
-        lse, above = contrast.self_lse(
-            rows / jnp.sqrt(temperature),
-            ids,
-            contrast.tie_threshold(positive, temperature),
-            axis=axis,
-            block_size=block_size,
-            precision=precision,
-        )
-        loss = total(contrast.cross_entropy(positive, lse)) / (2 * n)
+        threshold = contrast.tie_threshold(positive, temperature)
+        tiles = {"axis": axis, "block_size": block_size, "precision": precision}
+        lse, above = contrast.self_lse(rows / jnp.sqrt(temperature), ids, threshold, **tiles)
+        if memory:
+            past, ranks, keys = queues.scored(rows / temperature, threshold, *memory, **tiles)
+            lse = contrast.joint_lse(lse, past)
+            above += jax.lax.dynamic_slice_in_dim(ranks, 2 * first, len(rows))
+        each = lse - positive if decoupled else contrast.cross_entropy(positive, lse)
+        loss = total(each) / (2 * n)
         rows, similarity = jax.lax.stop_gradient((rows, similarity))
         # The sum over all ordered pairs, less each row with itself and with its positive.
         positives, mean = 2 * total(similarity), total(rows)
         negatives = jnp.sum(mean * mean) - jnp.sum(total(rows * rows)) - positives
-        pairs = float(2 * n * (2 * n - 2))  # as an integer it has more than 32 bits at 2n = 65,536
+        # as an integer it has more than 32 bits at 2n = 65,536
+        pairs: Any = float(2 * n * (2 * n - 2))
+        if n == 1:  # there is none: what the difference leaves is rounding
+            negatives, pairs = 0 * loss, 1.0
+        if memory:
+            negatives += jnp.sum(mean * keys)
+            of_memory = 2 * n * total(memory[1].reshape(-1).astype(loss.dtype))
+            pairs = pairs + of_memory if n > 1 else jnp.maximum(of_memory, 1)
         return loss, {
             "contrastive_top1": total((above < 1).astype(loss.dtype)) / (2 * n),
             "contrastive_top5": total((above < 5).astype(loss.dtype)) / (2 * n),
             "positive_similarity": positives / (2 * n),
-            "negative_similarity": negatives / pairs if n > 1 else 0 * loss,
+            "negative_similarity": negatives / pairs,
         }
 
     temperature = jnp.asarray(temperature)
-    specs = PartitionSpec(AXIS), PartitionSpec()
-    return each_device(local, mesh, specs, PartitionSpec())(z, temperature)
+    rows, slots = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+    specs = rows, PartitionSpec(), *(slots for _ in keys_and_live)
+    return each_device(local, mesh, specs, PartitionSpec())(z, temperature, *keys_and_live)

@@ -26,6 +26,76 @@ def nt_xent(z1, z2, temperature):
     return -log_probs[own].mean(), np.split(d_z, 2)
 
 
+def dcl(z1, z2, temperature):
+    """Yeh et al. eq. 6 averaged over 2N rows, and its gradient, row by row from the definition."""
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, loss, d_unit = unit(z), 0.0, np.zeros_like(z)
+    for i in range(2 * n):
+        other_view = (i + n) % (2 * n)
+        negatives = [j for j in range(2 * n) if j not in (i, other_view)]
+        logits = u[negatives] @ u[i] / temperature
+        top = logits.max()
+        total = np.exp(logits - top).sum()
+        loss += (top + np.log(total) - u[i] @ u[other_view] / temperature) / (2 * n)
+        share = np.exp(logits - top) / total / (2 * n * temperature)
+        d_unit[i] += share @ u[negatives] - u[other_view] / (2 * n * temperature)
+        d_unit[negatives] += share[:, None] * u[i]
+        d_unit[other_view] -= u[i] / (2 * n * temperature)
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return loss, np.split(d_z, 2)
+
+
+def with_memory(z1, z2, keys, temperature, decoupled=False):
+    """NT-Xent, or DCL, with `keys` beside the batch's negatives; gradients by z1 and z2.
+
+    Every row has a line of 2N - 2 + K logits of negatives, written out.
+    """
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, other_view = unit(z), np.roll(np.arange(2 * n), n)
+    others = [[j for j in range(2 * n) if j % n != i % n] for i in range(2 * n)]
+    others = np.array(others, int).reshape(2 * n, 2 * n - 2)
+    logits = np.concatenate([(u[:, None] * u[others]).sum(-1), u @ keys.T], 1) / temperature
+    positive = (u * u[other_view]).sum(1) / temperature
+    top = np.maximum(logits.max(1), positive)
+    negatives = np.exp(logits - top[:, None])
+    own = np.exp(positive - top) * (not decoupled)
+    total = negatives.sum(1) + own
+    d_logits = negatives / total[:, None] / (2 * n * temperature)
+    d_positive = (own / total - 1) / (2 * n * temperature)
+    d_unit = d_logits[:, 2 * n - 2 :] @ keys
+    for i in range(2 * n):
+        d_unit[i] += d_logits[i, : 2 * n - 2] @ u[others[i]] + d_positive[i] * u[other_view[i]]
+        np.add.at(d_unit, others[i], d_logits[i, : 2 * n - 2, None] * u[i])
+        d_unit[other_view[i]] += d_positive[i] * u[i]
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return (top + np.log(total) - positive).mean(), np.split(d_z, 2)
+
+
+def supcon(z1, z2, labels, temperature):
+    """Khosla et al. eq. 2 averaged over 2N rows, and its gradient, from full logits and masks.
+
+    The positives of a row: all others of its class, and its own other view without a label.
+    """
+    z = np.concatenate([z1, z2]).astype(np.float64)
+    n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
+    u, labels, image = unit(z), np.tile(labels, 2), np.tile(np.arange(n), 2)
+    itself = np.eye(2 * n, dtype=bool)
+    same = (labels[:, None] == labels) & (labels >= 0)[:, None]
+    positive = (same | (image[:, None] == image)) & ~itself
+    logits = u @ u.T / temperature
+    logits[itself] = -np.inf
+    top = logits.max(axis=1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    share = positive / positive.sum(axis=1, keepdims=True)
+    loss = -np.where(positive, log_probs, 0)[positive] @ share[positive] / (2 * n)
+    d_logits = (np.exp(log_probs) - share) / (2 * n)
+    d_unit = (d_logits + d_logits.T) @ u / temperature
+    d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
+    return loss, np.split(d_z, 2)
+
+
 def info_nce(queries, keys, negatives, temperature):
     """He et al. eq. 1 averaged over the batch and its gradient by `queries`, with all logits."""
     queries, keys, negatives = (np.asarray(x, np.float64) for x in (queries, keys, negatives))

@@ -164,7 +164,7 @@ def test_groups_that_do_not_divide_the_batch_are_refused(groups):
             config.check(tiny.config(method, model__bn_groups=groups))
 
 
-@pytest.mark.parametrize("name", ["simclr_cifar10", "moco_cifar10"])
+@pytest.mark.parametrize("name", ["simclr_cifar10", "moco_cifar10", "moco_v2plus_cifar10"])
 def test_the_configs_for_two_cores_are_sound(name):
     c = importlib.import_module(f"configs.{name}").get_config("cpu")
     config.check(c)
@@ -184,6 +184,7 @@ OURS = (True, "he", "", "lecun", 1.0)  # what the figures of the demos and of :c
         ("simclr_tpu", "", (True, "lecun", "", "normal", 2.0)),  # the authors' TensorFlow
         ("simclr_cifar10", "", (False, "he", "torch", "torch", 1.0)),  # torchvision, a new stem
         ("moco_cifar10", "", (False, "he", "torch", "torch", None)),
+        ("moco_v2plus_cifar10", "", (False, "he", "torch", "torch", None)),
         ("moco_tpu", "", (False, "he", "", "torch", None)),  # torchvision
         ("simclr_cifar10", "cpu", OURS),
         ("moco_cifar10", "cpu", (*OURS[:4], None)),
@@ -220,6 +221,36 @@ def test_a_run_from_before_the_scale_of_the_loss_goes_on_with_1():
     config.check_same_run(saved, config.as_dict(begun), "w")
     with pytest.raises(UserError, match=r"simclr.loss_scale \(was 'absent', now 2.0\)"):
         config.check_same_run(saved, config.as_dict(c), "w")
+
+
+def test_a_run_from_before_dcl_goes_on_with_nt_xent():
+    c = tiny.config("simclr", simclr__loss="dcl")
+    saved = config.as_dict(c)
+    del saved["simclr"]["loss"]
+    begun, newer = config.as_begun(c, saved)
+    assert begun.simclr.loss == "nt_xent" and newer == {"simclr.loss": "nt_xent"}
+    config.check_same_run(saved, config.as_dict(begun), "w")
+    with pytest.raises(UserError, match=r"simclr.loss \(was 'absent', now 'dcl'\)"):
+        config.check_same_run(saved, config.as_dict(c), "w")
+    with pytest.raises(UserError, match=r'simclr.loss="dlc" is unknown.*did you mean "dcl"'):
+        tiny.build(tiny.config("simclr", simclr__loss="dlc"))
+
+
+def test_runs_from_before_memory_and_v2plus_go_on_without():
+    """Nothing has to be given for the new fields, and what they would change is refused."""
+    new = {
+        "simclr": {"memory_length": 40, "memory_momentum": 0.9},
+        "moco": {"momentum_end": 0.999, "queue_per_view": True, "loss_scale": 0.5},
+    }
+    for method, fields in new.items():
+        saved = config.as_dict(tiny.config(method))
+        for name in fields:
+            del saved[method][name]
+        config.check_same_run(saved, config.as_dict(tiny.config(method)), "w")
+        for name, value in fields.items():
+            c = tiny.config(method, **{f"{method}__{name}": value})
+            with pytest.raises(UserError, match=rf"{method}.{name} \(was 'absent', now {value}\)"):
+                config.check_same_run(saved, config.as_dict(c), "w")
 
 
 def test_a_run_starts_from_one_place():
@@ -272,6 +303,7 @@ def test_a_field_of_another_version_is_named():
 def test_chance_is_that_of_guessing():
     """Of 2 x 16 views each has 31 others; a query has its key and the 40 of the queue."""
     assert tiny.build(tiny.config("simclr"), 1).chance == 1 / 31
+    assert tiny.build(tiny.config("simclr", simclr__memory_length=40), 1).chance == 1 / 71
     assert tiny.build(tiny.config("moco", model__bn_groups=4), 1).chance == 1 / 41
 
 

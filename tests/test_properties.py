@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import config as configs
+from common import queue as queues
 from common.data.feed import pipeline
 from common.data.order import order
 from common.data.sources import tfrecords
@@ -18,7 +19,6 @@ from common.errors import UserError
 from common.optim import learning_rate_schedule, steps_of
 from common.run import digests
 from common.sharding import local_rows, make_mesh
-from moco_jax import queue as queues
 
 # the same examples each time, and few: this is to be quick
 quick = hypothesis.settings(max_examples=25, derandomize=True, deadline=None, database=None)

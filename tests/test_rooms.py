@@ -17,8 +17,8 @@ BASE = "common"  # files of common/ and common/data/ that are not a room of thei
 ROOMS = (
     BASE, "common.run", "common.data.images", "common.data.sources", "common.data.augment",
     "common.data.feed", "common.models", "common.optim", "common.setup", "common.method",
-    "common.train", "simclr_jax", "moco_jax", "common.evaluate", "common.export", "common.plan",
-    "common.cli", "main",
+    "common.momentum", "common.train", "simclr_jax", "moco_jax", "common.evaluate",
+    "common.export", "common.plan", "common.cli", "main",
 )  # fmt: skip
 METHODS = ("simclr_jax", "moco_jax")  # `common` does not know them, nor they each other
 BEGIN, END = "%% arrows: python tests/test_rooms.py\n", "```"

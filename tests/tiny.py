@@ -51,7 +51,7 @@ def config(method: str, **changes: Any) -> ConfigDict:
     if method == "moco_v3":
         settings |= {"moco_v3__momentum": 0.75, "moco_v3__predictor_hidden": 8}
     if method == "distil":
-        settings |= {"views": 1, "head__kind": "moco_v1", "head__dim": 0}
+        settings |= {"views": 1, "head__kind": "moco_v1", "head__dim": CLASSES}
         dtype = changes.get("model__dtype", "float32")
         settings |= {"distil__teacher": teacher(dtype), "distil__temperature": 2.0}
     for name, value in (settings | changes).items():
@@ -236,10 +236,19 @@ VIT: dict[str, Any] = {
 VARIANTS: dict[str, dict] = {
     "simclr": {},
     "simclr_groups": {"model__bn_groups": 4, "head__layers": 3},
+    "simclr_dcl": {"simclr__loss": "dcl"},
+    # Two slots of 32 keys, 24 of the oldest one masked, as in moco_symmetric.
+    "simclr_memory": {"simclr__memory_length": 40, "simclr__memory_momentum": 0.75},
+    "simclr_supcon": {"simclr__loss": "supcon"},
     # Larger than anything else in the step, and no multiple of the batch.
     "moco": {"model__bn_groups": 8, "moco__queue_length": 8189},
     # Two slots of 32 keys, 24 of the oldest one masked.
     "moco_symmetric": {"model__bn_groups": 4, "moco__symmetric": True},
+    # Two slots of 16 keys of each view, 12 of the oldest one masked.
+    "moco_v2plus": {
+        "moco__symmetric": True, "moco__queue_per_view": True, "moco__queue_length": 20,
+        "moco__momentum_end": 0.95, "moco__loss_scale": 0.5, "model__bn_groups": 1,
+    },
     "moco_short_queue": {
         "model__bn_groups": 1, "moco__queue_length": 5, "head__kind": "moco_v1",
     },

@@ -16,9 +16,9 @@ from benchmarks.record import steps
 from benchmarks.record.ledger import Found
 from benchmarks.record.setting import Setting
 from benchmarks.running import Running
+from common import queue as queues
 from common.evaluate import knn
 from common.sharding import to_global
-from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 from simclr_jax.loss import nt_xent
 from tests import oracles

@@ -65,6 +65,7 @@ def run(
         "image_size": opened.image_size,
         "checkpoint_step": opened.step,
         "method": opened.config.method,
+        "supervised": opened.method.supervised and settings.features == "trained",
         "source": opened.config.data.source,
         "train_split": opened.config.data.train_split,
         "test_split": opened.config.data.test_split,

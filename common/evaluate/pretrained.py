@@ -56,7 +56,8 @@ class Pretrained:
     def subject(self) -> str:
         """What is evaluated, for a sentence."""
         return {
-            "trained": f"the encoder after step {self.step:,}",
+            "trained": f"the {'supervised ' * self.method.supervised}encoder after step "
+            f"{self.step:,}",
             "untrained": "the untrained encoder",
             "pixels": "raw pixels",
         }[self.settings.features]

@@ -98,6 +98,7 @@ def weights_of(opened: Pretrained) -> tuple[dict[str, np.ndarray], dict[str, Any
         "layout": own.name,
         "weights": opened.settings.features,
         "method": config.method,
+        "supervised": opened.method.supervised and opened.settings.features == "trained",
         "step": opened.step,
         "data": f"{shortened(run['data']['source'])} ({run['data']['train_split']})",
         "init_from": shortened(config.init_from),

@@ -31,7 +31,7 @@ def scale(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype:
 class Encoder(nn.Module):
     """Base of encoders: `__call__`, `feature_dim` and a field `dtype`; the rest is optional.
 
-    An encoder with batch norm also has a field `bn_groups`, see `resnet.BatchNorm`.
+    An encoder with batch norm also has a field `bn_groups`, see `batch_norm.BatchNorm`.
     """
 
     @property

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from common.config import one_of_field
 from common.errors import UserError, one_of
 from common.models import initial, resnet, vit
+from common.models.batch_norm import BatchNorm
 from common.models.encoder import Encoder, at_least_float32
-from common.models.resnet import BatchNorm
 
 HEADS = ("simclr", "moco_v1", "moco_v2", "moco_v3")
 

@@ -90,7 +90,10 @@ class TorchvisionResNet(Layout):
     kind = "resnet"
     words = "ResNet with torchvision's names"
     section = "config.model"
-    marks = (("conv1.weight",), ("layer1.0.conv1.weight",))
+    marks = (
+        ("conv1.weight", "conv1.0.weight"),  # ResNet-D has a sequence of convolutions
+        ("layer1.0.conv1.weight", "layer1.0.conv1.conv.weight"),  # with selective kernels
+    )
     classifier = "fc"
 
     def to_other(self, params: Mapping, batch_stats: Mapping) -> dict[str, Any]:
@@ -109,11 +112,24 @@ class TorchvisionResNet(Layout):
     def about(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """See `Layout`."""
         network = layout.describe(arrays)
-        return network | {"conv1": layout.conv1(network["stem"]), "batch_norm_epsilon": 1e-5}
+        first = layout.conv1(network["stem"], network["resnet_d"])
+        return network | {"conv1": first, "batch_norm_epsilon": 1e-5}
 
     def loads_into(self, about: Mapping[str, Any]) -> str:
         """See `Layout`."""
         return f"torchvision.models.{about['torchvision']}()" if about["torchvision"] else ""
+
+    def fitted(
+        self, arrays: Mapping[str, Any], metadata: Mapping[str, Any], path: str
+    ) -> tuple[dict[str, Any], list[str]]:
+        """See `Layout`: says what names and shapes of a ResNet-D from elsewhere do not show."""
+        del path
+        other = not metadata and layout.describe(arrays)["resnet_d"]
+        note = (
+            "a ResNet-D from elsewhere: here the first shortcut of stage 1 averages 2x2 pixels, as "
+            "in SimCLR v2; timm's (resnet50d) does not, and is then another function"
+        )
+        return dict(arrays), [note] if other else []
 
 
 class TimmViT(Layout):

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from common.config import one_of_field
 from common.errors import UserError
 from common.models import attention, initial, positions
+from common.models.batch_norm import BatchNorm
+from common.models.convolution import conv, space_to_depth
 from common.models.encoder import Encoder, at_least_float32
-from common.models.resnet import BatchNorm, conv, space_to_depth
 
 # name -> width, depth, heads: Dosovitskiy et al. 2021, table 1; Touvron et al. 2021, table 1. MoCo
 # v3 gives its ViT-S 12 heads.

@@ -53,7 +53,8 @@ def start_up(
     views = len(run.recipe.views)
     still = f", {' and '.join(name for _, name in frozen)} not trained" if frozen else ""
     lines = {
-        "method": config.method,
+        "method": config.method
+        + (", supervised: its loss reads the labels" if run.method.supervised else ""),
         **run.method.notes,
         "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
@@ -145,6 +146,7 @@ def finish(
         evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png")
     summary = {
         "method": config.method,
+        "supervised": run.method.supervised,
         "dataset": f"{source.name} ({source.split})",
         "seed": config.seed,
         "started_from": config.init_from or config.resume_from or None,
@@ -178,7 +180,8 @@ def finish(
 
 def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
     """The last lines of a run."""
-    lines = ["", f"Trained {summary['method']} for {summary['steps']:,} steps."]
+    supervised = ", supervised," if summary.get("supervised") else ""  # not in older summaries
+    lines = ["", f"Trained {summary['method']}{supervised} for {summary['steps']:,} steps."]
     drawn = {
         str(workdir / name): text for name, text in PICTURES.items() if (workdir / name).exists()
     }
@@ -240,8 +243,11 @@ def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) ->
             "learned."
         )
     verb = "learned" if knn > init else "did NOT learn"
-    return f"So it {verb}{' more' if given else ''}: {gain}, {lead} over raw pixels, " + (
-        "by what its teacher says of the images."
+    seen = (
+        "with the labels of its training images"
+        if summary.get("supervised")
+        else "by what its teacher says of the images"
         if "teacher" in summary
-        else f"without seeing a label{' in this run' if given else ''}."
+        else f"without seeing a label{' in this run' if given else ''}"
     )
+    return f"So it {verb}{' more' if given else ''}: {gain}, {lead} over raw pixels, {seen}."

@@ -100,14 +100,24 @@ def test_names_and_shapes_are_torchvisions(depth, entries, parameters):
     assert layout.describe(got) == {
         "depth": depth, "stages": tuple(BLOCKS[depth]), "bottleneck": depth == 50, "width": 64,
         "stem": "imagenet", "feature_dim": 512 if depth == 18 else 2048,
-        "torchvision": f"resnet{depth}",
+        "resnet_d": False, "selective_kernels": False, "torchvision": f"resnet{depth}",
     }  # fmt: skip
+
+
+D = {"stages": (2, 1), "width": 4, "resnet_d": True}
+RESNET_D = [
+    D,
+    D | {"stem": "cifar"},
+    D | {"stem": "cifar", "bottleneck": True, "sk_ratio": 0.5},
+    {"depth": 50, "width": 4, "resnet_d": True, "sk_ratio": 0.5},
+]
 
 
 @pytest.mark.parametrize(
     "network",
     [{"depth": 50, "width": 4}]
-    + [{"stages": (2, 1, 1), "width": 4, "stem": stem} for stem in resnet.STEMS],
+    + [{"stages": (2, 1, 1), "width": 4, "stem": stem} for stem in resnet.STEMS]
+    + [pytest.param(x, marks=pytest.mark.slow) for x in RESNET_D],
 )
 def test_there_and_back_is_exact(network):
     trees = variables(**network)
@@ -118,6 +128,9 @@ def test_there_and_back_is_exact(network):
     found = layout.describe(arrays)
     assert found["stem"] == network.get("stem", "imagenet")
     assert found["feature_dim"] == resnet.ResNet(**network).feature_dim
+    assert found["depth"] == network.get("depth") and found["width"] == 4
+    assert found["resnet_d"] == network.get("resnet_d", False)
+    assert found["selective_kernels"] == ("sk_ratio" in network)
     assert found["torchvision"] == ""  # of its constructors none is so narrow
 
 

@@ -10,9 +10,9 @@ import oracles
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from common import queue as queue_lib
 from common.errors import UserError
 from common.sharding import batch_sharding, make_mesh, replicated
-from moco_jax import queue as queue_lib
 from moco_jax.loss import info_nce
 
 D = 6

@@ -13,15 +13,19 @@ import optax
 import pytest
 import tiny
 
+from common import queue as queues
 from common.errors import UserError
+from common.momentum import QueueState
 from common.setup import Setup, make_encoder_setup
 from common.sharding import batch_sharding, make_mesh
 from moco_jax import method as moco
-from moco_jax import queue as queues
 
 VARIANTS = [
     "moco",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("moco_symmetric", "moco_short_queue")),
+    *(
+        pytest.param(x, marks=pytest.mark.slow)
+        for x in ("moco_symmetric", "moco_v2plus", "moco_short_queue")
+    ),
 ]
 ONE_GROUP = {"model__bn_groups": 1}
 MEAN = np.reshape([0.485, 0.456, 0.406], (1, 1, 1, 3))  # of the preset moco_v2, for RGB in [0, 1]
@@ -77,10 +81,10 @@ class Oracle:
         return found, stats
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loss_and_gradient(self, params, stats, keys, queue, images):
+    def loss_and_gradient(self, params, stats, keys, queues, images):
         def loss_fn(params, stats):
             loss = 0.0
-            for (view, _), k in zip(self.pairs, keys, strict=True):
+            for (view, _), k, queue in zip(self.pairs, keys, queues, strict=True):
                 q, stats = self.forward(params, stats, images[:, view], shuffled=False)
                 logits = jnp.concatenate([(q * k).sum(1, keepdims=True), q @ queue.T], 1)
                 logits = logits / self.c.moco.temperature
@@ -91,12 +95,19 @@ class Oracle:
 
 
 def ema(run, steps):
-    """Closed form: m^s k_0 + (1 - m) sum_i m^(s-1-i) theta_i, theta_i from *before* step i."""
-    m, states = run.method.run.config.moco.momentum, run.states
+    """Closed form: m^s k_0 + (1 - m) sum_i m^(s-1-i) theta_i, theta_i from *before* step i.
+
+    Where m changes from step to step, each power is a product.
+    """
+    c, states = run.method.run.config.moco, run.states
+    m = np.full(steps, c.momentum)
+    if c.momentum_end:
+        rest = (1 + np.cos(np.pi * np.arange(steps) / 8)) / 2  # of a run of 8 steps
+        m = c.momentum_end - (c.momentum_end - c.momentum) * rest
 
     def closed(start, *thetas):
-        past = [m ** (steps - 1 - i) * theta for i, theta in enumerate(thetas)]
-        return m**steps * start + (1 - m) * sum(past)
+        past = [m[i + 1 :].prod() * (1 - m[i]) * theta for i, theta in enumerate(thetas)]
+        return m.prod() * start + sum(past)
 
     return jax.tree.map(closed, states[0].key_params, *(s.params for s in states[:steps]))
 
@@ -115,7 +126,9 @@ def test_key_parameters_are_the_closed_form_of_their_average(variant):
 def test_steps_equal_the_dense_oracle(variant):
     """Keys, queue, loss, gradient, both encoders' statistics; each step from the state before."""
     run = tiny.cached_run(variant, 8)
-    oracle, length = Oracle(run), run.method.run.config.moco.queue_length
+    oracle, c = Oracle(run), run.method.run.config.moco
+    parts = 2 if c.queue_per_view else 1  # keys of a direction lie between those of the other
+    length = parts * c.queue_length
     remembered = list(np.asarray(run.states[0].queue.keys).reshape(-1, 8))  # oldest first
     with jax.enable_x64(True):
         for step in range(3):
@@ -125,9 +138,11 @@ def test_steps_equal_the_dense_oracle(variant):
             tiny.assert_close(after.key_batch_stats, jax.device_get(key_stats), 1e-10, 0)
             # the loss sees the queue before this step's keys enter it
             queue = np.stack(remembered[-length:])
+            of_direction = [queue[i % parts :: parts] for i in range(len(oracle.pairs))]
             (loss, stats), grads = oracle.loss_and_gradient(
-                before.params, before.batch_stats, keys, queue, images
+                before.params, before.batch_stats, keys, of_direction, images
             )
+            grads = jax.tree.map(lambda x: c.loss_scale * x, grads)
             np.testing.assert_allclose(run.metrics[step]["loss"], loss, rtol=1e-10)
             tiny.assert_close(after.batch_stats, jax.device_get(stats), 1e-10, 0)
             tiny.assert_close(run.gradient(step), jax.device_get(grads), 1e-8, 1e-12)
@@ -169,7 +184,7 @@ def test_the_loss_of_both_directions_is_their_sum():
     method, rng = moco.MoCo(Plain(c)), np.random.default_rng(0)
     directions = ((0, 1), (1, 0))
     params, key_params = rng.normal(size=(2, 8 * 8 * 3, 8)).astype(np.float32)
-    state = moco.MoCoState(
+    state = QueueState(
         step=jnp.int32(1), params={"backbone": params, "head": {}}, batch_stats=jnp.int32(0),
         opt_state=optax.EmptyState(), key_params={"backbone": key_params, "head": {}},
         key_batch_stats=jnp.int32(0),
@@ -335,7 +350,7 @@ def test_a_queue_that_is_longer_than_an_epoch_is_remarked_on_by_who_trains(caplo
         assert not caplog.records
         c = tiny.config("moco", model__bn_groups=4, moco__queue_length=80)
         tiny.build(c, 1)
-        assert "moco.queue_length=80 is longer than an epoch, of 64 images" in caplog.text
+        assert "moco.queue_length=80 is longer than an epoch, of 64 keys" in caplog.text
         caplog.clear()
         c.model.bn_groups = 1
         moco.MoCo(make_encoder_setup(c, make_mesh(jax.devices()[:1])))

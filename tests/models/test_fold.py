@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from common.models import fold
-from common.models.resnet import BatchNorm, Block
+from common.models.batch_norm import BatchNorm
+from common.models.resnet import Block
 
 
 def outcome(fold_norm, dtype, groups=2, train=True, stride=2):

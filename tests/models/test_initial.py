@@ -14,6 +14,7 @@ from etils import epath
 from common import config
 from common.errors import UserError
 from common.models import heads, initial, resnet
+from common.models.batch_norm import BatchNorm
 from common.run import saved_config
 from common.setup import make_encoder_setup
 from common.sharding import make_mesh
@@ -132,7 +133,7 @@ def test_a_network_starts_as_its_config_says(marked):
 @pytest.mark.parametrize("zero", [True, False])
 def test_bottlenecks_start_as_the_config_says_too(zero, marked):
     """Their widening convolutions, whose batch norm is folded in, are drawn elsewhere."""
-    block = resnet.Block(2, 1, True, resnet.BatchNorm, jnp.float32, True, "lecun", zero)
+    block = resnet.Block(2, 1, True, BatchNorm, jnp.float32, True, "lecun", zero)
     assert marked(block, jnp.zeros((1, 4, 4, 3)), False) == {
         "bn1": 1, "bn2": 1, "bn3": 0 if zero else 1, "downsample_bn": 1, "conv1": "lecun",
         "conv2": "lecun", "conv3": "lecun", "downsample_conv": "lecun",

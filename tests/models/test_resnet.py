@@ -12,6 +12,8 @@ import tiny
 
 from common.errors import UserError
 from common.models import resnet
+from common.models.batch_norm import BatchNorm
+from common.models.convolution import conv, space_to_depth
 
 # torchvision's models without their last layer of 1000 classes
 PUBLISHED = {
@@ -165,7 +167,7 @@ def test_encoder_equals_numpy(stem, size):
 def test_bottleneck_equals_numpy(stride):
     """v1.5: the 3x3 convolution has the stride."""
     with jax.enable_x64(True):
-        norm = functools.partial(resnet.BatchNorm, dtype=jnp.float64)
+        norm = functools.partial(BatchNorm, dtype=jnp.float64)
         block = resnet.Block(2, stride, True, norm, jnp.float64)
         x = np.random.default_rng(1).normal(size=(2, 6, 6, 5))
         variables = drawn(block, x, False)
@@ -176,7 +178,7 @@ def test_bottleneck_equals_numpy(stride):
 
 @pytest.mark.parametrize(("bottleneck", "channels"), [(False, 4), (True, 16)])
 def test_a_block_starts_as_the_identity(bottleneck, channels):
-    block = resnet.Block(4, 1, bottleneck, resnet.BatchNorm, jnp.float32)
+    block = resnet.Block(4, 1, bottleneck, BatchNorm, jnp.float32)
     x = np.abs(np.random.default_rng(0).normal(size=(2, 4, 4, channels))).astype(np.float32)
 
     @jax.jit
@@ -192,7 +194,7 @@ def test_a_block_starts_as_the_identity(bottleneck, channels):
 
 
 def test_kernels_start_with_the_variance_of_he_fan_out():
-    layer = resnet.conv(256, 3)
+    layer = conv(256, 3)
     kernel = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]["kernel"]
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 256)), rtol=0.01)
 
@@ -203,7 +205,7 @@ def test_batch_norm_and_its_gradient_equal_numpy(groups):
     rng = np.random.default_rng(2)
     x, dy = rng.normal(2, 3, (6, 2, 2, 5)), rng.normal(size=(6, 2, 2, 5))
     with jax.enable_x64(True):
-        norm = resnet.BatchNorm(groups=groups, dtype=jnp.float64)
+        norm = BatchNorm(groups=groups, dtype=jnp.float64)
         variables = drawn(norm, x, False)
         p, s = variables["params"], variables["batch_stats"]
 
@@ -234,7 +236,7 @@ def test_batch_norm_and_its_gradient_equal_numpy(groups):
 
 def test_batch_norm_of_one_group_is_flax_batch_norm():
     x = np.random.default_rng(3).normal(1, 2, (8, 3, 3, 4)).astype(np.float32)
-    ours, theirs = resnet.BatchNorm(), nn.BatchNorm(momentum=0.9)
+    ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9)
     variables = drawn(ours, x, False)
     for train in (True, False):
         got, new = ours.apply(variables, x, train, mutable=["batch_stats"])
@@ -248,7 +250,7 @@ def test_batch_norm_of_one_group_is_flax_batch_norm():
 def test_a_constant_channel_does_not_become_nan():
     """E[x^2] - E[x]^2 rounds below zero here."""
     x = np.full((64, 1), 1234.567, np.float32)
-    norm = resnet.BatchNorm()
+    norm = BatchNorm()
     variables = norm.init(jax.random.key(0), x, False)
     y, new = norm.apply(variables, x, True, mutable=["batch_stats"])
     assert np.isfinite(y).all() and new["batch_stats"]["var"][0] >= 0.9
@@ -274,7 +276,7 @@ def test_bfloat16_computes_in_it_and_keeps_the_rest_in_float32():
 
 def test_statistics_of_bfloat16_inputs_are_summed_in_float32():
     x = jnp.asarray(np.random.default_rng(4).normal(3, 1, (4096, 2)), jnp.bfloat16)
-    norm = resnet.BatchNorm(dtype=jnp.bfloat16)
+    norm = BatchNorm(dtype=jnp.bfloat16)
     variables = norm.init(jax.random.key(0), x, False)
     y, new = norm.apply(variables, x, True, mutable=["batch_stats"])
     exact = np.asarray(x).astype(np.float64)
@@ -297,17 +299,17 @@ def test_unknown_networks_are_refused(changes, text):
 
 def test_groups_that_do_not_divide_the_batch_and_odd_patches_are_refused():
     x = jnp.zeros((6, 4))
-    norm = resnet.BatchNorm(groups=4)
+    norm = BatchNorm(groups=4)
     variables = norm.init(jax.random.key(0), x, False)
     with pytest.raises(UserError, match=r"bn_groups=4 does not divide the 6 .* 1, 2, 3, 6"):
         norm.apply(variables, x, True, mutable=["batch_stats"])
     with pytest.raises(UserError, match="image size that is a multiple of 4, found 30x28: set"):
-        resnet.space_to_depth(jnp.zeros((1, 30, 28, 3)), 4)
+        space_to_depth(jnp.zeros((1, 30, 28, 3)), 4)
 
 
 def test_statistics_of_one_value_are_refused():
     """In training only; one image with a map of two values has some."""
-    norm, rows = resnet.BatchNorm(groups=4), jnp.arange(8.0)
+    norm, rows = BatchNorm(groups=4), jnp.arange(8.0)
     for x, refused in ((rows.reshape(4, 1, 1, 2), True), (rows.reshape(4, 2, 1, 1), False),
                        (rows.reshape(8, 1, 1, 1), False), (rows.reshape(4, 2), True)):  # fmt: skip
         variables = norm.init(jax.random.key(0), x, False)
@@ -322,7 +324,7 @@ def test_statistics_of_one_value_are_refused():
 
 def bottlenecks(fold_norm, dtype, groups=1):
     """Two bottleneck blocks: with a strided downsampling convolution, and without."""
-    norm = functools.partial(resnet.BatchNorm, groups=groups, dtype=dtype)
+    norm = functools.partial(BatchNorm, groups=groups, dtype=dtype)
 
     class Two(nn.Module):
         @nn.compact

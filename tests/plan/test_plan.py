@@ -136,6 +136,28 @@ def test_plan_of_this_machine(remat, capsys):
     )
 
 
+@pytest.mark.slow
+def test_plan_of_a_memory():
+    """Beside what SimCLR sends: rows to be scored by every device, and what comes back of them."""
+    found = {}
+    for length in (0, 1024):
+        c = tiny.config("simclr", batch_size=64, head__dim=32, simclr__memory_length=length)
+        task = measure.Task(main.METHODS["simclr"], c, Extent(8, 4, 10))
+        found[length] = measure.for_mesh(task, make_mesh())
+    sent = {
+        length: collectives.totals(collectives.Collective(*c) for c in x["collectives"])
+        for length, x in found.items()
+    }
+    rows = 4 * 128 * 32  # bytes of the embeddings
+    more = {
+        kind: sent[1024][kind]["bytes"] - sent[0].get(kind, {"bytes": 0})["bytes"]
+        for kind in ("all-gather", "reduce-scatter")
+    }
+    assert rows <= more["all-gather"] < 1.1 * rows and rows <= more["reduce-scatter"] < 1.1 * rows
+    assert max(c[1] for c in found[1024]["collectives"]) < 4 * 1024 * 32  # the memory stays
+    assert found[1024]["flops"] > found[0]["flops"]
+
+
 def row_for(topology, monkeypatch, **found):
     """The row of a plan with invented measurements for 32 devices."""
     base = {

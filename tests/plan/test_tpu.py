@@ -48,9 +48,9 @@ def compiled(method, topology="v5e:2x4", **changes):
     return found
 
 
-def state_bytes(method):
+def state_bytes(method, **changes):
     """Of all that is on every device, of that the queue, and of the parameters."""
-    built = tiny.build(config(method), 8)
+    built = tiny.build(config(method, **changes), 8)
     state = jax.eval_shape(built.init, jax.random.key(0))
 
     def size(tree):
@@ -87,6 +87,16 @@ def test_moco_sends_nothing_of_the_queue():
     share = size["all"] + size["queue"] / DEVICES
     # layouts pad small arrays, by less than a second copy would take
     assert found["arguments"] < share + size["queue"] / DEVICES
+
+
+def test_a_memory_sends_nothing_of_its_keys_either():
+    """Rows once more to score them, and statistics of the second encoder."""
+    memory = {"simclr__memory_length": 65536}
+    found, size = compiled("simclr", **memory), state_bytes("simclr", **memory)
+    assert_sends(found, "simclr", **memory)
+    share = size["all"] + size["queue"] / DEVICES
+    assert found["arguments"] < share + size["queue"] / DEVICES
+    assert found["aliased"] > 0.95 * share  # the old keys are overwritten
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco_v3"])

@@ -11,8 +11,8 @@ from jax.profiler import ProfileData
 
 from benchmarks import hlo_parts, trace
 from benchmarks.trace import Event
+from common import queue as queues
 from common.errors import UserError
-from moco_jax import queue as queues
 from moco_jax.loss import info_nce
 from simclr_jax.loss import nt_xent_with_metrics
 

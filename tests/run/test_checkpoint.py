@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
+from common import queue as queues
 from common.errors import UserError
 from common.run import checkpoint, digests
 from common.run.checkpoint import Checkpoints
 from common.sharding import batch_sharding, make_mesh, replicated, state_shardings
-from moco_jax import queue as queues
 
 # Orbax leaves the coroutines that it had begun when it stops at a broken file: Python may find them
 # in the test after the one that broke it.

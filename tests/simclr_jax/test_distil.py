@@ -149,7 +149,7 @@ def ready(**changes):
 
 
 def test_the_teachers_file_decides_on_the_classifier():
-    run = ready()
+    run = ready(head__dim=0)
     assert run.config.head.dim == 3 and run.setup.network.head.dim == 3
     assert run.abstract.params["head"]["dense1"]["bias"].shape == (3,)
     assert "62.50 %" in run.method.notes["teacher"] and run.method.chance is None
@@ -196,9 +196,9 @@ def vit_teacher(folder):
 
 
 def test_views_that_the_teacher_cannot_take_are_refused(tmp_path):
-    path = tiny.teacher(stem="imagenet", stages=(1, 1, 1, 1))
-    with pytest.raises(UserError, match=r"cannot take views of 8 pixels.*set augment.size=8"):
-        ready(distil__teacher=path)
+    path = tiny.teacher(stem="patch4")
+    with pytest.raises(UserError, match=r"cannot take views of 10 pixels.*set augment.size=8"):
+        ready(distil__teacher=path, data__image_size=10)
     path = vit_teacher(tmp_path)
     with pytest.raises(UserError, match="is a ViT for images of 8 pixels, and the views have 16"):
         ready(distil__teacher=path, data__image_size=16)

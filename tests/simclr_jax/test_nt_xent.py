@@ -1,4 +1,4 @@
-"""NT-Xent against a NumPy float64 oracle and optax, and the same on any number of devices."""
+"""NT-Xent and DCL against NumPy in float64 and optax, and the same on any number of devices."""
 
 import functools
 import re
@@ -30,9 +30,9 @@ def mesh_of(devices):
 
 
 @functools.cache  # compiling is most of the time of these tests
-def value_and_grad(devices, block=None):
+def value_and_grad(devices, block=None, **options):
     def loss(z1, z2, temperature):
-        return nt_xent(z1, z2, temperature, mesh=mesh_of(devices), block_size=block)
+        return nt_xent(z1, z2, temperature, mesh=mesh_of(devices), block_size=block, **options)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
@@ -53,13 +53,14 @@ def assert_close(got, want, rtol=1e-5, grad_rtol=1e-4):
     assert np.linalg.norm(got - want) <= grad_rtol * np.linalg.norm(want)
 
 
-def test_the_oracle_agrees_with_finite_differences():
+@pytest.mark.parametrize("oracle", [oracles.nt_xent, oracles.dcl])
+def test_the_oracle_agrees_with_finite_differences(oracle):
     z1, z2 = (z.astype(np.float64) for z in views(5, d=3))
-    gradient = oracles.nt_xent(z1, z2, 0.3)[1][0]
+    gradient = oracle(z1, z2, 0.3)[1][0]
     for i, j in np.ndindex(*z1.shape):
         step = np.zeros_like(z1)
         step[i, j] = 1e-5
-        difference = oracles.nt_xent(z1 + step, z2, 0.3)[0] - oracles.nt_xent(z1 - step, z2, 0.3)[0]
+        difference = oracle(z1 + step, z2, 0.3)[0] - oracle(z1 - step, z2, 0.3)[0]
         assert abs(difference / 2e-5 - gradient[i, j]) < 1e-8
 
 
@@ -79,14 +80,43 @@ def test_against_numpy_and_optax(devices, n, block):
                 assert_close(got, optax_value_and_grad(z1, z2, temperature))
 
 
-def test_float64_is_the_same_on_any_number_of_devices():
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"decoupled": True}, marks=pytest.mark.slow)],
+    ids=["nt_xent", "dcl"],
+)
+def test_float64_is_the_same_on_any_number_of_devices(options):
     z1, z2 = (z.astype(np.float64) for z in views(16))
+    oracle = oracles.dcl if options else oracles.nt_xent
     with jax.enable_x64(True):
-        one = value_and_grad(1, 5)(z1, z2, 0.1)
+        one = value_and_grad(1, 5, **options)(z1, z2, 0.1)
         assert one[0].dtype == np.float64
-        assert_close(one, oracles.nt_xent(z1, z2, 0.1), 1e-12, 1e-12)
+        assert_close(one, oracle(z1, z2, 0.1), 1e-12, 1e-12)
         for devices in (2, 8):
-            assert_close(value_and_grad(devices, 5)(z1, z2, 0.1), one, 1e-12, 1e-9)
+            assert_close(value_and_grad(devices, 5, **options)(z1, z2, 0.1), one, 1e-12, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("devices", "n", "block"),
+    [(1, 13, 4), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((8, 24, 7), (None, 2, 3)))],
+)
+def test_dcl_against_numpy(devices, n, block):
+    """Of 2 images too, and of almost aligned views, where it is below 0."""
+    run = value_and_grad(devices, block, decoupled=True)
+    for temperature in TEMPERATURES:
+        for noise in (1.0, 0.05):
+            z1, z2 = views(n, noise=noise)
+            want = oracles.dcl(z1, z2, temperature)
+            assert_close(run(z1, z2, temperature), want)
+            assert noise == 1 or temperature > 0.1 or want[0] < 0
+
+
+def test_dcl_of_collapsed_embeddings_is_the_log_of_their_negatives():
+    loss, metrics = jax.jit(lambda z: nt_xent_with_metrics(z, 0.1, decoupled=True))(
+        jnp.full((10, 2, 3), 0.7)
+    )
+    np.testing.assert_allclose(loss, np.log(18), rtol=1e-6)
+    assert metrics["contrastive_top1"] == 0
 
 
 def test_gradient_of_shared_parameters_is_not_scaled_by_the_device_count():
@@ -217,6 +247,7 @@ def test_what_travels_is_the_embeddings_once():
         (((4, 3), (4, 3)), {"temperature": 0.0}, "temperature"),
         (((4, 3), (4, 3)), {"temperature": -1}, "temperature"),
         (((4, 3), (4, 3)), {"temperature": np.inf}, "temperature=inf"),
+        (((1, 3), (1, 3)), {"decoupled": True}, "dcl: a batch of 1 image has no negatives"),
         (((6, 3), (6, 3)), {"mesh": 4}, "n=6 images cannot be split over 4"),
     ],
 )

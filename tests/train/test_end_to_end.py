@@ -7,12 +7,14 @@ import shutil
 
 import jax
 import numpy as np
+import opened_run
 import pytest
 import tiny
 from PIL import Image
 from test_writer import read_events
 
 import main
+from common.cli import modes
 from common.data.sources.opening import open_source
 from common.errors import UserError
 from common.evaluate.online import make_evaluator
@@ -26,7 +28,7 @@ from common.train.position import Position
 from common.train.prepare import Extent, prepare
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
-CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "simclr_vit_tpu"]
+CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "moco_v2plus_cifar10", "simclr_vit_tpu"]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
            "probe_top1", "images_per_second"}  # fmt: skip
 TOTAL = 7
@@ -94,6 +96,9 @@ def assert_same_run(c, got, want):
     wanted = {"params", "batch_stats", "opt_state", "probe", "step"}
     wanted |= {"key_params", "key_batch_stats"} if "moco" in c.method else set()
     wanted |= {"queue"} if c.method == "moco" else set()
+    wanted |= {"teacher"} if c.method == "distil" else set()
+    if "simclr" in c and c.simclr.memory_length:
+        wanted |= {"key_params", "key_batch_stats", "queue"}
     assert wanted <= {name.split(".")[1].split("[")[0] for name in b}
 
 
@@ -148,10 +153,11 @@ DEVICE = tiny.VIT | {"data__augment_on": "device", "steps_per_dispatch": 2, "mic
         ("simclr", "fake", 6),
         pytest.param("moco", "jpeg", 6, marks=pytest.mark.slow),
         pytest.param("moco_v3", "device", 5, marks=pytest.mark.slow),  # steps 5 and 6
+        pytest.param("simclr", "memory", 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_continues_bit_by_bit(method, images, dies_at, folder, tmp_path, monkeypatch):
-    changes = DEVICE if images == "device" else {}
+    changes = {"device": DEVICE, "memory": {"simclr__memory_length": 20}}.get(images, {})
     c = small(method, folder if images == "jpeg" else None, data__fake_classes=2, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = run(c, whole)
@@ -254,6 +260,22 @@ def test_a_run_without_labels_or_test_set(tmp_path):
     assert not any("probe_loss" in r for r in lines(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_supervised_run_says_that_it_is_one(tmp_path, capsys):
+    """Where its method, its score or its encoder are named; random pixels and the untrained not."""
+    changes = {"microbatch": 4, "model__bn_groups": 4, "duration": "3 steps"}
+    c = small("simclr", simclr__loss="supcon", **changes)
+    assert run(c, tmp_path)["supervised"]
+    said = capsys.readouterr().err
+    assert "method  simclr, supervised: its loss reads the labels" in said
+    assert "Trained simclr, supervised, for 3 steps." in said
+    for features, word in (("trained", "the supervised encoder after step 3"), ("pixels", "raw")):
+        settings = opened_run.config(features=features)
+        record = modes.run("knn", str(tmp_path), settings, main.METHODS)
+        assert record["supervised"] == (features == "trained")
+        assert word in capsys.readouterr().out
+
+
 def bad(tmp_path, words, method="simclr", devices=2, **changes):
     with pytest.raises(UserError) as caught:
         run(small(method, **changes), tmp_path / "work", devices)
@@ -270,6 +292,10 @@ def bad(tmp_path, words, method="simclr", devices=2, **changes):
         ({"data__source": "webdataset"}, ["webdataset", "embedded", "folder:PATH"]),
         ({"data__source": "tfds:no_such_set"}, ["no_such_set", "TFDS_DATA_DIR"]),
         ({"data__source": "folder:/no/such/folder"}, ["/no/such/folder", "data.source"]),
+        (
+            {"simclr__loss": "supcon", "data__fake_classes": 0},
+            ["simclr.loss=supcon", "data.labels", "nt_xent"],
+        ),
         ({"batch_size": 9, "model__bn_groups": 3}, ["batch_size=9", "2 devices", "8"]),
         ({"batch_size": 40}, ["40", "20 examples", "batch_size"]),
         ({"model__bn_groups": 3}, ["bn_groups=3", "batch_size=8"]),

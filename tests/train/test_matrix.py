@@ -25,8 +25,15 @@ from common.train.prepare import Extent
 
 pytestmark = pytest.mark.slow
 
+# What changes the state of a method, or what it reads of a batch; DCL and MoCo v2+ change neither.
+VARIANTS = {
+    "": ("", {}),
+    "supcon": ("simclr", {"simclr__loss": "supcon"}),
+    "memory": ("simclr", {"simclr__memory_length": 40}),
+}
 OPTIONS = {
-    "method": ("simclr", "moco", "moco_v3"),
+    "method": ("simclr", "moco", "moco_v3", "distil"),
+    "variant": tuple(VARIANTS),
     "model__encoder": ("resnet", "vit"),
     "data__augment_on": ("host", "both", "device"),
     "steps_per_dispatch": (1, 2),
@@ -46,9 +53,17 @@ def possible(row):
     """
     vit = row["model__encoder"] == "vit"
     return not (
-        (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
+        (row["variant"] and row["method"] != VARIANTS[row["variant"]][0])
+        or (row["steps_per_dispatch"] > 1 and row["data__augment_on"] != "device")
         or (row["microbatch"] and row["model__bn_groups"] == 1 and not vit)
     )
+
+
+def changes_of(row):
+    """The fields of a row by the names of `tiny.config`, without what the run starts from."""
+    changes = {k: v for k, v in row.items() if "__" in k}
+    changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
+    return changes | VARIANTS[row["variant"]][1]
 
 
 def pairs(row):
@@ -72,11 +87,8 @@ def name_of(row):
 
 def config(row, **more):
     """Of a run, without what it starts from."""
-    changes = NETWORK | {k: v for k, v in row.items() if "__" in k} | more
-    c = tiny.config(row["method"], data__fake_examples=60, data__fake_classes=3, **changes)
-    c.data.source, c.microbatch = "fake", row["microbatch"]
-    c.steps_per_dispatch = row["steps_per_dispatch"]
-    return c
+    fake = {"data__source": "fake", "data__fake_examples": 60, "data__fake_classes": 3}
+    return tiny.config(row["method"], **(NETWORK | changes_of(row) | fake | more))
 
 
 class Plain:
@@ -141,11 +153,9 @@ def every_mode(workdir, devices):
 
 @pytest.mark.parametrize("row", covering(OPTIONS | {"elsewhere": (1, 8)}), ids=name_of)
 def test_what_modes_say_of_an_encoder_is_not_of_how_it_was_trained(row, plain, tmp_path):
-    changes = {k: v for k, v in row.items() if "__" in k}
-    changes |= {k: row[k] for k in ("microbatch", "steps_per_dispatch")}
     want = plain.modes(row)
-    changes |= {row["start"]: str(plain.workdir(row))} if row["start"] else {}
-    opened_run.write(tmp_path / "run", row["method"], **(NETWORK | changes))
+    start = {row["start"]: str(plain.workdir(row))} if row["start"] else {}
+    opened_run.write(tmp_path / "run", row["method"], **(NETWORK | changes_of(row) | start))
     found = every_mode(tmp_path / "run", row["elsewhere"])
     for name, value in want.items():
         if name == "weights":

@@ -135,9 +135,13 @@ def test_another_scale_of_images_is_said(tmp_path, capsys):
     assert "here with mean (0.5, 0.4, 0.3) and std (1.0, 1.0, 1.0)" in said
 
 
-@pytest.mark.parametrize("name", ["moco", "moco_v3"])
-def test_a_momentum_encoder_follows_weights_of_a_run_without_one(name):
-    method = tiny.build(tiny.config(name, model__bn_groups=4), 2)
+@pytest.mark.parametrize(
+    "variant", ["moco", "moco_v3", pytest.param("simclr_memory", marks=pytest.mark.slow)]
+)
+def test_a_momentum_encoder_follows_weights_of_a_run_without_one(variant):
+    c = tiny.config(variant, model__bn_groups=4) if variant in tiny.METHODS else (
+        tiny.variant_config(variant, "float32"))  # fmt: skip
+    method = tiny.build(c, 2)
     state = tiny.place_state(method)
     got, derived = method.adopted(state, {"params/backbone/stem_conv/kernel"})
     assert derived == ["key_params", "key_batch_stats"]
@@ -146,6 +150,36 @@ def test_a_momentum_encoder_follows_weights_of_a_run_without_one(name):
     assert a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
     same, derived = method.adopted(state, {"params/x", "key_params/x"})
     assert same is state and derived == []
+
+
+@pytest.mark.slow
+def test_a_memory_begins_empty_after_a_run_without_one_and_is_left_behind(tmp_path):
+    """The momentum encoder and the keys of a run with a memory are no part of one without."""
+    memory = {"simclr__memory_length": 40}
+    plain, more = opened_run.write(tmp_path / "a"), opened_run.write(tmp_path / "b", **memory)
+    for workdir, there, changes in (
+        (plain, {}, memory),
+        (more, memory, {}),
+        (more, memory, memory),
+    ):
+        c = tiny.config("simclr", **changes)
+        method = tiny.build(c, 2)
+        (work := tmp_path / f"{workdir.name}{len(changes)}").mkdir()
+        state = jax.jit(method.init)(jax.random.key(0))
+        got = resume_from.adopt(str(workdir), epath.Path(work), method, state)
+        record = json.loads((work / resume_from.FILE).read_text())
+        unused = {name.split("/")[0] for name in record["not_used"]}
+        if not changes:
+            assert not hasattr(got, "queue") and not record["derived"]
+            assert unused == {"key_params", "key_batch_stats", "queue"}
+            continue
+        assert not unused and record["derived"] == (
+            [] if there else ["key_params", "key_batch_stats"]
+        )
+        assert bool(np.any(got.queue.keys)) == bool(there)
+        same = np.array_equal(*(tiny.named_leaves(x["head"])["['dense1']['kernel']"]
+                                for x in (got.key_params, got.params)))  # fmt: skip
+        assert same != bool(there)
 
 
 @pytest.mark.slow

@@ -96,12 +96,29 @@ def test_a_plain_jit_of_the_step_compiles_once_too(method):
     assert [x[:3] for x in tiny.avals(state).values()] == [x[:3] for x in before.values()]
 
 
-def test_simclr_step_equals_a_dense_one_in_another_order():
-    """NT-Xent as a 2N x 2N matrix, first all first views, then all second ones; float64."""
-    run = tiny.cached_run("simclr", 8)
+def dense_losses(variant, labels, similarity):
+    """Of each row, from `exp(cosine / T)` with itself left out: `[2b, 2b]`, 0 on the diagonal."""
+    b = len(labels)
+    positive = np.roll(np.eye(2 * b), b, axis=1)
+    denominator = similarity - similarity * positive if variant == "simclr_dcl" else similarity
+    if variant == "simclr_supcon":
+        twice = np.tile(labels, 2)
+        same = (twice[:, None] == twice) & (twice >= 0)[:, None] & ~np.eye(2 * b, dtype=bool)
+        positive = np.maximum(positive, same)
+    shares = jnp.where(positive > 0, similarity, 1) / denominator.sum(1, keepdims=True)
+    return -(positive * jnp.log(shares)).sum(1) / positive.sum(1)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["simclr", *(pytest.param(f"simclr_{x}", marks=pytest.mark.slow) for x in ("dcl", "supcon"))],
+)
+def test_simclr_step_equals_a_dense_one_in_another_order(variant):
+    """The loss as a 2N x 2N matrix, first all first views, then all second ones; float64."""
+    run = tiny.cached_run(variant, 8)
     setup, before, after = run.method.setup, run.states[0], run.states[1]
-    images = tiny.host_batch(run.method.run.config, 0)["images"]
-    b = len(images)
+    batch = tiny.host_batch(run.method.run.config, 0)
+    images, b = batch["images"], len(batch["images"])
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = (np.concatenate([images[:, 0], images[:, 1]]) / 255 - mean) / std
 
@@ -112,8 +129,7 @@ def test_simclr_step_equals_a_dense_one_in_another_order():
         )  # fmt: skip
         z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
         similarity = jnp.exp(z @ z.T / 0.1) * (1 - np.eye(2 * b))
-        positive = similarity[np.arange(2 * b), np.roll(np.arange(2 * b), b)]
-        return -jnp.log(positive / similarity.sum(1)).mean(), new["batch_stats"]
+        return dense_losses(variant, batch["labels"], similarity).mean(), new["batch_stats"]
 
     with jax.enable_x64(True):
         (loss, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(before.params)

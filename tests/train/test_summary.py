@@ -24,7 +24,8 @@ POSITION = Position(results=SCORES, images_per_second=1.0, seconds=2.0)
 def test_weights_of_another_run_are_not_called_untrained(tmp_path, capsys, field):
     c = tiny.config("simclr", evaluate__pictures=False, **({field: "runs/other"} if field else {}))
     source = types.SimpleNamespace(name="photos", split="train")
-    run = types.SimpleNamespace(config=c, source=source, extent=Extent(800, 10))
+    method = types.SimpleNamespace(supervised=False)
+    run = types.SimpleNamespace(config=c, source=source, extent=Extent(800, 10), method=method)
     got = summary.finish(run, epath.Path(tmp_path), None, None, POSITION)
     said = capsys.readouterr().err
     assert got["started_from"] == ("runs/other" if field else None)
@@ -48,6 +49,15 @@ def test_weights_of_another_run_are_not_called_untrained(tmp_path, capsys, field
 def words(tmp_path, **fields):
     made = {"method": "moco", "steps": 800, "probe_top1": None} | SCORES | fields
     return "\n".join(summary.in_words(made, epath.Path(tmp_path)))
+
+
+def test_a_supervised_run_is_not_said_to_have_seen_no_label(tmp_path):
+    said = words(tmp_path, supervised=True)
+    assert "Trained moco, supervised, for 800 steps." in said
+    assert "over raw pixels, with the labels of its training images." in said
+    assert "without seeing" not in said
+    said = words(tmp_path, supervised=False)
+    assert "supervised" not in said and "without seeing a label." in said
 
 
 def test_a_summary_of_an_older_version_is_still_read(tmp_path):

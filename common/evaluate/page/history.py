@@ -13,8 +13,8 @@ from common.run import jsonl, pictures, saved_config
 
 # Fields of results.jsonl that say how a result was measured: shown in other columns, or not at all.
 _PROTOCOL = {
-    "mode", "features", "layer", "checkpoint_step", "method", "source", "train_split",
-    "test_split", "seed", "run_seed", "device", "jax", "command", "time",
+    "mode", "features", "layer", "checkpoint_step", "method", "supervised", "source",
+    "train_split", "test_split", "seed", "run_seed", "device", "jax", "command", "time",
 }  # fmt: skip
 
 

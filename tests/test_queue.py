@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from common import queue as queue_lib
 from common.errors import UserError
 from common.sharding import batch_sharding, make_mesh, replicated, state_shardings
-from moco_jax import queue as queue_lib
 
 # length, rows: a multiple, a remainder, exactly one slot, shorter than a slot, a single key.
 SIZES = [(32, 8), (27, 8), (8, 8), (5, 8), (1, 8), (17, 4), (3, 1)]

@@ -1,0 +1,285 @@
+"""SimCLR's memory: the loss with all its logits, and the step written densely."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import tiny
+
+from common import queue as queues
+from common.errors import UserError
+from common.sharding import make_mesh
+from simclr_jax.loss import nt_xent_with_metrics
+
+N, D = 16, 6  # images of a batch; a slot of the memory holds 32 keys
+MEAN = np.reshape([0.485, 0.456, 0.406], (1, 1, 1, 3))  # of the preset moco_v2, for RGB in [0, 1]
+STD = np.reshape([0.229, 0.224, 0.225], (1, 1, 1, 3))
+
+
+def example(length=75, noise=1.0, seed=0):
+    """Two views of N images, and the slots of a memory."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(N, D))
+    z1, z2 = (base + noise * rng.normal(size=(N, D)) for _ in range(2))
+    slots = queues.slots(length, 2 * N)
+    keys = oracles.unit(rng.normal(size=(slots * 2 * N, D))).reshape(slots, 2 * N, D)
+    return np.stack([z1, 3 * z2], axis=1), keys  # lengths must have no effect
+
+
+def last_keys(keys, length, step):
+    """The last `length` keys, found without the module under test."""
+    slots = len(keys)
+    order = [(step + i) % slots for i in range(slots)]
+    return keys[order].reshape(-1, D)[-length:]
+
+
+@functools.cache  # compiling is most of the time of these tests
+def value_and_grad(devices, length, decoupled=False):
+    """Blocks of 7 divide neither the rows nor the keys of a device."""
+
+    def loss(z, keys, step, temperature):
+        return nt_xent_with_metrics(
+            z, temperature, decoupled=decoupled, memory=queues.Queue(keys), memory_length=length,
+            step=step, mesh=make_mesh(jax.devices()[:devices]), block_size=7,
+        )  # fmt: skip
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def assert_equals_numpy(devices, length, decoupled):
+    run = value_and_grad(devices, length, decoupled)
+    for temperature, noise, step in [(0.1, 1, 0), (0.1, 0.05, 7), (0.5, 1, 3)]:
+        z, keys = example(length, noise)
+        (value, _), (d_z, d_keys) = run(z, keys, step, temperature)
+        want, gradients = oracles.with_memory(
+            z[:, 0], z[:, 1], last_keys(keys, length, step), temperature, decoupled
+        )
+        assert value.dtype == d_z.dtype == np.float64
+        np.testing.assert_allclose(value, want, rtol=1e-12)
+        want = np.stack(gradients, axis=1)
+        assert np.linalg.norm(d_z - want) <= 1e-11 * np.linalg.norm(want)
+        np.testing.assert_array_equal(d_keys, 0)  # no gradient reaches the memory
+
+
+def test_the_oracle_agrees_with_finite_differences_and_without_keys_with_nt_xent():
+    z, keys = example()
+    (z1, z2), keys = np.moveaxis(z[:4], 1, 0), keys.reshape(-1, D)[:9]
+    for decoupled, plain in ((False, oracles.nt_xent), (True, oracles.dcl)):
+        loss = functools.partial(oracles.with_memory, z2=z2, temperature=0.3, decoupled=decoupled)
+        gradient = loss(z1, keys=keys)[1][0]
+        for i, j in np.ndindex(*z1.shape):
+            step = np.zeros_like(z1)
+            step[i, j] = 1e-5
+            difference = loss(z1 + step, keys=keys)[0] - loss(z1 - step, keys=keys)[0]
+            assert abs(difference / 2e-5 - gradient[i, j]) < 1e-8
+        got, want = loss(z1, keys=keys[:0]), plain(z1, z2, 0.3)
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-9, atol=1e-12)
+
+
+# two keys an image and step: no multiple of them, a multiple, fewer than a step brings, one
+CASES = [(1, 75, False), (8, 64, True), (1, 5, True), (8, 5, False), (2, 1, False), (4, 75, True)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "length", "decoupled"),
+    [(8, 75, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],
+)
+def test_against_numpy(devices, length, decoupled):
+    """NT-Xent and DCL with the matrix of all logits, in float64: values and gradients."""
+    with jax.enable_x64(True):
+        assert_equals_numpy(devices, length, decoupled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_empty_memory_is_none(devices):
+    """Loss, gradient and metrics of plain NT-Xent; and what is masked has no influence."""
+    mesh = make_mesh(jax.devices()[:devices])
+    with jax.enable_x64(True):
+        z, keys = example(75)
+        run = value_and_grad(devices, 75)
+        empty = queues.empty(75, 2 * N, D).keys
+        plain = jax.jit(
+            jax.value_and_grad(
+                lambda z: nt_xent_with_metrics(z, 0.1, mesh=mesh, block_size=7), has_aux=True
+            )
+        )
+        (got, metrics), (gradient, _) = run(z, empty, 0, 0.1)
+        (want, wanted), wanted_gradient = plain(z)
+        np.testing.assert_allclose(got, want, rtol=1e-14)
+        np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
+        tiny.assert_close(metrics, wanted, 1e-12, 1e-15)
+        # a third of it is filled: the rest waits, and the masked rows of a full slot are none
+        empty = np.array(empty)
+        empty[0] = keys[0]
+        (got, metrics), (gradient, _) = run(z, empty, 1, 0.1)
+        want, gradients = oracles.with_memory(z[:, 0], z[:, 1], keys[0], 0.1)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_allclose(gradient, np.stack(gradients, 1), rtol=1e-9, atol=1e-12)
+        full = run(z, keys, 1, 0.1)
+        spoilt = keys.copy()
+        spoilt[1, : 3 * 2 * N - 75] = 1e6
+        jax.tree.map(np.testing.assert_array_equal, run(z, spoilt, 1, 0.1)[0], full[0])
+        assert full[0][0] > got > wanted_loss(z)  # more keys, a larger log-sum-exp
+
+
+def wanted_loss(z):
+    return oracles.nt_xent(z[:, 0], z[:, 1], 0.1)[0]
+
+
+@pytest.mark.slow
+def test_metrics_count_the_keys_of_the_memory():
+    length, step = 75, 7
+    z, keys = example(length, noise=0.4)
+    with jax.enable_x64(True):
+        (_, got), _ = value_and_grad(4, length)(z, keys, step, 0.1)
+    u = oracles.unit(z.reshape(-1, D))
+    cosine, past = u @ u.T, u @ last_keys(keys, length, step).T
+    ranks, negatives = [], []
+    for i in range(2 * N):
+        others = [cosine[i, j] for j in range(2 * N) if j // 2 != i // 2] + list(past[i])
+        ranks.append(sum(x >= cosine[i, i ^ 1] for x in others))
+        negatives += others
+    ranks = np.array(ranks)
+    want = {
+        "contrastive_top1": np.mean(ranks < 1),
+        "contrastive_top5": np.mean(ranks < 5),
+        "positive_similarity": np.mean([cosine[i, i ^ 1] for i in range(2 * N)]),
+        "negative_similarity": np.mean(negatives),
+    }
+    assert 0 < want["contrastive_top1"] < want["contrastive_top5"] < 1  # or it would show little
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_one_image_with_a_memory_has_negatives_and_without_keys_none():
+    rng = np.random.default_rng(0)
+    z, keys = rng.normal(size=(1, 2, D)), oracles.unit(rng.normal(size=(4, D))).reshape(2, 2, D)
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda z, keys: nt_xent_with_metrics(
+                z, 0.2, memory=queues.Queue(keys), memory_length=4
+            ),
+            has_aux=True,
+        )
+    )
+    (value, metrics), _ = run(z.astype(np.float32), keys.astype(np.float32))
+    want = oracles.with_memory(z[:, 0], z[:, 1], keys.reshape(-1, D), 0.2)[0]
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    mean = (oracles.unit(z[0]) @ keys.reshape(-1, D).T).mean()
+    np.testing.assert_allclose(metrics["negative_similarity"], mean, rtol=1e-4)
+    (value, metrics), gradient = run(z.astype(np.float32), np.zeros_like(keys, np.float32))
+    assert value == 0 and metrics["contrastive_top1"] == 1 and metrics["negative_similarity"] == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@functools.cache
+def dense():
+    """`(network, jitted keys, jitted loss and gradient)` of the run `simclr_memory`."""
+    network = tiny.cached_run("simclr_memory", 8).method.setup.network
+
+    def encode(params, stats, images):
+        (_, z), new = network.apply(
+            {"params": params, "batch_stats": stats}, (images / 255 - MEAN) / STD, train=True,
+            mutable=["batch_stats"],
+        )  # fmt: skip
+        return z / jnp.linalg.norm(z, axis=1, keepdims=True), new["batch_stats"]
+
+    def loss(params, stats, images, keys):
+        u, stats = encode(params, stats, images)
+        b = len(u) // 2
+        other_view = np.roll(np.arange(2 * b), b)
+        positive = (u * u[other_view]).sum(1)
+        negatives = jnp.concatenate([u @ u.T, u @ keys.T], 1) / 0.1
+        own = np.arange(2 * b)[:, None] % b == np.arange(2 * b) % b
+        own = np.concatenate([own, np.zeros((2 * b, len(keys)), bool)], 1)
+        total = jnp.exp(positive / 0.1) + jnp.where(own, 0, jnp.exp(negatives)).sum(1)
+        return (jnp.log(total) - positive / 0.1).mean(), stats
+
+    return jax.jit(encode), jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.slow
+def test_steps_equal_a_dense_one():
+    """Momentum encoder, keys, memory, loss, gradient, statistics; each from the state before.
+
+    First all first views, then all second ones; the memory has them image by image.
+    """
+    run, length = tiny.cached_run("simclr_memory", 8), 40
+    encode, loss_and_gradient = dense()
+    remembered = list(np.asarray(run.states[0].queue.keys).reshape(-1, 8))  # oldest first
+    average = run.states[0].key_params
+    with jax.enable_x64(True):
+        for step in range(3):
+            before, after = run.states[step], run.states[step + 1]
+            average = jax.tree.map(lambda k, p: 0.75 * k + 0.25 * p, average, before.params)
+            tiny.assert_close(after.key_params, average, 1e-12, 0)
+            images = tiny.host_batch(run.method.run.config, step)["images"].astype(np.float64)
+            images = np.concatenate([images[:, 0], images[:, 1]])
+            keys, stats = encode(average, before.key_batch_stats, images)
+            tiny.assert_close(after.key_batch_stats, jax.device_get(stats), 1e-10, 0)
+            # the loss sees the memory before this step's keys enter it
+            (loss, stats), grads = loss_and_gradient(
+                before.params, before.batch_stats, images, np.stack(remembered[-length:])
+            )
+            np.testing.assert_allclose(run.metrics[step]["loss"], loss, rtol=1e-10)
+            tiny.assert_close(after.batch_stats, jax.device_get(stats), 1e-10, 0)
+            tiny.assert_close(run.gradient(step), jax.device_get(grads), 1e-8, 1e-12)
+            remembered += [np.asarray(keys[i + 16 * view]) for i in range(16) for view in (0, 1)]
+            np.testing.assert_allclose(
+                queues.contents(after.queue, length, step + 1),
+                np.stack(remembered[-length:]), rtol=1e-9, atol=1e-12,
+            )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_new_run_begins_as_one_without_memory():
+    """The first step is the same to rounding, the second is not."""
+    runs = {}
+    for length in (0, 40):
+        c = tiny.config("simclr", simclr__memory_length=length, model__stages=(1,))
+        method = tiny.build(c, 2)
+        state = jax.jit(method.init)(jax.random.key(0))
+        if length:
+            assert not np.any(state.queue.keys) and state.queue.keys.shape == (2, 32, 8)
+            jax.tree.map(np.testing.assert_array_equal, state.key_params, state.params)
+            jax.tree.map(np.testing.assert_array_equal, state.key_batch_stats, state.batch_stats)
+        step_fn, losses = jax.jit(method.train_step), []
+        for step in range(2):
+            batch = tiny.host_batch(method.run.config, step)
+            state, metrics = step_fn(state, batch, jax.random.key(1))
+            losses.append(float(metrics["loss"]))
+        runs[length] = losses
+    assert runs[40][0] == pytest.approx(runs[0][0], rel=1e-6)
+    assert runs[40][1] > runs[0][1] + 0.1
+
+
+def test_what_a_memory_refuses():
+    for changes, message in (
+        ({"memory_length": -1}, "simclr.memory_length=-1: expected 0 for no memory, or a number"),
+        ({"memory_momentum": 1.0}, "simclr.memory_momentum=1.0: expected 0 <= momentum < 1"),
+        (
+            {"memory_length": 40, "loss": "supcon"},
+            "simclr.memory_length=40 with simclr.loss=supcon: the memory holds no labels",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny.build(tiny.config("simclr", **{f"simclr__{k}": v for k, v in changes.items()}), 1)
+    memory = queues.Queue(jnp.zeros((3, 2 * N, D)))
+    with pytest.raises(UserError, match=r"nt_xent: the queue is .* for length 64 and queries"):
+        nt_xent_with_metrics(jnp.ones((N, 2, D)), memory=memory, memory_length=64)
+
+
+def test_a_memory_that_is_longer_than_an_epoch_is_remarked_on(caplog):
+    """Epochs of 4 batches of 16 images, two keys of each; a batch may have been left over."""
+    with caplog.at_level(logging.WARNING):
+        tiny.build(tiny.config("simclr", simclr__memory_length=159), 1)
+        assert not caplog.records
+        tiny.build(tiny.config("simclr", simclr__memory_length=160), 1)
+    assert "simclr.memory_length=160 is longer than an epoch, of 128 keys" in caplog.text
