@@ -94,7 +94,7 @@ def test_a_step_is_what_a_few_plain_lines_compute():
         inner = {"params": arrays["params"]["network"], "batch_stats": arrays["batch_stats"]}
         features = t.network.apply(inner, jnp.array(x), "head1", method="encode")
         last = arrays["params"]["classifier"]
-        want = softmax(np.array(features @ last["kernel"] + last["bias"]) / 2)
+        want = softmax((np.array(features) @ last["kernel"] + last["bias"]) / 2)
     student = np.array(student)
     loss = -4 * (want * np.log(softmax(student / 2))).sum(-1).mean()
     np.testing.assert_allclose(run.metrics[0]["loss"], loss, rtol=1e-9)

@@ -40,10 +40,14 @@ def straight(fine_tuned, tmp_path_factory):
     return workdir, run(student(distil__teacher=str(fine_tuned)), workdir)
 
 
+def losses(workdir):
+    return [r["loss"] for r in lines(workdir) if "loss" in r]
+
+
 def another_teacher(path):
     """Puts other weights of the same network into a file."""
     c, arrays = classifier.load(path)
-    classifier.save(path, c, jax.tree.map(lambda x: x + np.ones((), x.dtype), arrays))
+    classifier.save(path, c, jax.tree.map(lambda x: x * x.dtype.type(1.5), arrays))
 
 
 def test_a_run_goes_on_with_the_teacher_it_began_with(fine_tuned, straight, tmp_path, monkeypatch):
@@ -57,12 +61,12 @@ def test_a_run_goes_on_with_the_teacher_it_began_with(fine_tuned, straight, tmp_
     another_teacher(next((copy / "finetuned").iterdir()))
     summary = run(c, workdir)
     config = saved_config.load(workdir, tiny.METHODS)
-    assert_same_run(config, workdir, straight[0])
+    assert_same_run(config, workdir, straight[0], classes=3)
     assert summary["student_top1"] == straight[1]["student_top1"]
     assert summary["teacher_top1"] == straight[1]["teacher_top1"]
     # with the other weights from the start it is another run
     other = run(c, tmp_path / "other")
-    assert lines(tmp_path / "other")[-1]["loss"] != lines(workdir)[-1]["loss"]
+    assert losses(tmp_path / "other") != losses(workdir)
     assert other["steps"] == 7
 
 
@@ -105,7 +109,19 @@ def test_student_and_teacher_are_scored_on_the_test_split(fine_tuned, straight, 
     images = test.views(np.arange(5), 8)
     want = opened.method.encode(opened.state, images, "projection")
     np.testing.assert_allclose(saved.logits(arrays, images), want, rtol=1e-5, atol=1e-5)
+    found = MODES["classify"](opened_run.load(workdir))[0]
+    assert (found["top1"], found["num_test"]) == (pytest.approx(top1), len(labels))
+    assert found["network"].endswith("distilled.safetensors") and found["layer"] == "backbone"
+    found = MODES["classify"](opened_run.load(fine_tuned))[0]
+    assert found["top1"] == pytest.approx(summary["teacher_top1"], abs=0.5)
     assert saved.classes == teacher.classes and saved.info["top1"] == summary["student_top1"]
+
+
+def test_labels_of_other_classes_score_no_classifier(straight):
+    opened = opened_run.load(straight[0])
+    opened.config.data.fake_classes = 4
+    with pytest.raises(UserError, match="4 classes and not 3: give images of its own classes"):
+        MODES["classify"](opened)
 
 
 def test_a_student_can_be_a_teacher(straight, tmp_path):

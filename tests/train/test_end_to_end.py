@@ -87,9 +87,9 @@ def lines(workdir, name=jsonl.FILE):
             for r in jsonl.read(workdir / name)]  # fmt: skip
 
 
-def assert_same_run(c, got, want):
+def assert_same_run(c, got, want, classes=2):
     assert lines(got) == lines(want)
-    a, b = (tiny.named_leaves(saved(c, w, TOTAL)) for w in (got, want))
+    a, b = (tiny.named_leaves(saved(c, w, TOTAL, classes)) for w in (got, want))
     assert a.keys() == b.keys()
     for name, x in b.items():
         np.testing.assert_array_equal(a[name], x, err_msg=name)
