@@ -52,7 +52,8 @@ class Distil(Method):
     MEANINGS: ClassVar = {
         "teacher": "a fine-tuned network: its file, WORKDIR/finetuned/NAME.safetensors, or a "
         "workdir that has one",
-        "temperature": "of both softmaxes: 1 in SimCLR v2, 0.1 for a student of the teacher's size",
+        "temperature": "of both softmaxes: 1 in the authors' notebook; less makes the teacher's "
+        "probabilities sharper",
     }
     VIEWS: ClassVar = (1, 2)  # each is an image of its own
     FIXED: ClassVar = ("teacher",)

@@ -155,7 +155,7 @@ TRUTH = "true or false"
         ("--eval.embed=3", "embed is a section"),
         ("--quick=perhaps", f"{TRUTH}, e.g. --quick=true"),
         ("--distributed=2", TRUTH),
-        ("--mode=nope", "expected one of train, distil, plan, prepare, import, replay, embed, knn,"),
+        ("--mode=nope", "expected one of train, distil, plan, prepare, import, replay,"),
         ("--mode=", "expected one of train, distil, plan"),
         ("--mode=linear-eval", "; did you mean --mode=linear_eval?"),
     ],
