@@ -39,7 +39,8 @@ def apply(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], None]
         c.duration = "4 steps"
         c.log_every = 1
         c.model.stages = (1, 1)
-        c.model.width = 8
+        c.model.bottleneck = c.model.sk_ratio > 0
+        c.model.width, c.model.width_multiplier = 8, 1
         c.vit.width, c.vit.depth, c.vit.heads, c.vit.patch = 16, 2, 2, 8
         c.head.hidden = 16
         c.head.dim = 16

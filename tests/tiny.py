@@ -233,9 +233,14 @@ VIT: dict[str, Any] = {
     "model__encoder": "vit", "vit__width": 12, "vit__depth": 2, "vit__heads": 3, "vit__patch": 4,
     "vit__mlp_ratio": 2.0, "vit__patches": "frozen", "vit__drop_path": 0.3,
 }  # fmt: skip
+# A network of SimCLR v2 with two bottlenecks, in groups that several devices share.
+SK: dict[str, Any] = {
+    "model__bottleneck": True, "model__resnet_d": True, "model__sk_ratio": 0.5,
+    "model__stem": "imagenet", "model__bn_groups": 4, "head__layers": 3,
+}  # fmt: skip
 VARIANTS: dict[str, dict] = {
     "simclr": {},
-    "simclr_groups": {"model__bn_groups": 4, "head__layers": 3},
+    "simclr_sk": SK,
     "simclr_dcl": {"simclr__loss": "dcl"},
     # Two slots of 32 keys, 24 of the oldest one masked, as in moco_symmetric.
     "simclr_memory": {"simclr__memory_length": 40, "simclr__memory_momentum": 0.75},

@@ -104,7 +104,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     def forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def other(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = plain_pool(x)
-            return y, jnp.zeros(y.shape, jnp.uint8)  # never read
+            return y, jnp.zeros_like(y, jnp.uint8)  # never read; like y it varies over devices
 
         y, places = on_gpu(pool_with_places, other, x)
         return y, (x, places)

@@ -118,7 +118,7 @@ class State:
     batch_stats: dict = flax.struct.field(default_factory=dict)
 
 
-class Drawn(tiny.METHODS["simclr"]):
+class Drawn(tiny.METHODS["moco"]):
     """A method that starts from a few random numbers."""
 
     def init(self, key):
@@ -128,7 +128,6 @@ class Drawn(tiny.METHODS["simclr"]):
 def test_the_untrained_network_is_the_one_that_the_run_began_with(runs, monkeypatch):
     """By the run's seed, not by the evaluation's."""
     monkeypatch.setitem(tiny.METHODS, "moco", Drawn)
-    monkeypatch.setattr(Drawn, "default_config", tiny.MoCo.default_config)
     opened = opened_run.load(runs[0], devices=2, features="untrained", seed=1)
     want = jax.random.normal(root_keys(5)[0], (4,))
     np.testing.assert_array_equal(opened.state.params["backbone"], want)

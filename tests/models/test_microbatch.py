@@ -11,7 +11,7 @@ import tiny
 from common import config as configs
 from common import contrast
 from common.errors import UserError
-from common.models import microbatch, resnet
+from common.models import microbatch
 from common.plan.collectives import KINDS
 from common.train.step import cost
 
@@ -20,17 +20,17 @@ BATCH, GROUPS = 128, 32
 
 
 @functools.cache
-def run(method, devices, size, dtype="float64", symmetric=False):
+def run(method, devices, size, dtype="float64", symmetric=False, selective=False):
     """Two steps in micro-batches of `size` images; SimCLR with bottlenecks, as in a ResNet-50."""
+    changes = {"model__bottleneck": True}
     if method == "moco":
         changes = {"moco__symmetric": symmetric, "model__stages": (1,)}
-    else:
-        changes = {"model__stages": (), "model__depth": 8}
-    with jax.enable_x64(dtype == "float64"), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.DEPTHS, 8, (True, (1, 1)))
+    elif selective:
+        changes = tiny.SK
+    with jax.enable_x64(dtype == "float64"):
         c = tiny.config(
-            method, batch_size=BATCH, microbatch=size, model__bn_groups=GROUPS,
-            model__dtype=dtype, **changes,
+            method, batch_size=BATCH, microbatch=size, model__dtype=dtype,
+            **(changes | {"model__bn_groups": GROUPS}),
         )  # fmt: skip
         return tiny.run(tiny.build(c, devices), steps=2)
 
@@ -75,6 +75,13 @@ def test_a_step_in_parts_is_the_step(method, devices, parts):
     got = run(method, devices, BATCH // parts)
     assert got.method.setup.microbatches == parts
     assert_same(got, run(method, 1, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_squeeze_of_selective_kernels_sees_groups_too(devices):
+    got = run("simclr", devices, BATCH // 4, selective=True)
+    assert_same(got, run("simclr", 1, 0, selective=True))
 
 
 VITS = [(m, n, p) for m in ("simclr", "moco_v3") for n in (1, 2, 8) for p in (2, 4)]

@@ -29,6 +29,7 @@ from common.train.prepare import Extent, prepare
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
 CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "moco_v2plus_cifar10", "simclr_vit_tpu"]
+CONFIGS += ["simclr_v2_tpu:r152"]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
            "probe_top1", "images_per_second"}  # fmt: skip
 TOTAL = 7
