@@ -28,9 +28,12 @@ from common.train.preemption import PreemptedError
 from common.train.replay import replay
 from moco_jax.method import MoCo
 from moco_jax.v3 import MoCoV3
+from simclr_jax.distil import Distil
 from simclr_jax.method import SimCLR
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3}
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3, "distil": Distil,
+}  # fmt: skip
 
 
 def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:

@@ -115,7 +115,7 @@ def device(size: int, preset: str, where: str, n: int) -> Callable[[], float]:
     function = function if where == "both" else on_device.augment_pixels
     batch = to_global(mesh, {
         "images": rng.integers(0, 256, shape, np.uint8),
-        "parameters": draws.draw_pair(pair, 0, 0, np.arange(n), (size, size))[0],
+        "parameters": draws.draw_views(pair, 0, 0, np.arange(n), (size, size))[0],
     })  # fmt: skip
     views = functools.partial(on_device.views, function, augmentations=pair, mesh=mesh)
     program = jax.jit(views)

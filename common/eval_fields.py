@@ -102,6 +102,11 @@ EVAL: dict[str, dict[str, Field]] = {
             "of that file; empty = fraction, seed and layer, e.g. 1pct_seed0_head1, with a number "
             "behind it if another fine-tuning has that name"),
     },
+    "classify": {
+        "network": Field("",
+            "file of a fine-tuned or distilled network; empty = the only one in "
+            "<workdir>/finetuned"),
+    },
     "embed": {
         "split": Field("", "empty = the test split, or train where there is none"),
         "format": Field("npz", "npz | npz,parquet"),

@@ -98,7 +98,10 @@ CONFIG: dict[str, dict[str, Field]] = {
         "method": Field("",
             "name of the method: set by the config file, with the section of that name"),
         "seed": Field(0, "of all random draws: weights, order, crops, shuffles", least=0),
-        "batch_size": Field(256, "images of the global batch; each gives two views", least=2),
+        "batch_size": Field(256, "images of the global batch", least=2),
+        "views": Field(2,
+            "augmented views of each image in a batch; methods that compare views take 2",
+            least=1, before=2),
         "microbatch": Field(0,
             "images in one pass of the encoder, 0 = all: less memory, the same step; with batch "
             "norm in the encoder model.bn_groups must be a multiple of batch_size / microbatch x "

@@ -4,12 +4,14 @@ A method is a package with a subclass of `Method`: a state, a train step, and a 
 config. `common` never asks which one runs.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from common.setup import Setup, TrainState
@@ -17,21 +19,42 @@ from common.setup import Setup, TrainState
 Step = Callable[[Any, dict, jax.Array], tuple[Any, dict]]  # as `Method.train_step`
 
 
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Classes that the network of a method tells apart itself, because another one taught it.
+
+    Attributes:
+        classes: their names; "0", "1" ... where nobody named them.
+        student: `(state, features [n, d] of the backbone) -> logits [n, c]`, in eval mode.
+        teacher: `(state, uint8 images [n, h, w, 3]) -> logits [n, c]`; no step changes it.
+    """
+
+    classes: tuple[str, ...]
+    student: Callable[[Any, jax.Array], jax.Array]
+    teacher: Callable[[Any, jax.Array], jax.Array]
+
+
 class Method(Protocol):
     """All that training and evaluation ask of a method, which inherits the defaults from here.
 
     Attributes:
         MEANINGS: what each field of the method's section is for, by name; `main.py -h` shows it.
+        VIEWS: numbers of views of an image that its train step can take.
+        FIXED: fields of its state that are never those of another run, see `placed`.
         setup: what the method was built from.
         chance: accuracy of guessing in the contrastive task: at or below it, nothing has been
             learned; None: there is no such task.
+        classification: of a network that is trained to classify; None of all others.
         supervised: whether training reads the images' labels, apart from the probe's: summaries
             and evaluations then say so.
     """
 
     MEANINGS: ClassVar[Mapping[str, str]] = {}
+    VIEWS: ClassVar[tuple[int, ...]] = (2,)
+    FIXED: ClassVar[tuple[str, ...]] = ()
     setup: Setup
     chance: float | None = None
+    classification: Classification | None = None
     supervised: bool = False
 
     def __init__(self, setup: Setup) -> None:
@@ -42,16 +65,38 @@ class Method(Protocol):
         """The method's section of the config, which has the method's name."""
         return ConfigDict()
 
+    @classmethod
+    def adapt(cls, config: ConfigDict) -> None:
+        """Turns the config of another method into one of this one, before flags change it.
+
+        Of a method that `--mode` names; the others are named by their config files.
+        """
+        raise TypeError(f"{cls.__name__} is named by a config file, and not by --mode")
+
+    @classmethod
+    def complete(cls, config: ConfigDict) -> ConfigDict:
+        """The config with what follows from files that it names, when flags have changed it."""
+        return config
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What the start-up summary says of it beside its name, by the name of the line."""
+        return {}
+
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step; pure, jitted by the loop with its final shardings."""
         return self.setup.init(*jax.random.split(key))
+
+    def placed(self, state: Any) -> Any:
+        """The first state of a run, with what is read from files in its fields `FIXED`."""
+        return state
 
     def train_step(self, state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         """One update; pure, jitted once by the loop, which donates `state`.
 
         Args:
             state: of step t.
-            batch: `images` uint8 `[b, 2, h, w, c]`, `labels` int32 `[b]` (-1: none).
+            batch: `images` uint8 `[b, views, h, w, c]`, `labels` int32 `[b]` (-1: none).
             key: root key of the run; `stream` makes that of a use in this step.
 
         Returns:
@@ -78,6 +123,19 @@ class Method(Protocol):
         """
         del taken
         return state, []
+
+    def finish(
+        self, config: ConfigDict, state: Any, workdir: epath.Path, info: dict[str, Any]
+    ) -> None:
+        """Writes what a run leaves beside its checkpoints.
+
+        Args:
+            config: of the run.
+            state: after the last step.
+            workdir: of the run.
+            info: of the run, for what is written: its scores among others.
+        """
+        del config, state, workdir, info
 
 
 def stream(key: jax.Array, step: jax.Array, name: str) -> jax.Array:

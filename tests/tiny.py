@@ -2,21 +2,25 @@
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.config import base_config
+from common.config import base_config, section
+from common.models import classifier
 from common.sharding import make_mesh, replicated, state_shardings, to_global
 from common.train.prepare import Extent, Prepared, prepare
 from common.train.step import compile_step
 from moco_jax.method import MoCo
 from moco_jax.v3 import MoCoV3
+from simclr_jax.distil import Distil
 from simclr_jax.method import SimCLR
 
-METHODS = {"simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3}
+METHODS = {"simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3, "distil": Distil}
 CLASSES = 3
 
 
@@ -46,6 +50,10 @@ def config(method: str, **changes: Any) -> ConfigDict:
         settings |= {"moco__queue_length": 40, "moco__momentum": 0.75}
     if method == "moco_v3":
         settings |= {"moco_v3__momentum": 0.75, "moco_v3__predictor_hidden": 8}
+    if method == "distil":
+        settings |= {"views": 1, "head__kind": "moco_v1", "head__dim": CLASSES}
+        dtype = changes.get("model__dtype", "float32")
+        settings |= {"distil__teacher": teacher(dtype), "distil__temperature": 2.0}
     for name, value in (settings | changes).items():
         *path, last = name.split("__")
         section = c
@@ -53,6 +61,26 @@ def config(method: str, **changes: Any) -> ConfigDict:
             section = section[part]
         section[last] = value
     return c
+
+
+@functools.cache
+def teacher(dtype: str = "float32", classes: int = CLASSES, **model: Any) -> str:
+    """The file of a fine-tuned network of random weights, wider than a student."""
+    changes: dict[str, Any] = {"stages": (1,), "width": 6, "stem": "cifar", "dtype": dtype}
+    c = classifier.Classifier(
+        config=ConfigDict({
+            "model": section("model", **(changes | model)),
+            "vit": section("vit"),
+            "head": section("head", kind="simclr", hidden=5, dim=4),
+        }),
+        view_size=8, layer="head1", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), image_size=8,
+        classes=tuple(map(str, range(classes))), info={"top1": 0.625},
+    )  # fmt: skip
+    path = pathlib.Path(tempfile.mkdtemp(prefix="teacher")) / "teacher.safetensors"
+    with jax.enable_x64(dtype == "float64"):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), c.shapes())
+        classifier.save(path, c, draw_state(shapes, seed=5))
+    return str(path)
 
 
 def build(c: ConfigDict, devices: int | None = None) -> Any:
@@ -113,7 +141,7 @@ def host_batch(c: ConfigDict, step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([7, step])
     b, size = c.batch_size, c.data.image_size
     return {
-        "images": rng.integers(0, 256, (b, 2, size, size, 3), dtype=np.uint8),
+        "images": rng.integers(0, 256, (b, c.views, size, size, 3), dtype=np.uint8),
         "labels": rng.integers(-1, CLASSES, b).astype(np.int32),
     }
 
@@ -232,6 +260,9 @@ VARIANTS: dict[str, dict] = {
     "moco-v3": {},
     "moco-v3_vit": VIT | {"head__layers": 3},
     "simclr_vit": VIT | {"vit__patches": "conv", "vit__positions": "learned"},
+    "distil": {},
+    "distil_groups": {"model__bn_groups": 4, "views": 2},
+    "distil_vit": VIT | {"vit__patches": "conv"},
     "moco_vit": VIT | {"vit__pool": "mean", "model__bn_groups": 4},
 }  # fmt: skip
 

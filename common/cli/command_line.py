@@ -17,6 +17,7 @@ from common.run import files
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "jax_contrastive")
 MODES = {
     "train": "train, or resume the run of --workdir",
+    "distil": "train a network of --config on what a fine-tuned one says of the images",
     "plan": "compile the train step and report its cost, without training",
     "prepare": "write the data as shards",
     "import": "make a workdir from the weights of --config.init_from",
@@ -116,6 +117,9 @@ def parse(
         argv = values.read_flags_from_files(argv, force_gnu=False)
         name = _last(argv, "config")
         config = None if name is None else config_file.load(name)
+        if config is not None and (method := _method_of(argv)) in methods:
+            overrides.refuse_section(argv, config.get("method", ""), method)
+            methods[method].adapt(config)
         if any(argument in _HELP for argument in argv):
             print(usage.text(values, MODES, methods, config))
             sys.exit(0)
@@ -142,6 +146,13 @@ def reach_stores(values: flags.FlagValues) -> None:
     texts = [text for text in given.values() if isinstance(text, str)]
     for path in dict.fromkeys(path for text in texts for path in _REMOTE.findall(text)):
         files.reach(path)
+
+
+def _method_of(argv: Sequence[str]) -> str:
+    """The method that the command line asks for, whatever the config file is of; "" for none."""
+    mode = _last(argv, "mode")
+    of_students = any(x.removeprefix("-").startswith("-config.distil.") for x in argv)
+    return "distil" if mode == "distil" or (mode == "plan" and of_students) else ""
 
 
 def _last(argv: Sequence[str], name: str) -> str | None:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.evaluate import (
+    classify_mode,
     embed_mode,
     finetune_mode,
     knn_mode,
@@ -31,6 +32,7 @@ MODES: dict[str, Callable[[Pretrained], tuple[dict[str, Any], str]]] = {
     "knn": knn_mode.run,
     "linear_eval": linear_mode.run,
     "finetune": finetune_mode.run,
+    "classify": classify_mode.run,
     "transfer": transfer_mode.run,
     "export": export_mode.run,
 }

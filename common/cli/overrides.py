@@ -61,6 +61,23 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
     return rest
 
 
+def refuse_section(argv: Sequence[str], section: str, method: str) -> None:
+    """Refuses changes of a section that is of another method than the one that is trained.
+
+    Args:
+        argv: the program's name and its arguments.
+        section: of the method that the config file is of.
+        method: the one that is trained.
+    """
+    for argument in argv[1:]:
+        match = _OVERRIDE.fullmatch(argument)
+        if match and section != method and match[3].startswith(f"{section}."):
+            raise UserError(
+                f"--config.{match[3]} is a field of the method {section}, of which --mode={method} "
+                f"uses nothing: leave it out; the fields of {method} are --config.{method}.NAME"
+            )
+
+
 def _applied(
     argv: Sequence[str], trees: Mapping[str, ConfigDict | None], given: dict[str, str]
 ) -> list[str]:

@@ -21,6 +21,7 @@ _EVALUATIONS = {
     "knn": "classify the test images by their nearest training images",
     "linear_eval": "train a linear classifier on the features",
     "finetune": "train the whole network on a fraction of the labels",
+    "classify": "score a network that finetune or distil has left in the workdir",
     "transfer": "logistic regression on the features of other datasets",
     "export": "write the encoder for other programs (docs/export.md)",
 }

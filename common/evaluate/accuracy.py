@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy: which rows count, how they are computed and reported."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,26 @@ def top_k(scores: np.ndarray, labels: np.ndarray, least: float = -np.inf) -> dic
     hits = (ranked == labels[:, None]) & (np.take_along_axis(scores, ranked, 1) > least)
     top5 = float(hits.any(1).mean()) if scores.shape[1] > 5 else None
     return {"top1": float(hits[:, 0].mean()), "top5": top5}
+
+
+def unlike(names: Sequence[str], source: Source) -> str:
+    """How the classes of a network differ from those of a source, in words; "" if they are those.
+
+    Order counts. Classes without names, which are "0", "1" ... of a network, are taken for those of
+    the other side if there are as many.
+
+    Args:
+        names: of the network's classes.
+        source: whose labels are to score it.
+    """
+    ours, theirs = tuple(names), source.class_names
+    numbers = tuple(map(str, range(len(ours))))
+    if len(ours) != source.num_classes:
+        return f"{source.num_classes} classes and not {len(ours)}"
+    if not theirs or numbers in (ours, tuple(theirs)) or ours == tuple(theirs):
+        return ""
+    i = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1)
+    return f"other classes: its class {i} is {theirs[i]!r} and not {ours[i]!r}"
 
 
 def in_words(metrics: Mapping[str, Any], source: Source) -> str:

@@ -17,9 +17,9 @@ from common.data.sources.base import Source
 from common.errors import UserError
 from common.evaluate import accuracy, features, knn
 from common.evaluate.features import Features
-from common.method import Method
+from common.method import Classification, Method
 from common.models.probe import Probe
-from common.run import pictures
+from common.run import console, pictures
 from common.train.prepare import Prepared
 
 
@@ -56,6 +56,9 @@ class Evaluator:
         self.settings, self.mesh, self.probe = settings, mesh, probe
         self.bank, self.test = bank, test
         self.batch_size, self.image_size = settings.batch_size or batch_size, image_size
+        self.classification = _scorable(method, test)
+        if self.classification is not None:
+            self._teacher = features.jit_encoder(self.classification.teacher, mesh)
         self._encode = features.jit_encoder(method.encode, mesh)
         self._pixels = features.jit_encoder(features.flatten_pixels, mesh)
 
@@ -83,14 +86,22 @@ class Evaluator:
             )
 
     def __call__(self, state: Any) -> dict[str, float]:
-        """Returns `knn_top1`, and `probe_test_top1` when there is a probe; {} without labels."""
-        test = self._scored()
+        """Returns scores on the test split by name; {} without labels.
+
+        `knn_top1`; `probe_test_top1` when there is a probe; of a network that learns to classify
+        `student_top1`, and before its first step `teacher_top1`, which no step changes.
+        """
+        test, encode = self._scored(), functools.partial(self._encode, state)
         if test is None:
-            return {}
-        bank, queries = self._both(functools.partial(self._encode, state), test)
+            if self.classification is None:
+                return {}
+            assert self.test is not None
+            return self._classified(state, self._features(encode, self.test))
+        bank, queries = self._both(encode, test)
+        metrics = self._classified(state, queries)
         if not _labelled(bank, queries):
-            return {}
-        metrics = {"knn_top1": self._knn(bank, queries)}
+            return metrics
+        metrics["knn_top1"] = self._knn(bank, queries)
         if getattr(state, "probe", None) is not None:
             logits = self.probe.predict(jax.device_get(state.probe), jnp.asarray(queries.features))
             right = np.asarray(logits).argmax(-1) == queries.labels
@@ -161,13 +172,31 @@ class Evaluator:
             center=c.knn_center,
         )
 
+    def _classified(self, state: Any, queries: Features) -> dict[str, float]:
+        """Scores of the network's own classes, from its features of the test split."""
+        c, known = self.classification, queries.labels >= 0
+        if c is None or self.test is None or not known.any():
+            return {}
+        local = jax.device_get(state)
+
+        def top1(logits: Any) -> float:
+            right = accuracy.top_k(np.asarray(logits)[known], queries.labels[known])["top1"]
+            return float(right)
+
+        scores = {"student_top1": top1(c.student(local, jnp.asarray(queries.features)))}
+        if int(local.step) == 0:
+            encode = functools.partial(self._teacher, state)
+            scores["teacher_top1"] = top1(self._features(encode, self.test).features)
+        return scores
+
+    def _features(self, encode: Callable, source: Source, limit: int = 0) -> Features:
+        size = self.batch_size, self.image_size
+        return features.of_source(encode, source, self.mesh, *size, limit)
+
     def _both(self, encode: Callable, test: Source) -> tuple[Features, Features]:
         """The features of the examples that vote, and of the test split."""
-        sizes = self.batch_size, self.image_size
-        return (
-            features.of_source(encode, self.bank, self.mesh, *sizes, self.settings.knn_examples),
-            features.of_source(encode, test, self.mesh, *sizes),
-        )
+        bank = self._features(encode, self.bank, self.settings.knn_examples)
+        return bank, self._features(encode, test)
 
 
 def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluator:
@@ -181,6 +210,20 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
         run.config.evaluate, run.mesh, run.method, run.setup.probe, bank, test,
         batch_size=run.config.batch_size, image_size=run.config.data.image_size,
     )  # fmt: skip
+
+
+def _scorable(method: Method, test: Source | None) -> Classification | None:
+    """What the method classifies by, if that can be scored on the test split; says why not."""
+    classification = getattr(method, "classification", None)
+    if classification is None or test is None or not test.num_classes:
+        return None
+    if difference := accuracy.unlike(classification.classes, test):
+        console.say(
+            f"the student is not scored as a classifier: {test.name} ({test.split}) has "
+            f"{difference}"
+        )
+        return None
+    return classification
 
 
 def _labelled(*splits: Features) -> bool:

@@ -12,9 +12,14 @@ from typing import Literal, TextIO
 import jax
 
 # Shown on the line, in this order; the rest is in metrics.jsonl.
-SHOWN = ("loss", "contrastive_top1", "probe_top1", "knn_top1")
+SHOWN = ("loss", "contrastive_top1", "agreement", "probe_top1", "knn_top1")
 # What a terminal of 80 columns has room for: top1 is that of the contrastive task.
-_SHORT = {"contrastive_top1": "top1", "probe_top1": "probe", "knn_top1": "kNN"}
+_SHORT = {
+    "contrastive_top1": "top1",
+    "agreement": "agree",
+    "probe_top1": "probe",
+    "knn_top1": "kNN",
+}
 _COLUMNS = 80  # of a terminal that does not say
 _PLAIN_SECONDS = 10.0  # between lines when nothing can be rewritten (a log file, a notebook)
 _TERMINAL_SECONDS = 0.1

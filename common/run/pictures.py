@@ -15,21 +15,24 @@ from common.run import jsonl
 
 SAME, OTHER = "#1a9850", "#d73027"
 _CELL = 1.1  # inches of one image
+_PAIRS, _VIEWS = "Pairs that the encoder learns to match", "Images as training sees them"
 
 
 def augmented_pairs(
     images: np.ndarray, originals: np.ndarray | None, path: str | epath.PathLike, columns: int = 4
 ) -> None:
-    """Draws pairs of augmented views, each beside its original when there is one.
+    """Draws the augmented views of images, each beside its original when there is one.
 
     Args:
-        images: uint8 `[n, 2, h, w, 3]`.
+        images: uint8 `[n, v, h, w, 3]`, two views or one.
         originals: uint8 `[n, H, W, 3]` (or a list, sizes may differ), or None.
         path: PNG to write.
-        columns: pairs side by side.
+        columns: images side by side.
     """
-    titles = ["view 1", "view 2"] if originals is None else ["original", "view 1", "view 2"]
-    n, width = len(images), len(titles)
+    n, views = images.shape[:2]
+    titles = [f"view {i + 1}" for i in range(views)] if views > 1 else ["view"]
+    titles = titles if originals is None else ["original", *titles]
+    width = len(titles)
     columns = min(columns, n)
     rows = -(-n // columns)
     # A narrow empty column separates the groups.
@@ -38,12 +41,12 @@ def augmented_pairs(
     grid = _grid(figure, rows, len(ratios) - 1, top=0.52, width_ratios=ratios[:-1])
     for i in range(n):
         row, column = divmod(i, columns)
-        views = list(images[i]) if originals is None else [originals[i], *images[i]]
-        for j, view in enumerate(views):
+        shown = list(images[i]) if originals is None else [originals[i], *images[i]]
+        for j, view in enumerate(shown):
             axes = _show(figure, grid[row, column * (width + 1) + j], view)
             if row == 0:
                 axes.set_title(titles[j], fontsize=8, pad=3)
-    _title(figure, "Pairs that the encoder learns to match")
+    _title(figure, _PAIRS if views > 1 else _VIEWS)
     _save(figure, path)
 
 

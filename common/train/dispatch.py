@@ -2,9 +2,9 @@
 
 A method sees uint8 views and knows nothing of this. `data.augment_on` says what the batch holds:
 
-    host    images [b, 2, s, s, 3] and labels [b]: the views, made by TensorFlow
-    both    the same, cropped only, and parameters [b, 2, draws.PARAMETERS] for the rest
-    device  ids [b, K] and parameters [b, K, 2, ...] of K steps, how many of them to take, and the
+    host    images [b, v, s, s, 3] and labels [b]: the views, made by TensorFlow
+    both    the same, cropped only, and parameters [b, v, draws.PARAMETERS] for the rest
+    device  ids [b, K] and parameters [b, K, v, ...] of K steps, how many of them to take, and the
             dataset itself; K is `steps_per_dispatch`
 """
 
@@ -58,18 +58,18 @@ def batch_shapes(recipe: FeedRecipe, mesh: Mesh, data: dict | None = None) -> di
         shape = (recipe.batch_size, *shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh))
 
-    size, most = recipe.size, recipe.steps_per_dispatch
+    size, most, n = recipe.size, recipe.steps_per_dispatch, len(recipe.views)
     if recipe.augment_on == "device":
         return {
             "ids": rows(np.int32, most),
-            "parameters": rows(np.float32, most, 2, draws.PARAMETERS),
+            "parameters": rows(np.float32, most, n, draws.PARAMETERS),
             "steps": jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)),
         } | jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), data
         )
-    batch = {"images": rows(np.uint8, 2, size, size, 3), "labels": rows(np.int32)}
+    batch = {"images": rows(np.uint8, n, size, size, 3), "labels": rows(np.int32)}
     if recipe.augment_on == "both":
-        batch["parameters"] = rows(np.float32, 2, draws.PARAMETERS)
+        batch["parameters"] = rows(np.float32, n, draws.PARAMETERS)
     return batch
 
 
@@ -113,7 +113,7 @@ def program(train_step: Step, recipe: FeedRecipe, mesh: Mesh) -> Step:
 def first_views(
     recipe: FeedRecipe, source: Source, batches: Batches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [b] and views uint8 [b, 2, s, s, 3] of the next batch, to look at."""
+    """Ids [b] and views uint8 [b, v, s, s, 3] of the next batch, to look at."""
     ids, batch = batches.take(1)
     if recipe.augment_on == "host":
         return ids[0], batch["images"]

@@ -85,7 +85,7 @@ def first_state(
             run.config.resume_from, workdir, run.method, state,
             optimizer=run.config.resume_optimizer, note=note,
         )  # fmt: skip
-    return 0, state, Position()
+    return 0, run.method.placed(state), Position()
 
 
 def _restored(found: tuple[Any, dict[str, Any]]) -> tuple[Any, Position]:

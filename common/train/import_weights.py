@@ -20,7 +20,7 @@ from common.setup import Setup
 from common.sharding import make_mesh
 from common.train.first_state import with_weights
 from common.train.position import Position
-from common.train.prepare import Extent, prepare
+from common.train.prepare import Extent, completed, prepare
 from common.train.weights import load_weights
 
 # A schedule is built, and no step of it is taken; a warm-up of many epochs has to fit in.
@@ -50,6 +50,7 @@ def import_weights(
         raise UserError(
             "--mode=import needs the weights: --config.init_from=FILE, or the workdir of a run"
         )
+    config = completed(make_method, config)
     whole = config.copy_and_resolve_references()
     whole.microbatch = 0  # nothing of the state depends on it, and it need not fit these devices
     run = prepare(make_method, whole, make_mesh(), extent=_EXTENT, training=False)

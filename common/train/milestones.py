@@ -118,7 +118,9 @@ class Milestones:
             with self._writer.pause():
                 self._results = results = summary.baselines(self._evaluator, state)
                 if results:
-                    self._writer.write_now(0, {"knn_top1": results["knn_top1_at_init"]} | results)
+                    knn = results.get("knn_top1_at_init")
+                    at_init = {} if knn is None else {"knn_top1": knn}
+                    self._writer.write_now(0, at_init | results)
                 if self._run.config.evaluate.pictures:
                     summary.draw_pairs(self._run.recipe, self._run.source, self._workdir)
         elif self._before.scores_due:

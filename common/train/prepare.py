@@ -124,6 +124,7 @@ def prepare(
     Raises:
         UserError: for a mistake in the config or the data.
     """
+    config = completed(make_method, config)
     configs.check(config)
     if extent is None:
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split
@@ -142,6 +143,11 @@ def prepare(
     )  # fmt: skip
     setup = dataclasses.replace(setup, training=training)
     method = make_method(setup)
+    if training and config.views not in method.VIEWS:
+        raise UserError(
+            f"views={config.views} and method {config.method}, which takes "
+            f"{' or '.join(map(str, method.VIEWS))} of each image: set views={method.VIEWS[0]}"
+        )
     # touches no device: they may be busy with a run, or not be there
     abstract = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)))
     shardings = state_shardings(mesh, abstract)
@@ -157,6 +163,12 @@ def prepare(
         shardings,
         source,
     )
+
+
+def completed(make_method: Callable[[Setup], Method], config: ConfigDict) -> ConfigDict:
+    """`Method.complete` of a class; a function that makes a method completes nothing."""
+    complete = getattr(make_method, "complete", None)
+    return complete(config) if complete else config
 
 
 def open_evaluation(data: ConfigDict, train: Source) -> tuple[Source, Source | None]:

@@ -57,6 +57,8 @@ def adopt(
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         found = arrays.get(name)
         reason = _reason(name, leaf, found, names, optimizer)
+        if name.split("/")[0] in method.FIXED:
+            reason = "this run's own"
         if reason or found is None:
             missed[name] = reason
             continue

@@ -23,7 +23,7 @@ from common.train.step import cost
 
 PAIRS = 16  # augmented pairs in the picture
 PICTURES = {
-    "augmented_pairs.png": "the two views of an image, as training sees them",
+    "augmented_pairs.png": "images as training sees them",
     "nearest_neighbours.png": "test images, each with those nearest to it by the features",
 }
 TOO_FEW = 100  # steps of a run that says nothing about learning
@@ -50,17 +50,19 @@ def start_up(
     flops = cost(step_fn, run.setup.microbatches).get("flops", float("nan")) * mesh.size
     model, frozen = run.setup.network.backbone, run.setup.network.frozen
     heads = "head and predictor" if "predictor" in state.params else "the head"
+    views = len(run.recipe.views)
     still = f", {' and '.join(name for _, name in frozen)} not trained" if frozen else ""
     lines = {
         "method": config.method
         + (", supervised: its loss reads the labels" if run.method.supervised else ""),
+        **run.method.notes,
         "data": "\n            ".join(run.source.summary()),
         "devices": f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
         "network": f"{model.in_words()}, {backbone / 1e6:.2f} M parameters, "
         f"{parameters / 1e6:.2f} M with {heads}, {model.dtype}{still}",
         "batch": f"{config.batch_size} images, {config.batch_size // mesh.size} a device, "
-        f"2 views each, {run.recipe.size} px",
+        f"{views} view{'s' if views > 1 else ''} each, {run.recipe.size} px",
         "augment": _MADE[config.data.augment_on],
         "steps": f"{total:,} of {flops / 1e9:,.1f} GFLOP ({run.extent.steps_per_epoch:,} an epoch)",
         "optimiser": f"{config.optimizer.name}, peak learning rate "
@@ -77,9 +79,11 @@ def start_up(
 
 def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
     """What training has to beat: kNN on raw pixels and on the untrained network; {} unlabelled."""
-    results = evaluator.raw_pixels()
-    if scores := evaluator(state):
+    results, scores = evaluator.raw_pixels(), evaluator(state)
+    if "knn_top1" in scores:
         results["knn_top1_at_init"] = scores["knn_top1"]
+    if "teacher_top1" in scores:
+        results["teacher_top1"] = scores["teacher_top1"]
     return results
 
 
@@ -93,7 +97,7 @@ def draw_pairs(recipe: FeedRecipe, source: Source, workdir: epath.Path) -> None:
 
 
 def some_pairs(recipe: FeedRecipe, source: Source, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[n]` and views uint8 `[n, 2, h, w, 3]` of the first batch, of that size."""
+    """Ids `[n]` and views uint8 `[n, v, h, w, 3]` of the first batch, of that size."""
     small = dataclasses.replace(recipe, batch_size=n)
     if small.augment_on == "device" and not resident.has_one_shape(source):
         # --eval.source names other images than the run's
@@ -158,6 +162,16 @@ def finish(
         "jax": jax.__version__,
         **version.fields(),
     }
+    if run.method.classification:
+        names = ("student_top1", "teacher_top1")
+        summary |= {name: " ".join(text.split()) for name, text in run.method.notes.items()}
+        summary |= {name: results.get(name) for name in names}
+        info = {
+            "run": str(workdir), "top1": results.get("student_top1"), "method": config.method,
+            "steps": summary["steps"], "dataset": summary["dataset"], "run_seed": config.seed,
+            "started_from": summary["started_from"], **version.fields(),
+        }  # fmt: skip
+        run.method.finish(config, state, workdir, info)
     if jax.process_index() == 0:
         files.write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.say("\n".join(in_words(summary, workdir)), indent=2)
@@ -171,6 +185,7 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
     drawn = {
         str(workdir / name): text for name, text in PICTURES.items() if (workdir / name).exists()
     }
+    lines += _of_the_classifier(summary)
     if summary["knn_top1"] is not None:
         knn, init, raw = (
             100 * summary[name] for name in ("knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels")
@@ -187,7 +202,8 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
         ]
     if summary["probe_top1"] is not None:
         lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")
-    if summary["knn_top1"] is None and summary["probe_top1"] is None:
+    scores = ("knn_top1", "probe_top1", "student_top1")
+    if all(summary.get(name) is None for name in scores):
         lines.append("No test images with labels, so no score. What can be looked at next:")
         lines += [f"  {path}: {text}" for path, text in drawn.items()]
         embed = f"python main.py --mode=embed --workdir={shlex.quote(str(workdir))}"
@@ -195,6 +211,19 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
     elif drawn:
         lines.append(f"Pictures to look at: {', '.join(drawn)}")
     return lines
+
+
+def _of_the_classifier(summary: dict[str, Any]) -> list[str]:
+    """How good a student is, beside its teacher; [] without one, or without test labels."""
+    student, teacher = summary.get("student_top1"), summary.get("teacher_top1")
+    if student is None:
+        return []
+    beside = ""
+    if teacher is not None:
+        beside = f", its teacher on {100 * teacher:.1f} % ({100 * (student - teacher):+.1f} points)"
+    return [
+        f"As a classifier the student is right on {100 * student:.1f} % of the test images{beside}."
+    ]
 
 
 def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) -> str:
@@ -217,6 +246,8 @@ def _conclusion(summary: dict[str, Any], knn: float, init: float, raw: float) ->
     seen = (
         "with the labels of its training images"
         if summary.get("supervised")
+        else "by what its teacher says of the images"
+        if "teacher" in summary
         else f"without seeing a label{' in this run' if given else ''}"
     )
     return f"So it {verb}{' more' if given else ''}: {gain}, {lead} over raw pixels, {seen}."

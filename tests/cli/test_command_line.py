@@ -155,8 +155,8 @@ TRUTH = "true or false"
         ("--eval.embed=3", "embed is a section"),
         ("--quick=perhaps", f"{TRUTH}, e.g. --quick=true"),
         ("--distributed=2", TRUTH),
-        ("--mode=nope", "expected one of train, plan, prepare, import, replay, embed, knn,"),
-        ("--mode=", "expected one of train, plan"),
+        ("--mode=nope", "expected one of train, distil, plan, prepare, import, replay,"),
+        ("--mode=", "expected one of train, distil, plan"),
         ("--mode=linear-eval", "; did you mean --mode=linear_eval?"),
     ],
 )  # fmt: skip

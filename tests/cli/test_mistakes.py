@@ -34,7 +34,10 @@ MISTAKES = [
     ((DEMO, NEW, "--config.knn.k=20"), ["did you mean --config.evaluate.knn_k or --eval.knn.k?"]),
     ((DEMO, NEW, "--config.temperature=0.5"), ["did you mean --config.simclr.temperature?"]),
     ((DEMO, NEW, "--config.augment.blur_probability=0"), ["--config.augment.blur or"]),
-    ((DEMO, NEW, "--mode=kn"), ["expected one of train, plan,", "did you mean --mode=knn?"]),
+    (
+        (DEMO, NEW, "--mode=kn"),
+        ["one of train, distil, plan,", "did you mean --mode=knn?"],
+    ),
     ((DEMO, "--mode=plan", "--config.model.bn_groups=3"), ["bn_groups=3", "divisor"]),
     ((DEMO, NEW, "--mode=plan", "--quick=perhaps"), ["expected true or false"]),
     ((DEMO, NEW, "--confg=x"), ["did you mean --config?"]),

@@ -346,7 +346,7 @@ def quiet(size=32, **fields):
 
 def run(images, a, ids=None, epoch=0, seed=0, on="host"):
     ids = np.arange(len(images)) if ids is None else ids
-    parameters, _ = draws.draw_pair((a, a), seed, epoch, ids, images.shape[1:3])
+    parameters, _ = draws.draw_views((a, a), seed, epoch, ids, images.shape[1:3])
     if on == "device":
         made = jax.jit(lambda x, p: on_device.augment_pixels(x, p, (a, a)))
         return np.asarray(on_device.to_bytes(made(images, parameters)))
@@ -387,7 +387,7 @@ def test_operations_come_in_the_documented_order(ops, preset, grey_first):
     """Crop, rotate, jitter and grey (or the other way round), clip, blur, solarise, round."""
     on = dict(rotate=1.0, jitter=1.0, grey=1.0, blur=1.0, solarise=1.0)
     images, a = noise(8, 48, 40), recipe(preset, grey_first=grey_first, **on)
-    parameters, _ = draws.draw_pair((a, a), 3, 0, np.arange(8), (48, 40))
+    parameters, _ = draws.draw_views((a, a), 3, 0, np.arange(8), (48, 40))
     p = parameters[:, 0]
     x = ops.crop_resize(planes(images), p[:, draws.BOX], p[:, draws.FLIP], a)
     if preset == "moco_v2":  # as PIL, which holds bytes
@@ -601,7 +601,7 @@ def test_each_image_has_its_own_draws():
 def test_views_may_differ():
     images = noise(8)
     first, second = recipe("cifar"), quiet()
-    parameters, _ = draws.draw_pair((first, second), 0, 0, np.arange(8), (32, 32))
+    parameters, _ = draws.draw_views((first, second), 0, 0, np.arange(8), (32, 32))
     views = ah.augment_pixels(tf.constant(images), tf.constant(parameters), (first, second)).numpy()
     np.testing.assert_array_equal(views[:, 1], images)
     np.testing.assert_array_equal(views[:, 0], run(images, first)[:, 0])
@@ -639,7 +639,7 @@ def test_png_equals_pixels(a):
     images = noise(12, 80, 104)
     ids = np.arange(12) + 100
     batch = run(images, a, ids=ids, seed=5)
-    parameters, crops = draws.draw_pair((a, a), 5, 0, ids, None)
+    parameters, crops = draws.draw_views((a, a), 5, 0, ids, None)
     single = of_encoded(a)
     for i, image in enumerate(images):
         views = single(tf.constant(encode(image, "PNG")), parameters[i], crops[i]).numpy()
@@ -650,7 +650,7 @@ def test_png_equals_pixels(a):
 def test_jpeg_window_equals_whole(preset):
     """Decoding only what both crops cover gives what decoding everything gives."""
     images, a = noise(12, 90, 120), recipe(preset, 32)
-    parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(12), None)
+    parameters, crops = draws.draw_views((a, a), 5, 0, np.arange(12), None)
     part, full = of_encoded(a), of_encoded(a, whole=True)
     for i, image in enumerate(images):
         data = tf.constant(encode(image, "JPEG", quality=90, subsampling=2 * (i % 2)))
@@ -685,7 +685,7 @@ def test_centre(height, width, size, ops):
 
 def test_graph_and_eager_agree():
     images, a = noise(5), recipe("simclr", solarise=0.2, rotate=0.5)
-    parameters, _ = draws.draw_pair((a, a), 0, 0, np.arange(5), (32, 32))
+    parameters, _ = draws.draw_views((a, a), 0, 0, np.arange(5), (32, 32))
     op = tf.function(lambda x, p: ah.augment_pixels(x, p, (a, a)))
     graph = op(tf.constant(images), tf.constant(parameters)).numpy().astype(int)
     assert np.abs(graph - run(images, a)).max() <= 1

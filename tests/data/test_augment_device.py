@@ -27,7 +27,7 @@ tf = ah.tf
 
 
 def drawn(images, pair, seed=0, epoch=0):
-    return draws.draw_pair(pair, seed, epoch, np.arange(len(images)), images.shape[1:3])[0]
+    return draws.draw_views(pair, seed, epoch, np.arange(len(images)), images.shape[1:3])[0]
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def test_an_image_has_its_views_wherever_it_stands():
     """Keys are of the example, not of the row."""
     images, a = noise(24, 40, 36), recipe("moco_v2", 32, solarise=0.3)
     place = np.random.default_rng(0).permutation(24)
-    parameters, _ = draws.draw_pair((a, a), 0, 0, place, (40, 36))
+    parameters, _ = draws.draw_views((a, a), 0, 0, place, (40, 36))
     function = module.augment_pixels
     found = on_device(function, images[place], parameters, (a, a))
     want = on_device(function, images, drawn(images, (a, a)), (a, a))

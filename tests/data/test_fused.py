@@ -58,7 +58,7 @@ def test_operations(op, more, monkeypatch):
 )
 def test_views(a, monkeypatch):
     """Bytes differ where a number lies on the edge between two: in few places, by one level."""
-    parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(12), None)
+    parameters, crops = draws.draw_views((a, a), 5, 0, np.arange(12), None)
     files = [tf.constant(encode(image, "PNG")) for image in noise(12, 80, 104)]
 
     def views():

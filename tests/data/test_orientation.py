@@ -73,7 +73,7 @@ def test_a_box_is_the_same_pixels_stored_and_shown():
 def test_crops_are_of_the_rotated_image():
     """Decoded whole or in part: the views of a file that Pillow has turned before."""
     a = recipe("moco_v2", 16, **PLAIN)
-    parameters, crops = draws.draw_pair((a, a), 5, 0, np.arange(9), None)
+    parameters, crops = draws.draw_views((a, a), 5, 0, np.arange(9), None)
     for turn in ALL:
         data = photo(turn, size=(90, 120), quality=90, subsampling=2 * (turn % 2))
         turned = tf.constant(encode(pillow(data, True), "PNG"))

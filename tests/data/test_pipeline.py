@@ -197,7 +197,7 @@ def test_what_the_device_is_to_do_is_left_to_it(kind, folder, stream_dir):
         source, c = stream(stream_dir, augment_on="both")
     (found,) = train(source, c, 1)
     shape = source.image_shape
-    want, _ = draws.draw_pair(FeedRecipe.of(c).views, c.seed, 0, found["ids"], shape)
+    want, _ = draws.draw_views(FeedRecipe.of(c).views, c.seed, 0, found["ids"], shape)
     np.testing.assert_array_equal(found.pop("parameters"), want)
     assert want[..., draws.SOLARISE].any()
     c.data.augment_on, c.augment.solarise = "host", 0.0  # the rest of this recipe

@@ -70,7 +70,7 @@ def test_what_the_host_sends_is_what_it_would_have_used():
             epoch, t = divmod(step, 2)
             ids = order(c.seed, epoch, 20)[8 * t :][rows]
             np.testing.assert_array_equal(batch["ids"][:, i], ids)
-            want, _ = draws.draw_pair(a, c.seed, epoch, ids, (28, 28))
+            want, _ = draws.draw_views(a, c.seed, epoch, ids, (28, 28))
             np.testing.assert_array_equal(batch["parameters"][:, i], want)
 
 
@@ -108,7 +108,7 @@ def test_a_dispatch_takes_its_steps(devices):
         for i in range(count):
             epoch, t = divmod(taken, 2)
             ids = order(c.seed, epoch, 20)[8 * t : 8 * t + 8]
-            parameters, _ = draws.draw_pair(a, c.seed, epoch, ids, (28, 28))
+            parameters, _ = draws.draw_views(a, c.seed, epoch, ids, (28, 28))
             images = views(source.images[ids], parameters)
             want = checksum(float(taken), {"images": images, "labels": source.labels[ids]}, None)
             np.testing.assert_allclose(losses[i], want[1]["loss"], rtol=1e-4)
@@ -123,7 +123,7 @@ def test_a_step_sees_what_the_device_makes_of_cropped_views():
     c = tiny.config("simclr", batch_size=8, data__augment_on="both", augment__preset="cifar")
     mesh, a = make_mesh(jax.devices()[:1]), FeedRecipe.of(c).views
     batch = tiny.host_batch(c, 0)
-    batch["parameters"], _ = draws.draw_pair(a, c.seed, 0, np.arange(8), (8, 8))
+    batch["parameters"], _ = draws.draw_views(a, c.seed, 0, np.arange(8), (8, 8))
     assert batch.keys() == dispatch.batch_shapes(FeedRecipe.of(c), mesh).keys()
     loss = jax.jit(dispatch.program(checksum, FeedRecipe.of(c), mesh))(
         0.0, to_global(mesh, batch), None
@@ -183,7 +183,7 @@ def test_colour_on_the_device_trains(folder, tmp_path):
     c.data.augment_on = "host"
     whole = next(pipeline.train_batches(source, FeedRecipe.of(c), rows=np.arange(8)))
     np.testing.assert_array_equal(ids, whole["ids"][None])
-    want, _ = draws.draw_pair(FeedRecipe.of(c).views, c.seed, 0, whole["ids"], None)
+    want, _ = draws.draw_views(FeedRecipe.of(c).views, c.seed, 0, whole["ids"], None)
     np.testing.assert_array_equal(batch["parameters"], want)
     assert batch.keys() == {"images", "labels", "parameters"}
     assert batch["images"].shape == whole["images"].shape == (8, 2, 8, 8, 3)

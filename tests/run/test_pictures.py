@@ -41,6 +41,17 @@ def test_pairs_show_each_view_once(tmp_path, size, with_originals):
     np.testing.assert_allclose(counts[2], 2.5 * one if with_originals else 0, rtol=0.12)
 
 
+@pytest.mark.parametrize("with_originals", [False, True])
+def test_one_view_is_shown_once(tmp_path, with_originals):
+    blue, pink = (20, 40, 200), (250, 120, 180)
+    originals = solid(pink, 5, 28, 28) if with_originals else None
+    pictures.augmented_pairs(solid(blue, 5, 1, 28, 28), originals, tmp_path / "views.png")
+    picture = load(tmp_path / "views.png")
+    one = (0.95 * pictures._CELL * 110) ** 2
+    np.testing.assert_allclose(area(picture, blue), 5 * one, rtol=0.12)
+    np.testing.assert_allclose(area(picture, pink), 5 * one * with_originals, rtol=0.12)
+
+
 @pytest.mark.parametrize("size", [28, 224])
 def test_frames_tell_the_class(tmp_path, size):
     grey = (128, 128, 128)

@@ -88,15 +88,16 @@ def lines(workdir, name=jsonl.FILE):
             for r in jsonl.read(workdir / name)]  # fmt: skip
 
 
-def assert_same_run(c, got, want):
+def assert_same_run(c, got, want, classes=2):
     assert lines(got) == lines(want)
-    a, b = (tiny.named_leaves(saved(c, w, TOTAL)) for w in (got, want))
+    a, b = (tiny.named_leaves(saved(c, w, TOTAL, classes)) for w in (got, want))
     assert a.keys() == b.keys()
     for name, x in b.items():
         np.testing.assert_array_equal(a[name], x, err_msg=name)
     wanted = {"params", "batch_stats", "opt_state", "probe", "step"}
     wanted |= {"key_params", "key_batch_stats"} if "moco" in c.method else set()
     wanted |= {"queue"} if c.method == "moco" else set()
+    wanted |= {"teacher"} if c.method == "distil" else set()
     if "simclr" in c and c.simclr.memory_length:
         wanted |= {"key_params", "key_batch_stats", "queue"}
     assert wanted <= {name.split(".")[1].split("[")[0] for name in b}

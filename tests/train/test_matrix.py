@@ -32,7 +32,7 @@ VARIANTS = {
     "memory": ("simclr", {"simclr__memory_length": 40}),
 }
 OPTIONS = {
-    "method": ("simclr", "moco", "moco_v3"),
+    "method": ("simclr", "moco", "moco_v3", "distil"),
     "variant": tuple(VARIANTS),
     "model__encoder": ("resnet", "vit"),
     "data__augment_on": ("host", "both", "device"),

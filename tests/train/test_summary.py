@@ -24,7 +24,7 @@ POSITION = Position(results=SCORES, images_per_second=1.0, seconds=2.0)
 def test_weights_of_another_run_are_not_called_untrained(tmp_path, capsys, field):
     c = tiny.config("simclr", evaluate__pictures=False, **({field: "runs/other"} if field else {}))
     source = types.SimpleNamespace(name="photos", split="train")
-    method = types.SimpleNamespace(supervised=False)
+    method = types.SimpleNamespace(supervised=False, classification=None)
     run = types.SimpleNamespace(config=c, source=source, extent=Extent(800, 10), method=method)
     got = summary.finish(run, epath.Path(tmp_path), None, None, POSITION)
     said = capsys.readouterr().err
@@ -102,6 +102,16 @@ def test_a_smoke_run_draws_no_conclusion(fields, verdict, tmp_path):
     assert ("learned" in said) == (verdict == "So it learned")
 
 
+def test_a_student_is_put_beside_its_teacher(tmp_path):
+    scores = {"teacher": "W", "student_top1": 0.56, "teacher_top1": 0.5}
+    said = words(tmp_path, **scores)
+    assert "right on 56.0 % of the test images, its teacher on 50.0 % (+6.0 points)." in said
+    assert "by what its teacher says of the images" in said and "without seeing" not in said
+    none = dict.fromkeys(SCORES)
+    assert "so no score" not in words(tmp_path, **(none | scores))
+    assert "classifier the student" not in words(tmp_path, **(scores | {"student_top1": None}))
+
+
 def test_a_run_without_labels_ends_with_what_can_be_looked_at(tmp_path):
     workdir = tmp_path / "my run"
     workdir.mkdir()
@@ -113,7 +123,7 @@ def test_a_run_without_labels_ends_with_what_can_be_looked_at(tmp_path):
     for name in summary.PICTURES:
         (workdir / name).write_text("")
     lines = words(workdir, **none).splitlines()
-    assert lines[3].startswith(f"  {workdir}/augmented_pairs.png: the two views")
+    assert lines[3].startswith(f"  {workdir}/augmented_pairs.png: images as training")
     assert lines[4].startswith(f"  {workdir}/nearest_neighbours.png: test images")
     assert lines[5].startswith(command)
     scored = words(workdir).splitlines()

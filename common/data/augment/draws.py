@@ -91,23 +91,23 @@ def view_parameters(
     return out
 
 
-def draw_pair(
-    augmentations: tuple[Augmentation, Augmentation],
+def draw_views(
+    augmentations: tuple[Augmentation, ...],
     seed: int,
     epoch: int,
     ids: np.ndarray,
     shape: tuple[int, int] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All draws of both views.
+    """All draws of every view.
 
     Args:
-        augmentations: of view 1 and view 2.
+        augmentations: one a view.
         seed, epoch, ids: as in `uniforms`.
         shape: (h, w) when all images share it.
 
     Returns:
-        parameters float32 [b, 2, PARAMETERS], with boxes if the shape is known; crop draws float32
-        [b, 2, CROP_DRAWS], or [b, 0] if it is.
+        parameters float32 [b, v, PARAMETERS], with boxes if the shape is known; crop draws float32
+        [b, v, CROP_DRAWS], or [b, 0] if it is.
     """
     parameters = []
     for view, augmentation in enumerate(augmentations):
@@ -117,7 +117,8 @@ def draw_pair(
         parameters.append(drawn)
     crops = np.zeros((len(ids), 0), np.float32)
     if shape is None:
-        crops = np.stack([crop_draws(seed, epoch, ids, view) for view in (0, 1)], axis=1)
+        drawn_crops = [crop_draws(seed, epoch, ids, view) for view in range(len(augmentations))]
+        crops = np.stack(drawn_crops, axis=1)
     return np.stack(parameters, axis=1), crops
 
 

@@ -1,4 +1,4 @@
-"""Two views of images on the device, inside the train step: `on_host.py` in JAX.
+"""The views of images on the device, inside the train step: `on_host.py` in JAX.
 
 Both take the rows that `draws.py` drew on the host, boxes included. They are 136 bytes an image and
 take half a microsecond (an epoch of CIFAR-10: 40 ms), and so every draw is the same on a CPU, a GPU
@@ -19,7 +19,7 @@ from common.data.augment.colour import colour_ops
 from common.data.augment.presets import Augmentation
 from common.sharding import AXIS
 
-Pair = tuple[Augmentation, Augmentation]
+Views = tuple[Augmentation, ...]
 
 # Float pixels that a device works on at a time: 512 MB, and some copies. All views at once of the
 # 4,096 images at 224 pixels that one device may take in micro-batches would be 5 GB.
@@ -30,16 +30,16 @@ def _coloured(images: jax.Array, parameters: jax.Array, a: Augmentation) -> jax.
     return device_ops.clip(colour_ops(images, parameters, a, device_ops))
 
 
-def augment_pixels(images: jax.Array, parameters: jax.Array, augmentations: Pair) -> jax.Array:
-    """Two views of every image of a batch of one shape.
+def augment_pixels(images: jax.Array, parameters: jax.Array, augmentations: Views) -> jax.Array:
+    """The views of every image of a batch of one shape.
 
     Args:
         images: uint8 [b, h, w, 3].
-        parameters: float32 [b, 2, draws.PARAMETERS], boxes included.
-        augmentations: of view 1 and view 2.
+        parameters: float32 [b, v, draws.PARAMETERS], boxes included.
+        augmentations: one a view, v of them.
 
     Returns:
-        float32 [b, 2, 3, size, size] in [0, 1].
+        float32 [b, v, 3, size, size] in [0, 1].
     """
     planes = _planes(images)
 
@@ -48,29 +48,29 @@ def augment_pixels(images: jax.Array, parameters: jax.Array, augmentations: Pair
         boxes, flips = parameters[:, draws.BOX], parameters[:, draws.FLIP]
         return _coloured(device_ops.crop_resize(planes, boxes, flips, a), parameters, a)
 
-    return _pair(views, parameters, augmentations)
+    return _of_each(views, parameters, augmentations)
 
 
-def augment_colour(views: jax.Array, parameters: jax.Array, augmentations: Pair) -> jax.Array:
+def augment_colour(views: jax.Array, parameters: jax.Array, augmentations: Views) -> jax.Array:
     """The rest of the augmentation of views that the host has cropped, resized and flipped.
 
     The host has rounded them to bytes, which an augmentation in one piece does after its last
     operation only: colours may differ by a few of 255 levels from it.
 
     Args:
-        views: uint8 [b, 2, size, size, 3].
-        parameters: float32 [b, 2, draws.PARAMETERS].
-        augmentations: of view 1 and view 2.
+        views: uint8 [b, v, size, size, 3].
+        parameters: float32 [b, v, draws.PARAMETERS].
+        augmentations: one a view, v of them.
 
     Returns:
-        float32 [b, 2, 3, size, size] in [0, 1].
+        float32 [b, v, 3, size, size] in [0, 1].
     """
 
     def coloured(parameters: jax.Array, a: Augmentation, view: int | slice) -> jax.Array:
         images = views[:, view].reshape(-1, *views.shape[2:])
         return _coloured(_planes(images), parameters, a)
 
-    return _pair(coloured, parameters, augmentations)
+    return _of_each(coloured, parameters, augmentations)
 
 
 def _planes(images: jax.Array) -> jax.Array:
@@ -78,12 +78,12 @@ def _planes(images: jax.Array) -> jax.Array:
     return jnp.moveaxis(images, 3, 1).astype(jnp.float32) * jnp.float32(1 / 255)
 
 
-def _pair(make: Callable[..., jax.Array], parameters: jax.Array, both: Pair) -> jax.Array:
-    """Both views: in one go where they share a recipe, image-major so that no row moves."""
-    if both[0] == both[1]:
-        made = make(parameters.reshape(-1, parameters.shape[-1]), both[0], slice(None))
-        return made.reshape(-1, 2, *made.shape[1:])
-    return jnp.stack([make(parameters[:, i], a, i) for i, a in enumerate(both)], axis=1)
+def _of_each(make: Callable[..., jax.Array], parameters: jax.Array, recipes: Views) -> jax.Array:
+    """All views: in one go where they share a recipe, image-major so that no row moves."""
+    if len(set(recipes)) == 1:
+        made = make(parameters.reshape(-1, parameters.shape[-1]), recipes[0], slice(None))
+        return made.reshape(-1, len(recipes), *made.shape[1:])
+    return jnp.stack([make(parameters[:, i], a, i) for i, a in enumerate(recipes)], axis=1)
 
 
 def to_bytes(images: jax.Array) -> jax.Array:
@@ -92,19 +92,19 @@ def to_bytes(images: jax.Array) -> jax.Array:
 
 
 def views(
-    function: Callable, images: jax.Array, parameters: jax.Array, augmentations: Pair, mesh: Mesh
+    function: Callable, images: jax.Array, parameters: jax.Array, augmentations: Views, mesh: Mesh
 ) -> jax.Array:
     """`augment_pixels` or `augment_colour`, each device on its rows and some of them at a time.
 
     Args:
         function: one of the two.
         images: as it says, of a global batch.
-        parameters: float32 [b, 2, draws.PARAMETERS].
-        augmentations: of view 1 and view 2.
+        parameters: float32 [b, v, draws.PARAMETERS].
+        augmentations: one a view, v of them.
         mesh: the device mesh.
 
     Returns:
-        uint8 [b, 2, size, size, 3], sharded along b.
+        uint8 [b, v, size, size, 3], sharded along b.
     """
 
     def make(rows: tuple[jax.Array, ...]) -> jax.Array:
@@ -112,7 +112,7 @@ def views(
 
     def local(*rows: jax.Array) -> jax.Array:
         n = len(rows[0])
-        least = -(-n * 2 * 3 * augmentations[0].size ** 2 // PIECE)
+        least = -(-n * len(augmentations) * 3 * augmentations[0].size ** 2 // PIECE)
         parts = next(p for p in range(least, n + 1) if n % p == 0)
         if parts == 1:
             return make(rows)

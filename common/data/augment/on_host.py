@@ -1,4 +1,4 @@
-"""Two views of images on the host: of a batch of one shape, or of one encoded image.
+"""The views of images on the host: of a batch of one shape, or of one encoded image.
 
 The first is for small images, which are held as pixels; the second decodes as little as it can.
 Both take what `draws.py` drew; nothing here is random but the boxes of `draw_box`, whose seed is.
@@ -42,9 +42,9 @@ def _planes(images: tf.Tensor) -> tf.Tensor:
 
 
 @fused
-def _bytes_of_both(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """Two of float32 [1, h, w, 3] about 0 to 255 to uint8 [2, h, w, 3]."""
-    return to_bytes(tf.concat([first, second], axis=0) * (1 / 255))
+def _bytes_of_all(*views: tf.Tensor) -> tf.Tensor:
+    """Each of float32 [1, h, w, 3] about 0 to 255; together uint8 [v, h, w, 3]."""
+    return to_bytes(tf.concat(views, axis=0) * (1 / 255))
 
 
 def to_bytes(images: tf.Tensor) -> tf.Tensor:
@@ -53,54 +53,54 @@ def to_bytes(images: tf.Tensor) -> tf.Tensor:
 
 
 def augment_pixels(
-    images: tf.Tensor, parameters: tf.Tensor, augmentations: tuple[Augmentation, Augmentation]
+    images: tf.Tensor, parameters: tf.Tensor, augmentations: tuple[Augmentation, ...]
 ) -> tf.Tensor:
-    """Two views of every image of a batch of one shape.
+    """The views of every image of a batch of one shape.
 
     Args:
         images: uint8 [b, h, w, 3].
-        parameters: float32 [b, 2, draws.PARAMETERS], boxes included.
-        augmentations: of view 1 and view 2.
+        parameters: float32 [b, v, draws.PARAMETERS], boxes included.
+        augmentations: one a view, v of them.
 
     Returns:
-        uint8 [b, 2, size, size, 3].
+        uint8 [b, v, size, size, 3].
     """
-    first, second = augmentations
+    first, n = augmentations[0], len(augmentations)
     planes = tf.cast(tf.transpose(images, [0, 3, 1, 2]), tf.float32) * (1 / 255)
 
     def views(x: tf.Tensor, p: tf.Tensor, a: Augmentation) -> tf.Tensor:
         return _coloured(pixel_ops.crop_resize(x, p[:, draws.BOX], p[:, draws.FLIP], a), p, a)
 
-    if first != second:
-        pair = [views(planes, parameters[:, i], a) for i, a in enumerate(augmentations)]
-        return tf.stack(pair, axis=1)
+    if len(set(augmentations)) > 1:
+        made = [views(planes, parameters[:, i], a) for i, a in enumerate(augmentations)]
+        return tf.stack(made, axis=1)
     parameters = tf.reshape(parameters, [-1, draws.PARAMETERS])
-    both = views(tf.repeat(planes, 2, axis=0), parameters, first)
-    return tf.reshape(both, [-1, 2, first.size, first.size, 3])
+    made = views(tf.repeat(planes, n, axis=0), parameters, first)
+    return tf.reshape(made, [-1, n, first.size, first.size, 3])
 
 
 def augment_encoded(
     data: tf.Tensor,
     parameters: tf.Tensor,
     crops: tf.Tensor,
-    augmentations: tuple[Augmentation, Augmentation],
+    augmentations: tuple[Augmentation, ...],
     whole: bool = False,
     how: Decoding = decoding.DEFAULT,
 ) -> tf.Tensor:
-    """Two views of one encoded image.
+    """The views of one encoded image.
 
-    Of a JPEG, only the part that the two crops cover together is decoded, once.
+    Of a JPEG, only the part that their crops cover together is decoded, once.
 
     Args:
         data: scalar string, the file.
-        parameters: float32 [2, draws.PARAMETERS]; the boxes in it are not used.
-        crops: float32 [2, draws.CROP_DRAWS].
-        augmentations: of view 1 and view 2.
+        parameters: float32 [v, draws.PARAMETERS]; the boxes in it are not used.
+        crops: float32 [v, draws.CROP_DRAWS].
+        augmentations: one a view, v of them.
         whole: decode all of the image, so that any damage in it is seen.
         how: the rules by which its dataset is decoded.
 
     Returns:
-        uint8 [2, size, size, 3].
+        uint8 [v, size, size, 3].
     """
 
     def boxes_for(shape: tf.Tensor) -> tf.Tensor:
@@ -146,7 +146,7 @@ def augment_encoded(
         views.append(tf.cond(p[draws.FLIP] > 0, functools.partial(tf.reverse, view, [1]),
                              functools.partial(tf.identity, view))[None])  # fmt: skip
     if augmentations == tuple(map(crop_only, augmentations)):  # the device does the rest
-        return _bytes_of_both(*views)
+        return _bytes_of_all(*views)
     # one view at a time: each does only what it needs
     rest = zip(views, tf.unstack(parameters), augmentations, strict=True)
     return tf.concat([_coloured(_planes(view), p[None], a) for view, p, a in rest], axis=0)

@@ -29,7 +29,7 @@ def train_feed(
     recipe: FeedRecipe,
     step: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of two views without end.
+    """Batches of augmented views without end.
 
     Args:
         source: of kind "pixels", "encoded" or "path".
@@ -39,8 +39,8 @@ def train_feed(
         step: the first one.
 
     Yields:
-        {"images": uint8 [b, 2, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
-        "parameters" float32 [b, 2, draws.PARAMETERS] with `augment_on="both"`.
+        {"images": uint8 [b, v, size, size, 3], "labels": int32 [b], "ids": int64 [b]}, and
+        "parameters" float32 [b, v, draws.PARAMETERS] with `augment_on="both"`.
 
     Raises:
         UserError: a corrupt image, unless the source replaces them.
@@ -49,7 +49,7 @@ def train_feed(
     def load(step: int):
         epoch, ids = plan(step)
         payload, labels = source.read(source.stand_ins(ids))
-        parameters, crops = draws.draw_pair(
+        parameters, crops = draws.draw_views(
             recipe.views, recipe.seed, epoch, ids, source.image_shape
         )
         return ids, labels, payload, parameters, crops
@@ -58,7 +58,7 @@ def train_feed(
 
     @plain
     def whole(ids, labels, images, parameters, crops):
-        parameters = tf.ensure_shape(parameters, [b, 2, draws.PARAMETERS])
+        parameters = tf.ensure_shape(parameters, [b, n, draws.PARAMETERS])
         images = tf.ensure_shape(images, [b, *shape, 3])
         return batch(augment(images, parameters), labels, ids, parameters)
 
@@ -68,9 +68,9 @@ def train_feed(
         return batch(views, label, index, parameters)
 
     augment, batch = augmenter(source, recipe), named(recipe)
-    b = len(plan(step)[1])
+    b, n = len(plan(step)[1]), len(recipe.views)
     start = tf.Variable(step, dtype=tf.int64)
-    data = _loaded(start, _NEVER, load, source, (tf.float32, tf.float32))
+    data = _loaded(start, _NEVER, load, source, (tf.float32, tf.float32), n)
     if source.kind == "pixels":
         data = data.map(whole, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     else:
@@ -158,7 +158,7 @@ def _evaluator(image_size: int, how: Decoding) -> Callable:
 
 
 def _loaded(
-    start: tf.Variable, end: int, load: Callable, source: Source, extra: tuple
+    start: tf.Variable, end: int, load: Callable, source: Source, extra: tuple, views: int = 0
 ) -> tf.data.Dataset:
     """Maps the NumPy function `load` over steps, from where `start` is when iteration begins."""
     # The detour reads the variable late, so that starting again traces nothing again.
@@ -174,8 +174,9 @@ def _loaded(
             if rank is not None:
                 value.set_shape([None] * rank)
         if extra:
-            values[3].set_shape([None, 2, draws.PARAMETERS])
-            values[4].set_shape([None, None] if source.image_shape else [None, 2, draws.CROP_DRAWS])
+            values[3].set_shape([None, views, draws.PARAMETERS])
+            shape = [None] if source.image_shape else [views, draws.CROP_DRAWS]
+            values[4].set_shape([None, *shape])
         return tuple(values)
 
     return steps.map(call, num_parallel_calls=_READ_AHEAD, deterministic=True)

@@ -1,4 +1,4 @@
-"""Batches of two views for training, and of plain images for evaluation.
+"""Batches of augmented views for training, and of plain images for evaluation.
 
 The order is global and then split: batch t of epoch e is `order(seed, e, n)[t * B : (t + 1) * B]`
 on any number of processes, and each process loads the rows that its devices hold. A batch follows
@@ -61,8 +61,8 @@ def train_batches(
           another order, the rest of the epoch begun is skipped, with a warning.
 
     Returns:
-        Iterator of {"images": uint8 [b_local, 2, h, w, 3], "labels": int32 [b_local] (-1
-        unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, 2,
+        Iterator of {"images": uint8 [b_local, v, h, w, 3], "labels": int32 [b_local] (-1
+        unlabelled), "ids": int64 [b_local]}, and "parameters" float32 [b_local, v,
         draws.PARAMETERS] with `augment_on="both"`. With "device" there are
         `ResidentBatches`, of which only `take` gives anything.
 
@@ -115,10 +115,12 @@ def _fake_batches(
     size = recipe.size
     while True:
         epoch, ids = plan(step)
-        views = np.stack([source.views(ids + view, size) for view in (0, 1)], axis=1)
+        views = np.stack(
+            [source.views(ids + view, size) for view in range(len(recipe.views))], axis=1
+        )
         batch = {"images": views, "labels": source.read(ids)[1], "ids": ids}
         if not recipe.colour:
-            drawn, _ = draws.draw_pair(recipe.views, recipe.seed, epoch, ids, (size, size))
+            drawn, _ = draws.draw_views(recipe.views, recipe.seed, epoch, ids, (size, size))
             batch["parameters"] = drawn
         yield batch
         step += 1

@@ -84,7 +84,7 @@ def shapes_of(n: int, image_shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeS
 def views(
     batch: dict[str, jax.Array],
     i: jax.Array | int,
-    augmentations: tuple[Augmentation, Augmentation],
+    augmentations: tuple[Augmentation, ...],
     mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """What one step of a batch sees; part of a compiled program.
@@ -92,11 +92,11 @@ def views(
     Args:
         batch: what `ResidentBatches.take` gave, as global arrays, and what `load` gave.
         i: which of its steps, from 0.
-        augmentations: of view 1 and view 2.
+        augmentations: one a view, v of them.
         mesh: the device mesh.
 
     Returns:
-        Views uint8 [b, 2, size, size, 3], sharded along b, and labels int32 [b].
+        Views uint8 [b, v, size, size, 3], sharded along b, and labels int32 [b].
     """
     ids = batch["ids"][:, i]
     images = batch["data_images"][ids]
@@ -138,17 +138,17 @@ class ResidentBatches(Batches):
 
         Returns:
             Ids [steps, b], and the batch: `ids` int32 [b, steps_per_dispatch], `parameters`
-            float32 [b, steps_per_dispatch, 2, draws.PARAMETERS] with boxes, both 0 after the first
+            float32 [b, steps_per_dispatch, v, draws.PARAMETERS] with boxes, both 0 after the first
             `steps`, and `steps` int32.
         """
         most = self._recipe.steps_per_dispatch
         planned = [self._plan(self.position + i) for i in range(steps)]
         epochs, ids = np.array([epoch for epoch, _ in planned]), np.stack([i for _, i in planned])
         b = ids.shape[1]
-        parameters = np.zeros((b, most, 2, draws.PARAMETERS), np.float32)
+        parameters = np.zeros((b, most, len(self._recipe.views), draws.PARAMETERS), np.float32)
         for epoch in np.unique(epochs):  # of many steps at once: a call costs as much as 1,000 rows
             chosen = np.flatnonzero(epochs == epoch)
-            drawn, _ = draws.draw_pair(
+            drawn, _ = draws.draw_views(
                 self._recipe.views, self._recipe.seed, int(epoch), ids[chosen].ravel(), self._shape
             )
             parameters[:, chosen] = drawn.reshape(len(chosen), b, *drawn.shape[1:]).swapaxes(0, 1)

@@ -72,18 +72,18 @@ def _train(
     source: StreamSource, recipe: FeedRecipe, steps: int, b: int, start: int, index: int, count: int
 ) -> Iterator[dict]:
     augment, named = feed.augmenter(source, recipe), feed.named(recipe)
-    epoch, done = divmod(start, steps)
+    n, (epoch, done) = len(recipe.views), divmod(start, steps)
     while True:
 
         def draw(ids, epoch=epoch):
-            return draws.draw_pair(recipe.views, recipe.seed, epoch, ids, None)
+            return draws.draw_views(recipe.views, recipe.seed, epoch, ids, None)
 
         def finish(data, draw=draw):
             @plain
             def drawn(ids, labels, images):
                 values = tf.numpy_function(draw, [ids], (tf.float32, tf.float32), stateful=False)
-                parameters = tf.ensure_shape(values[0], [b, 2, draws.PARAMETERS])
-                crops = tf.ensure_shape(values[1], [b, 2, draws.CROP_DRAWS])
+                parameters = tf.ensure_shape(values[0], [b, n, draws.PARAMETERS])
+                crops = tf.ensure_shape(values[1], [b, n, draws.CROP_DRAWS])
                 return ids, labels, images, parameters, crops
 
             @plain

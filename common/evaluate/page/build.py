@@ -32,7 +32,7 @@ class Run:
         subject: which encoder, for a sentence.
         workdir: has `config.json`, and `metrics.jsonl` and `results.jsonl` if there are any.
         image_size: side of the images that the encoder sees, in pixels.
-        pairs: int ids `[m]` of some examples of the source, and the two augmented views of each,
+        pairs: int ids `[m]` of some examples of the source, and the augmented views of each,
             uint8 `[m, 2, h, w, 3]`; m may be 0.
     """
 
@@ -143,7 +143,7 @@ def _neighbours(
 
 
 def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
-    """Images and the two views that this run's augmentation makes of each."""
+    """Images and the views that this run's augmentation makes of each."""
     ids, views = run.pairs
     if not len(ids):
         return []
