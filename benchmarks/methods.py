@@ -39,7 +39,9 @@ def config(name: str, batch: int) -> ConfigDict:
 
 def negatives(c: ConfigDict) -> int:
     """The number of negatives of a view."""
-    return c.moco.queue_length if c.method == "moco" else 2 * (c.batch_size - 1)
+    if c.method == "moco":
+        return int(c.moco.queue_length)
+    return 2 * (c.batch_size - 1) + c.simclr.memory_length
 
 
 def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:

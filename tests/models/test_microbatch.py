@@ -20,12 +20,12 @@ BATCH, GROUPS = 128, 32
 
 
 @functools.cache
-def run(method, devices, size, dtype="float64", symmetric=False):
+def run(method, devices, size, dtype="float64", symmetric=False, memory=0):
     """Two steps in micro-batches of `size` images; SimCLR with bottlenecks, as in a ResNet-50."""
     if method == "moco":
         changes = {"moco__symmetric": symmetric, "model__stages": (1,)}
     else:
-        changes = {"model__stages": (), "model__depth": 8}
+        changes = {"model__stages": (), "model__depth": 8, "simclr__memory_length": memory}
     with jax.enable_x64(dtype == "float64"), pytest.MonkeyPatch.context() as patch:
         patch.setitem(resnet.DEPTHS, 8, (True, (1, 1)))
         c = tiny.config(
@@ -101,6 +101,15 @@ def test_both_directions_of_moco(devices):
     """The statistics of the first pass are where the second one starts."""
     got = run("moco", devices, BATCH // 4, symmetric=True)
     assert_same(got, run("moco", 1, 0, symmetric=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_memory_of_simclr(devices):
+    """Its encoder goes through the parts too."""
+    got = run("simclr", devices, BATCH // 4, memory=300)
+    assert got.states[-1].queue.keys.shape == (2, 2 * BATCH, 8)
+    assert_same(got, run("simclr", 1, 0, memory=300))
 
 
 @pytest.mark.slow
