@@ -62,11 +62,11 @@ def config(name: str, batch: int) -> ConfigDict:
 
 def negatives(c: ConfigDict) -> int:
     """The number of negatives of a view."""
-    return {
-        "simclr": lambda: 2 * (c.batch_size - 1) + c.simclr.memory_length,
-        "moco": lambda: c.moco.queue_length,
-        "moco_v3": lambda: c.batch_size - 1,
-    }[c.method]()
+    if c.method == "moco":
+        return int(c.moco.queue_length)
+    if c.method == "moco_v3":
+        return int(c.batch_size) - 1
+    return 2 * (c.batch_size - 1) + c.simclr.memory_length
 
 
 def measured(batches: list[int], repeats: int) -> list[dict[str, Any]]:

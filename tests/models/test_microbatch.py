@@ -20,13 +20,15 @@ BATCH, GROUPS = 128, 32
 
 
 @functools.cache
-def run(method, devices, size, dtype="float64", symmetric=False, selective=False):
+def run(method, devices, size, dtype="float64", symmetric=False, selective=False, memory=0):
     """Two steps in micro-batches of `size` images; SimCLR with bottlenecks, as in a ResNet-50."""
     changes = {"model__bottleneck": True}
     if method == "moco":
         changes = {"moco__symmetric": symmetric, "model__stages": (1,)}
     elif selective:
         changes = tiny.SK
+    else:
+        changes["simclr__memory_length"] = memory
     with jax.enable_x64(dtype == "float64"):
         c = tiny.config(
             method, batch_size=BATCH, microbatch=size, model__dtype=dtype,
@@ -108,6 +110,15 @@ def test_both_directions_of_moco(devices):
     """The statistics of the first pass are where the second one starts."""
     got = run("moco", devices, BATCH // 4, symmetric=True)
     assert_same(got, run("moco", 1, 0, symmetric=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_memory_of_simclr(devices):
+    """Its encoder goes through the parts too."""
+    got = run("simclr", devices, BATCH // 4, memory=300)
+    assert got.states[-1].queue.keys.shape == (2, 2 * BATCH, 8)
+    assert_same(got, run("simclr", 1, 0, memory=300))
 
 
 @pytest.mark.slow
