@@ -20,10 +20,9 @@ from common.errors import UserError
 from common.evaluate.pretrained import Pretrained
 from common.models import classifier
 from common.models.classifier import SECTIONS, SUFFIX, Classifier
+from common.models.finetuned import FOLDER
 from common.run import digests
 from common.sharding import first_process
-
-FOLDER = "finetuned"
 
 
 @dataclasses.dataclass(frozen=True)
