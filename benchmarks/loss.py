@@ -1,4 +1,4 @@
-"""NT-Xent, streamed, against full logits: time by tile size, memory by rows and devices.
+"""NT-Xent, streamed, against full logits: time by tile size, memory by devices; DCL and SupCon.
 
     python -m benchmarks.loss [--rows=1024,8192,16384] [--blocks=256,512,1024,2048]
 
@@ -21,8 +21,9 @@ from common.contrast import BLOCK_SIZE, normalize
 from common.plan import collectives
 from common.sharding import batch_sharding, make_mesh
 from simclr_jax.loss import nt_xent_with_metrics
+from simclr_jax.supcon import supcon_with_metrics
 
-DIM, TEMPERATURE = 128, 0.1
+DIM, TEMPERATURE, CLASSES = 128, 0.1, 10
 OPTAX_ROWS = 1024  # it materialises the products [2n, 2n, d] before summing them
 LIMIT = 4e9  # bytes: programs that take more are compiled but not run
 MEMORY_ROWS, DEVICES = (8192, 32_768, 131_072), (1, 2, 4, 8)
@@ -51,6 +52,17 @@ def streamed(z: jax.Array, block: int, mesh: jax.sharding.Mesh | None = None) ->
     return nt_xent_with_metrics(z, TEMPERATURE, mesh=mesh, block_size=block)[0]
 
 
+def dcl(z: jax.Array) -> jax.Array:
+    """DCL in tiles of the default size."""
+    return nt_xent_with_metrics(z, TEMPERATURE, decoupled=True)[0]
+
+
+def supcon(z: jax.Array) -> jax.Array:
+    """SupCon likewise, of classes of equal size."""
+    labels = jnp.arange(z.shape[0], dtype=jnp.int32) % CLASSES
+    return supcon_with_metrics(z, labels, TEMPERATURE)[0]
+
+
 def compiled(loss, rows, sharding=None):
     """Value and gradient for 2N = rows."""
     z = jax.ShapeDtypeStruct((rows // 2, 2, DIM), jnp.float32, sharding=sharding)
@@ -63,6 +75,7 @@ def times(rows: int, blocks: list[int], repeats: int) -> list[list]:
     if rows <= OPTAX_ROWS:
         losses["optax ntxent"] = optax_logits
     losses |= {f"streamed, {b}": functools.partial(streamed, block=b) for b in blocks if b <= rows}
+    losses |= {f"DCL, {BLOCK_SIZE}": dcl, f"SupCon, {BLOCK_SIZE}": supcon}
     z = np.random.default_rng(0).normal(size=(rows // 2, 2, DIM)).astype(np.float32)
     z = jax.device_put(z, jax.devices()[0])
     steps = {name: compiled(loss, rows) for name, loss in losses.items()}

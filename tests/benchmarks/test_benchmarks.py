@@ -49,7 +49,7 @@ def test_the_queues_that_are_timed_are_one_queue(monkeypatch):
 def test_tables(capsys):
     side_by_side.show("Loss", list("abcde"), loss.times(64, [16, 64], 2))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("Loss (") and len([x for x in lines if x.startswith("| 64 |")]) == 4
+    assert lines[1].startswith("Loss (") and len([x for x in lines if x.startswith("| 64 |")]) == 6
     whole, parts = (float(loss.memory(256, n)[2]) for n in (1, 2))
     assert whole == pytest.approx(2 * parts, abs=1)
     assert moco_queue.times(512, 2)[0][3] == "1.00"  # what the others are compared with
