@@ -28,6 +28,8 @@ CLASSES, WIDTH = 3, 6
 class FirstPixels:
     """A method whose features are the first numbers of an image; behind the head, others."""
 
+    supervised = False
+
     def encode(self, state, images, layer="backbone"):
         start = {"backbone": 0, "head1": WIDTH}[layer]
         pixels = images.reshape(len(images), -1)[:, start : start + WIDTH]
