@@ -179,3 +179,14 @@ def test_temperature_must_be_positive(temperature):
 def test_a_temperature_that_is_refused_has_the_name_of_its_field(method):
     with pytest.raises(UserError, match=f"^{method}.temperature=0.0: .* set e.g. {method}.temp"):
         tiny.build(tiny.config(method, **{f"{method}__temperature": 0.0}), 1)
+
+
+def test_the_log_sum_exp_of_two_sets_with_and_without_keys():
+    a = np.array([0.3, -np.inf, 2.0, -np.inf, 300.0], np.float32)
+    b = np.array([-1.2, 1.0, -np.inf, -np.inf, 301.0], np.float32)
+    joint, pullback = jax.vjp(contrast.joint_lse, jnp.asarray(a), jnp.asarray(b))
+    want = np.logaddexp(a.astype(np.float64), b)
+    np.testing.assert_allclose(joint, want, rtol=1e-6)
+    for side, gradient in zip((a, b), pullback(jnp.ones(5)), strict=True):
+        share = np.exp(side - np.where(want == -np.inf, 0, want))
+        np.testing.assert_allclose(gradient, share, rtol=1e-5)

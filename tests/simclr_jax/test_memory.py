@@ -158,6 +158,7 @@ def test_metrics_count_the_keys_of_the_memory():
         np.testing.assert_allclose(got[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_image_with_a_memory_has_negatives_and_without_keys_none():
     rng = np.random.default_rng(0)
     z, keys = rng.normal(size=(1, 2, D)), oracles.unit(rng.normal(size=(4, D))).reshape(2, 2, D)
