@@ -125,6 +125,7 @@ def no_tensorflow(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.slow
 def test_labels_train_a_run_from_device_memory_without_tensorflow(
     tmp_path, no_tensorflow, monkeypatch
 ):

@@ -151,6 +151,7 @@ def adamw_by_hand(p, g, memory, t, scale, decays):
     return p - rate * (step + 0.1 * decays * p), (m, v)
 
 
+@pytest.mark.slow
 def test_three_steps_by_hand():
     """Of every parameter, with drop path; the patches, frozen in pretraining, move as well."""
     with jax.enable_x64(True):

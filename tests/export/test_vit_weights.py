@@ -418,10 +418,8 @@ def test_names_that_are_no_vits():
             vit_layout.from_timm({name: np.ones(3), "patch_embed.proj.6.bias": np.ones(3)})
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ["simclr_vit", *(pytest.param(x, marks=pytest.mark.slow) for x in ("moco_vit", "moco-v3_vit"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["simclr_vit", "moco_vit", "moco-v3_vit"])
 def test_a_run_and_its_export(tmp_path, variant):
     """All that the checkpoint has comes back to the bit, and the function from the file."""
     method = variant.split("_")[0].replace("-", "_")

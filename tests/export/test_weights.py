@@ -230,6 +230,7 @@ def test_moco_v1_has_one_layer_and_a_classifier_is_no_head(tmp_path):
     assert found.head is None and set(found.unused) == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_imported_weights_are_a_run_that_every_mode_opens(tmp_path, capsys):
     arrays = state_dict() | linear("fc", 10, D)
     path = save(tmp_path / "w.safetensors", arrays)

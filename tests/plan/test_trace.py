@@ -297,7 +297,7 @@ FUSED = [pytest.mark.optimised, pytest.mark.slow]
 @pytest.mark.parametrize(
     ("method", "where"),
     [
-        ("simclr", "device"),
+        pytest.param("simclr", "device", marks=pytest.mark.slow),
         pytest.param("moco", "host", marks=pytest.mark.slow),
         pytest.param("moco", "device", marks=FUSED),
     ],

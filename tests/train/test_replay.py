@@ -92,6 +92,7 @@ def test_a_run_that_skipped_too_often_is_replayed_without_the_updates_it_dropped
     assert (found["before"], found["after"], found["metrics"]) == ([], W, ["loss"])
 
 
+@pytest.mark.slow
 def test_of_steps_that_were_taken_at_a_time_the_operation_is_named(tmp_path):
     """Not the loop over them."""
     off = {f"augment__{name}": 0.0 for name in ("jitter", "grey", "blur")}  # quicker

@@ -177,6 +177,7 @@ def test_other_data_is_not_continued(name, value, words, tmp_path, monkeypatch):
     assert toy.saved_steps(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, caplog):
     photos = tmp_path / "photos"
     for i in range(20):
