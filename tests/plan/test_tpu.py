@@ -137,7 +137,7 @@ def test_an_unknown_topology_is_one_line():
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("method", main.METHODS)
+@pytest.mark.parametrize("method", ["simclr", "moco", "moco_v3"])  # with a config of CIFAR-10
 def test_one_chip_compiles_sends_nothing_and_overwrites_its_state(method, quick):
     """With the settings of the Colab notebook, but a network of one block.
 
