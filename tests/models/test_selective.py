@@ -16,8 +16,8 @@ from common.models.convolution import average_pool
 from common.models.selective import SelectiveKernels
 
 SK = {"resnet_d": True, "sk_ratio": 0.0625}
-# Millions of parameters of SimCLR v2's networks without head and classifier, counted from the layers
-# of the authors' code, and as their README (google-research/simclr) has them.
+# Millions of parameters of SimCLR v2's networks without head and classifier: counted from the
+# layers of the authors' code, and as their README (google-research/simclr) has them.
 COUNTED = {
     (50, 1, False): (23.51, 24), (50, 1, True): (35.22, 35), (50, 2, False): (93.91, 94),
     (50, 2, True): (140.31, 140), (101, 1, False): (42.50, 43), (101, 1, True): (64.66, 65),
