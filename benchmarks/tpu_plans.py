@@ -35,14 +35,17 @@ METHODS = {
     "simclr_vit": SimCLR,
     "moco_v3": MoCoV3,
     "moco_v3:r50": MoCoV3,
+    "simclr_v2": SimCLR,
+    "simclr_v2:sk": SimCLR,
+    "simclr_v2:r152": SimCLR,
 }
 DRAWN = ("simclr", "moco")
 BASELINES = {"baseline": tpu_baseline, "vit_baseline": tpu_vit_baseline}
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 ROWS, PAGE, FIGURE = DOCS / "tpu_plans.jsonl", DOCS / "tpu.md", DOCS / "figures/tpu_collectives.png"
-PARTS = ("changes", "table", "growth", "vit_changes", "vit_table")
+PARTS = ("changes", "table", "growth", "vit_changes", "vit_table", "v2_table")
 # Compiled with little effort: full effort takes five times that.
-QUICK = ("table", "growth", "vit_table")
+QUICK = ("table", "growth", "vit_table", "v2_table")
 
 SLICES = ("v5e:4x8", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
 BATCHES = {"simclr": (4096, 8192), "moco": (1024, 4096)}
@@ -71,6 +74,14 @@ VIT_CHANGES: dict[str, dict[str, Any]] = {
     "none": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
 }
 VIT_SLICES = ("v5e:16x16", "v5e:4x8", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
+V2 = (
+    ("simclr_v2", "v5e:4x8"),
+    ("simclr_v2:r152", "v5p:4x4x4"),
+    ("simclr_v2:sk", "v5e:4x8"),
+    ("simclr_v2:r152", "v5e:16x16"),
+    ("simclr_v2:r152", "v4:4x4x4"),
+    ("simclr_v2:r152", "v3:8x8"),
+)
 GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
 
 EXTENT = Extent(93_600, 312, 1000)  # ImageNet, 300 epochs of 4,096
@@ -111,6 +122,9 @@ def jobs(part: str) -> Iterator[tuple[str, Job]]:
             for method in ("simclr_vit", "moco_v3"):
                 yield topology, (method, topology, 4096, {})
         yield "v5e:4x8", ("moco_v3:r50", "v5e:4x8", 4096, {})
+    elif part == "v2_table":
+        for method, topology in V2:
+            yield topology, (method, topology, 4096, {})
     else:
         for topology, batch in GROWTH:
             for method in DRAWN:
@@ -166,6 +180,7 @@ def main() -> None:
         tpu_figures.table(found["table"]),
         tpu_figures.changes(found["vit_changes"], "SimCLR on ViT-B/16 at 4096 on v5e:16x16"),
         tpu_figures.table(found["vit_table"], theory_of),
+        tpu_figures.table(found["v2_table"], theory_of),
     )
     growth = [rows[-1] for _, rows in found["growth"] if rows and "error" not in rows[-1]]
     if {row["method"] for row in growth} == set(DRAWN):

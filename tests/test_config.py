@@ -7,12 +7,13 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from absl import flags
 from ml_collections import ConfigDict
 
-from common import config
+from common import config, optim
 from common.cli import command_line, modes
 from common.data.augment import presets
 from common.data.feed.recipe import FeedRecipe
@@ -182,6 +183,7 @@ OURS = (True, "he", "", "lecun", 1.0)  # what the figures of the demos and of :c
     ("name", "arg", "want"),
     [
         ("simclr_tpu", "", (True, "lecun", "", "normal", 2.0)),  # the authors' TensorFlow
+        ("simclr_v2_tpu", "r152", (True, "lecun", "", "normal", 2.0)),
         ("simclr_cifar10", "", (False, "he", "torch", "torch", 1.0)),  # torchvision, a new stem
         ("moco_cifar10", "", (False, "he", "torch", "torch", None)),
         ("moco_v2plus_cifar10", "", (False, "he", "torch", "torch", None)),
@@ -196,6 +198,24 @@ def test_each_config_starts_as_the_code_that_it_cites(name, arg, want):
     c = importlib.import_module(f"configs.{name}").get_config(arg)
     m, scale = c.model, c.simclr.loss_scale if "simclr" in c else None
     assert (m.zero_init_residual, m.conv_init, m.stem_init, c.head.init, scale) == want
+
+
+def test_the_recipe_of_simclr_v2_is_the_published_one():
+    """Section 3.1 of the paper: 6.4 after 5 % of 800 epochs of 312 steps."""
+    for arg in ("", "sk", "r152"):
+        c = importlib.import_module("configs.simclr_v2_tpu").get_config(arg)
+        config.check(c)
+        total = optim.steps_of(c.duration, 312, name="duration")
+        _, schedule = optim.make_optimizer(c.optimizer, c.batch_size, total, 312)
+        assert (c.batch_size, total, c.head.layers, c.simclr.temperature) == (4096, 249_600, 3, 0.1)
+        assert (c.optimizer.name, c.optimizer.weight_decay, c.model.bn_groups) == ("lars", 1e-4, 1)
+        rates = [float(schedule(step)) for step in (0, 12_479, 12_480, 249_599)]
+        np.testing.assert_allclose(rates[1:3], 6.4, rtol=1e-3)
+        assert rates[0] < 1e-3 and rates[3] < 1e-6
+        m = c.model
+        sk = 0.0625 if arg else 0.0
+        assert (m.resnet_d, m.sk_ratio) == (bool(arg), sk)
+        assert (m.depth, m.width_multiplier) == ((152, 3) if arg == "r152" else (50, 1))
 
 
 def test_the_table_of_fields_agrees_with_the_code_that_reads_it():

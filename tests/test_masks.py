@@ -28,6 +28,24 @@ backbone/stem_bn/bias
 backbone/stem_bn/scale
 backbone/stem_conv/kernel                  decay ratio
 """
+SIMCLR_V2 = """
+backbone/layer*/avg_downsample_bn/bias
+backbone/layer*/avg_downsample_bn/scale
+backbone/layer*/avg_downsample_conv/kernel decay ratio
+backbone/layer*/bn*/bias
+backbone/layer*/bn*/scale
+backbone/layer*/conv*/kernel               decay ratio
+backbone/layer*/sk/bn/bias
+backbone/layer*/sk/bn/scale
+backbone/layer*/sk/conv/kernel             decay ratio
+backbone/layer*/sk/select/kernel           decay ratio
+backbone/layer*/sk/squeeze/kernel          decay ratio
+backbone/layer*/sk/squeeze_bn/bias
+backbone/layer*/sk/squeeze_bn/scale
+backbone/stem_bn*/bias
+backbone/stem_bn*/scale
+backbone/stem_conv*/kernel                 decay ratio
+"""
 VIT_S = """
 backbone/block*/key/bias
 backbone/block*/key/kernel                 decay ratio
@@ -157,6 +175,12 @@ def listed(*texts):
 def test_what_each_parameter_of_a_resnet_50_gets():
     imagenet = {"model__stages": (), "model__depth": 50, "model__stem": "imagenet"}
     assert what_happens(*network(**imagenet)) == listed(RESNET_50, HEADS["simclr"])
+
+
+@pytest.mark.slow
+def test_what_each_parameter_of_a_network_with_selective_kernels_gets():
+    third = "head/bn2/bias\nhead/bn3/scale\nhead/dense3/kernel decay ratio"
+    assert what_happens(*network(**tiny.SK)) == listed(SIMCLR_V2, HEADS["simclr"], third)
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -95,12 +95,19 @@ RESNET_SCALES = {
     "network backbone layer1_0": 0.25, "network backbone layer2_0": 0.5,
     "network head dense1": 1, "network head bn1": 1, "classifier kernel": 1, "classifier bias": 1,
 }  # fmt: skip
+SK_SCALES = {name: rate for name, rate in RESNET_SCALES.items() if "stem" not in name} | {
+    f"network backbone stem_{kind}{i}": 0.125 for kind in ("conv", "bn") for i in (1, 2, 3)
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "want"),
-    [(VIT | {"vit__positions": "learned"}, VIT_SCALES), ({}, RESNET_SCALES)],
-    ids=["vit", "resnet"],
+    [
+        (VIT | {"vit__positions": "learned"}, VIT_SCALES),
+        ({}, RESNET_SCALES),
+        pytest.param(tiny.SK, SK_SCALES, marks=pytest.mark.slow),
+    ],
+    ids=["vit", "resnet", "selective kernels"],
 )
 def test_learning_rates_fall_with_the_distance_from_the_output(changes, want):
     setup, params = parameters(**changes)

@@ -18,7 +18,7 @@ from common import version
 from common.cli import modes
 from common.config import as_dict, eval_config
 from common.errors import UserError
-from common.models import layout, resnet
+from common.models import layout, layouts, resnet
 from common.run import formats
 from common.run.checkpoint import Checkpoints
 
@@ -132,6 +132,20 @@ def test_there_and_back_is_exact(network):
     assert found["resnet_d"] == network.get("resnet_d", False)
     assert found["selective_kernels"] == ("sk_ratio" in network)
     assert found["torchvision"] == ""  # of its constructors none is so narrow
+
+
+def test_a_resnet_d_from_elsewhere_may_be_another_function():
+    """timm's first shortcut does not pool, and no name or shape shows it; ours are known by what
+    they record."""
+    own = layouts.of(None)
+    for network, metadata, says in (
+        (D, {}, True), (D, {"layout": own.name}, False),
+        ({"stages": (1,), "width": 4, "stem": "cifar"}, {}, False),
+    ):  # fmt: skip
+        arrays = layout.to_torchvision(*variables(**network))
+        found, notes = own.fitted(arrays, metadata, "file")
+        assert found.keys() == arrays.keys()
+        assert [n.startswith("a ResNet-D from elsewhere") for n in notes] == [True] * says
 
 
 def test_each_array_of_a_batch_norm_has_pytorchs_name():

@@ -153,3 +153,59 @@ def test_timms_in_ours(timm, name, more, network, size, tmp_path):
     again = timm.create_model(name, num_classes=0, dynamic_img_size=True, **more)
     again.load_state_dict({n: x for n, x in model.state_dict().items() if "head" not in n})
     assert_parity(ours_of(encoder, params["backbone"], images), theirs_of(again, images))
+
+
+def timm_resnet(width, stages, classes):
+    """As docs/export.md builds it, with the pool that timm leaves out at stride 1."""
+    from timm.models.resnet import ResNet
+    from timm.models.sknet import SelectiveKernelBottleneck
+    from torch import nn
+
+    kernels = {"kernel_size": [3, 3], "split_input": False, "rd_ratio": 1 / 16, "rd_divisor": 32}
+    model = ResNet(
+        SelectiveKernelBottleneck, stages, stem_width=width // 2, stem_type="deep", avg_down=True,
+        channels=[width * 2**i for i in range(4)], block_args={"sk_kwargs": kernels},
+        num_classes=classes,
+    )  # fmt: skip
+    outside = nn.ReplicationPad2d((0, 1, 0, 1))  # pixels that the mean does not count
+    model.layer1[0].downsample[0] = nn.Sequential(outside, nn.AvgPool2d(2, 1))
+    return model
+
+
+def test_selective_kernels_in_timm(timm, tmp_path):
+    """A strict `load_state_dict` of an export; in evaluation, and the statistics of training."""
+    import safetensors.torch
+    import torch
+
+    network = {
+        "model__stages": (1, 2, 1, 1), "model__bottleneck": True, "model__width": 8,
+        "model__stem": "imagenet", "model__resnet_d": True, "model__sk_ratio": 0.0625,
+    }  # fmt: skip
+    c = tiny.config("simclr", data__image_size=64, **network)
+    method, state = workdir(tmp_path / "run", c)
+    np.savez(tmp_path / "run" / "linear_eval.npz", kernel=np.ones((256, 7)), bias=np.ones(7),
+             class_names=list("abcdefg"), step=3)  # fmt: skip
+    export(tmp_path / "run", export__format="safetensors")
+    path = tmp_path / "run" / "export" / "model.safetensors"
+    about = formats.read(path)[1]
+    assert about["resnet_d"] and about["selective_kernels"] and not about["torchvision"]
+    model = timm_resnet(about["width"], about["stages"], 7)
+    model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    model.reset_classifier(0)
+    encoder, images = method.setup.network.backbone, scaled(4, 64)
+    variables = {
+        "params": jax.device_get(state.params["backbone"]),
+        "batch_stats": jax.device_get(state.batch_stats["backbone"]),
+    }
+    apply = jax.jit(
+        lambda x, train: encoder.apply(variables, x, train, mutable=["batch_stats"]),
+        static_argnums=1,
+    )
+    with jax.default_matmul_precision("highest"):
+        assert_parity(theirs_of(model, images), np.asarray(apply(images, False)[0]))
+        features, new = apply(images, True)
+    with torch.no_grad():
+        assert_parity(model.train()(as_torch(images)).numpy(), np.asarray(features))
+    want = new["batch_stats"]["layer4_0"]["sk"]["squeeze_bn"]
+    found = model.layer4[0].conv2.attn.bn
+    np.testing.assert_allclose(found.running_mean.numpy(), want["mean"], rtol=1e-3, atol=1e-4)

@@ -24,7 +24,12 @@ CASES = {
     "cifar": {"stages": (1, 1, 1), "width": 8, "stem": "cifar"},
     "patch2": {"stages": (1, 1), "width": 8, "stem": "patch2"},
     "patch4": {"stages": (1, 1), "width": 8, "stem": "patch4"},
-}
+    "resnet_d": {"stages": (2, 1), "width": 8, "stem": "imagenet", "resnet_d": True},
+    "selective": {
+        "stages": (1, 2, 1), "bottleneck": True, "width": 8, "stem": "imagenet", "resnet_d": True,
+        "sk_ratio": 0.5,
+    },
+}  # fmt: skip
 
 
 def torch_model(network, seed=0, classes=1000):
@@ -32,8 +37,9 @@ def torch_model(network, seed=0, classes=1000):
 
     model = resnet.ResNet(**network)
     bottleneck, stages = model._layout()
-    first = layout.conv1(network["stem"])
-    theirs = torch_resnet.ResNet(stages, bottleneck, network["width"], first, classes)
+    d = {name: network[name] for name in ("resnet_d", "sk_ratio") if name in network}
+    first = layout.conv1(network["stem"], model.resnet_d)
+    theirs = torch_resnet.ResNet(stages, bottleneck, network["width"], first, classes, **d)
     return torch_resnet.randomise(theirs, seed)
 
 

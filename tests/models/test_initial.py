@@ -140,6 +140,19 @@ def test_bottlenecks_start_as_the_config_says_too(zero, marked):
     }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_selective_kernels_start_as_the_config_says_too(marked):
+    """Also the stem of three convolutions."""
+    found = marked(network(**tiny.SK, model__conv_init="lecun", model__stem_init="torch"),
+                   jnp.zeros((1, 16, 16, 3)), False)  # fmt: skip
+    found = {name: value for name, value in found.items() if not name.startswith("head")}
+    names = ("conv1", "conv", "squeeze", "select", "conv3", "avg_downsample_conv")
+    norms = ("stem_bn1", "stem_bn2", "stem_bn3", "bn1", "bn", "squeeze_bn", "avg_downsample_bn")
+    stem = ("stem_conv1", "stem_conv2", "stem_conv3")
+    want = dict.fromkeys(names, "lecun") | dict.fromkeys(stem, "torch") | dict.fromkeys(norms, 1)
+    assert found == want | {"bn3": 0}
+
+
 def test_the_bias_of_a_head_is_drawn_by_its_fan_in():
     head = heads.ProjectionHead("moco_v2", hidden=1600, dim=1600, init_as="torch")
     params = jax.jit(head.init, static_argnums=2)(jax.random.key(0), jnp.zeros((1, 16)), False)

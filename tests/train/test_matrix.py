@@ -42,7 +42,11 @@ OPTIONS = {
     "optimizer__warmup": ("0 steps", "3 steps"),  # of a run of 4 steps, in epochs of 3
     "start": ("", "init_from", "resume_from"),
 }
-NETWORK = {"model__stages": (1,), **tiny.VIT, "vit__depth": 1}
+# a ResNet with all that SimCLR v2's have, and a ViT
+NETWORK = {
+    "model__stages": (1,), "model__bottleneck": True, "model__resnet_d": True,
+    "model__sk_ratio": 0.5, **tiny.VIT, "vit__depth": 1,
+}  # fmt: skip
 del NETWORK["model__encoder"]
 
 
