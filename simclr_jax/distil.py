@@ -39,8 +39,8 @@ class DistilState(TrainState):
     Attributes:
         teacher: arrays of the teacher, as `classifier.load` gives them; no step changes them. They
             are part of the state, and of its checkpoints, so that a run goes on with the teacher
-            it began with, even if the file holds other weights by then; and not constants of the compiled step,
-            which would hold gigabytes. None where no step is taken.
+            it began with, even if the file holds other weights by then; and not constants of the
+            compiled step, which would hold gigabytes. None where no step is taken.
     """
 
     teacher: Any
