@@ -79,7 +79,9 @@ class MoCo(MomentumMethod):
         # of both queues together, which are one array
         self.length = moco.queue_length * (len(self.pairs) if moco.queue_per_view else 1)
         if setup.training:
-            _warn_of_doubtful(setup, self.length, self.rows)
+            # of one queue, where each view has its own
+            rows = setup.batch_size if moco.queue_per_view else self.rows
+            _warn_of_doubtful(setup, moco.queue_length, rows)
 
     def init(self, key: jax.Array) -> QueueState:
         """See `Method.init`. The key encoder starts as a copy of the query encoder."""

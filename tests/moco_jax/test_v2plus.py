@@ -135,7 +135,11 @@ def test_a_queue_of_both_views_may_hold_two_keys_of_each_image_of_an_epoch(caplo
         )
         assert not caplog.records
         tiny.build(tiny.config("moco", moco__queue_length=160, **settings), 1)
+        tiny.build(
+            tiny.config("moco", moco__queue_length=80, moco__queue_per_view=True, **settings), 1
+        )
     assert "moco.queue_length=160 is longer than an epoch, of 128 keys" in caplog.text
+    assert "moco.queue_length=80 is longer than an epoch, of 64 keys" in caplog.text
 
 
 def test_the_config_is_solo_learns():
