@@ -123,7 +123,8 @@ def kill_before(monkeypatch, step):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
-    c = importlib.import_module(f"configs.{name}").get_config("smoke")
+    name, _, variant = name.partition(":")
+    c = importlib.import_module(f"configs.{name}").get_config(f"{variant}:smoke".lstrip(":"))
     c.evaluate.pictures = "demo" in name  # they take longer than the rest
     work = tmp_path / "run"
     summary = run(c, work, devices=1)
