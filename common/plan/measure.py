@@ -31,7 +31,11 @@ from common.sharding import AXIS, local_rows, make_mesh
 from common.train.prepare import Extent, prepare
 from common.train.step import compile_step, cost
 
-_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What libtpu says of a program that does not fit; the second form counts no arguments.
+_OUT_OF_MEMORY = re.compile(
+    r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([KMGT])\)?(?: of| exceeds available HBM) "
+    r"\(?([\d.]+)([KMGT])(?: hbm|\))"
+)
 # What libtpu prints when it crashes: the check that failed, among other lines, or the signal.
 _CHECK = re.compile(r"^F\d{4} .*?\] (.+)$", re.M)
 _SIGNAL = re.compile(r"^\*\*\* (SIG\w+)", re.M)
@@ -89,14 +93,19 @@ def for_mesh(task: Task, mesh: Mesh, begins: Callable[[], None] = lambda: None) 
     try:
         compiled = compile_step(run.method.train_step, run, _data(task))
     except jax.errors.JaxRuntimeError as error:
-        match = _OUT_OF_MEMORY.search(str(error))
-        if not match:
+        if not (found := out_of_memory(str(error))):
             raise
-        used, capacity = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
-        found = {"out_of_memory": {"peak": used, "capacity": capacity}}
-        return {"devices": mesh.size, "compile_seconds": time.process_time() - begin} | found
+        seconds = time.process_time() - begin
+        return {"devices": mesh.size, "compile_seconds": seconds, "out_of_memory": found}
     seconds = time.process_time() - begin
     return describe(compiled, mesh.size, run.setup.microbatches) | {"compile_seconds": seconds}
+
+
+def out_of_memory(message: str) -> dict[str, float]:
+    """`peak` and `capacity` in bytes, of an error of libtpu; {} if it is about something else."""
+    match = _OUT_OF_MEMORY.search(message)
+    sizes = [float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3)] if match else []
+    return dict(zip(("peak", "capacity"), sizes, strict=False))
 
 
 def describe(compiled: jax.stages.Compiled, devices: int, microbatches: int = 1) -> dict[str, Any]:

@@ -201,6 +201,21 @@ def test_what_does_not_fit_is_tried_with_remat(monkeypatch, capsys):
     assert rows[0]["peak_gib"] == 32 and "does not fit" in rows[0]["advice"]
 
 
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 19.25G of 15.75G hbm. "
+         "Exceeded hbm capacity by 3.50G.", 19.25),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (45.08G) exceeds available HBM (15.75G).", 45.08),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", None),
+    ],
+)  # fmt: skip
+def test_what_the_compiler_says_of_a_program_that_is_too_large(message, peak):
+    want = {"peak": peak * 2**30, "capacity": 15.75 * 2**30} if peak else {}
+    assert measure.out_of_memory(message) == want
+
+
 def test_what_fits_is_said(monkeypatch, capsys):
     """The plain step is too large; with the second policy it fits: that row is there too."""
     fits = dict(
