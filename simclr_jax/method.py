@@ -67,13 +67,13 @@ class SimCLR(Method):
         super().__init__(setup)
         c = setup.config
         one_of("simclr.loss", c.loss, LOSSES)
-        check_temperature(setup.config.temperature, "simclr.temperature")
-        if setup.training and not 0 < (scale := setup.config.loss_scale) < math.inf:
+        check_temperature(c.temperature, "simclr.temperature")
+        if setup.training and not 0 < c.loss_scale < math.inf:
             raise UserError(
-                f"simclr.loss_scale={scale}: expected a finite number above 0, 1 for the paper's "
+                f"simclr.loss_scale={c.loss_scale}: expected a finite number above 0, 1 for the paper's "
                 "equation or 2 for the authors' code"
             )
-        self.supervised = setup.config.loss == "supcon"
+        self.supervised = c.loss == "supcon"
         if self.supervised and setup.training and not setup.probe.num_classes:
             raise UserError(
                 "simclr.loss=supcon learns from labels, and the training split has none: give "

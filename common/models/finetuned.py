@@ -26,6 +26,11 @@ def find(text: str, field: str) -> epath.Path:
                 f"{field}={text}: there is no such file or directory; give a fine-tuned network, "
                 f"WORKDIR/{FOLDER}/NAME{SUFFIX}, or the workdir of one"
             )
+        if path.suffix != SUFFIX:
+            raise UserError(
+                f"{field}={text}: this is no file of a fine-tuned network, give "
+                f"WORKDIR/{FOLDER}/NAME{SUFFIX}"
+            )
         return path
     folder = path / FOLDER
     found = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []

@@ -211,6 +211,9 @@ def test_a_workdir_names_its_only_network(tmp_path):
     folder.mkdir()
     (folder / "a.safetensors").write_bytes(b"")
     assert finetuned.find(str(tmp_path), "x").name == "a.safetensors"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="this is no file of a fine-tuned network, give "):
+        finetuned.find(str(tmp_path / "config.json"), "distil.teacher")
     (folder / "b.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"2 fine-tuned networks, name the file of one.*a.s.*b.s"):
         finetuned.find(str(tmp_path), "distil.teacher")
