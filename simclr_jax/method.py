@@ -70,8 +70,8 @@ class SimCLR(Method):
         check_temperature(c.temperature, "simclr.temperature")
         if setup.training and not 0 < c.loss_scale < math.inf:
             raise UserError(
-                f"simclr.loss_scale={c.loss_scale}: expected a finite number above 0, 1 for the paper's "
-                "equation or 2 for the authors' code"
+                f"simclr.loss_scale={c.loss_scale}: expected a finite number above 0, 1 for the "
+                "paper's equation or 2 for the authors' code"
             )
         self.supervised = c.loss == "supcon"
         if self.supervised and setup.training and not setup.probe.num_classes:
