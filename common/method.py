@@ -74,8 +74,14 @@ class Method(Protocol):
         raise TypeError(f"{cls.__name__} is named by a config file, and not by --mode")
 
     @classmethod
-    def complete(cls, config: ConfigDict) -> ConfigDict:
-        """The config with what follows from files that it names, when flags have changed it."""
+    def complete(cls, config: ConfigDict, workdir: epath.Path | None = None) -> ConfigDict:
+        """The config with what follows from files that it names, when flags have changed it.
+
+        Args:
+            config: of the run.
+            workdir: of the run, which may have begun; None where there is none.
+        """
+        del workdir
         return config
 
     @property

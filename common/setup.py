@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -59,6 +60,7 @@ class Setup:
         microbatches: parts of a batch, see `common/models/microbatch.py`.
         initial: `(params, batch_stats)` to start from, whole or without the head.
         training: False if only the network and the scaling of images are used.
+        workdir: of the run, for files of a method; None where there is none.
     """
 
     config: ConfigDict
@@ -76,6 +78,7 @@ class Setup:
     microbatches: int = 1
     initial: Any = None
     training: bool = True
+    workdir: epath.Path | None = None
 
     def init(self, network_key: jax.Array, probe_key: jax.Array) -> TrainState:
         """The state before the first step, of a method that adds no field to it."""

@@ -26,6 +26,7 @@ from common.models import classifier, finetuned
 from common.models.classifier import SECTIONS, SUFFIX, Classifier
 from common.setup import Setup, TrainState
 from common.sharding import AXIS, each_device, replicated
+from simclr_jax import teacher as teachers
 from simclr_jax.distil_loss import distillation_loss_with_metrics
 
 NAME = f"distilled{SUFFIX}"
@@ -79,7 +80,7 @@ class Distil(Method):
         config.head.update(kind=_HEAD, dim=0)
 
     @classmethod
-    def complete(cls, config: ConfigDict) -> ConfigDict:
+    def complete(cls, config: ConfigDict, workdir: epath.Path | None = None) -> ConfigDict:
         """See `Method.complete`: the teacher's file decides on the number of classes.
 
         Raises:
@@ -90,8 +91,8 @@ class Distil(Method):
                 "distil.teacher is empty: give a fine-tuned network, --config.distil.teacher=FILE, "
                 "or the workdir of one"
             )
-        path = finetuned.find(config.distil.teacher, "distil.teacher")
-        teacher, head = classifier.describe(path), config.head
+        path = teachers.named(config.distil.teacher, workdir)
+        teacher, head = classifier.describe(teachers.readable(path, workdir)), config.head
         classes = len(teacher.classes)
         if head.kind != _HEAD or head.dim not in (0, classes):
             raise UserError(
@@ -100,9 +101,9 @@ class Distil(Method):
                 "head.dim=0 (that number)"
             )
         size = presets.resolve(config.augment, config.data.image_size).size
-        _check_size(teacher, size, str(path))
+        teachers.check_size(teacher, size, path)
         config = config.copy_and_resolve_references()
-        config.head.dim, config.distil.teacher = classes, str(path)
+        config.head.dim, config.distil.teacher = classes, path
         return config
 
     def __init__(self, setup: Setup) -> None:
@@ -115,7 +116,7 @@ class Distil(Method):
         check_temperature(setup.config.temperature, "distil.temperature")
         self._path, self.teacher = None, None
         if setup.training:
-            self._path = epath.Path(setup.config.teacher)
+            self._path = teachers.readable(setup.config.teacher, setup.workdir)
             self.teacher = classifier.describe(self._path)
             self.classification = Classification(
                 self.teacher.classes, self.student_logits, self.teacher_logits
@@ -129,9 +130,9 @@ class Distil(Method):
         teacher, top1 = self.teacher, self.teacher.info.get("top1")
         known = f", top-1 {100 * top1:.2f} % when it was saved" if top1 is not None else ""
         return {
-            "teacher": f"{self._path}\n            {teacher.network.backbone.in_words()}, layer "
-            f"{teacher.layer}, {len(teacher.classes)} classes, trained at {teacher.image_size} px"
-            f"{known}"
+            "teacher": f"{self.setup.config.teacher}\n            "
+            f"{teacher.network.backbone.in_words()}, layer {teacher.layer}, "
+            f"{len(teacher.classes)} classes, trained at {teacher.image_size} px{known}"
         }
 
     def init(self, key: jax.Array) -> DistilState:
@@ -145,7 +146,7 @@ class Distil(Method):
         return DistilState(**fields, teacher=zeros)
 
     def placed(self, state: DistilState) -> DistilState:
-        """See `Method.placed`: reads the teacher's arrays.
+        """See `Method.placed`: reads the teacher's arrays, and keeps a copy in the workdir.
 
         Raises:
             UserError: the file is damaged, or has changed since its header was read.
@@ -154,6 +155,8 @@ class Distil(Method):
         found, arrays = classifier.load(self._path)
         if found.info["digest"] != self.teacher.info["digest"]:
             raise UserError(f"{self._path} has changed while it was read: start again")
+        if self.setup.workdir is not None:
+            teachers.keep(self.setup.workdir, found, arrays)
         place = replicated(self.setup.mesh)
         arrays = jax.tree.map(
             lambda x, like: jax.make_array_from_callback(
@@ -236,7 +239,7 @@ class Distil(Method):
             classes=self.teacher.classes,
             info=info
             | {
-                "teacher": str(self._path),
+                "teacher": self.setup.config.teacher,
                 "teacher_digest": self.teacher.info["digest"],
                 "temperature": self.setup.config.temperature,
             },
@@ -245,21 +248,3 @@ class Distil(Method):
             path = workdir / finetuned.FOLDER / NAME
             path.parent.mkdir(parents=True, exist_ok=True)
             classifier.save(path, student, jax.device_get(arrays))
-
-
-def _check_size(teacher: Classifier, size: int, path: str) -> None:
-    """Raises a `UserError` for views that the teacher cannot take, before any is made."""
-    advice = f"set augment.size={teacher.image_size}, or give another distil.teacher"
-    if teacher.config.model.encoder == "vit" and size != teacher.image_size:
-        raise UserError(
-            f"the teacher {path} is a ViT for images of {teacher.image_size} pixels, and the views "
-            f"have {size}: {advice}"
-        )
-    try:
-        images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        jax.eval_shape(teacher.logits, teacher.shapes(), images)
-    except UserError as error:
-        at_fault = str(error).partition(": set data.image_size")[0]
-        raise UserError(
-            f"the teacher {path} cannot take views of {size} pixels ({at_fault}): {advice}"
-        ) from error

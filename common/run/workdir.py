@@ -23,6 +23,7 @@ OWN_FILES = {
     "checkpoints",
     "augmented_pairs.png",
     "resumed_from.json",
+    "teacher.safetensors",
     "nonfinite",
     lock.FILE,
 }
@@ -70,7 +71,7 @@ def as_begun(config: ConfigDict, workdir: str | epath.PathLike) -> ConfigDict:
     See `common.config.as_begun`. Errors in the directory are reported by `claim`.
     """
     directory = files.path(workdir)
-    if not (directory / saved_config.FILE).exists() or not _has_trained(directory):
+    if not (directory / saved_config.FILE).exists() or not has_trained(directory):
         return config
     try:
         saved = saved_config.read(directory)
@@ -102,7 +103,7 @@ def _make(workdir: epath.Path) -> None:
 
 def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
     names = {p.name for p in workdir.iterdir()}
-    if names <= OWN_FILES and not _has_trained(workdir):
+    if names <= OWN_FILES and not has_trained(workdir):
         # also what is left by a mistake in the config that shows before or in the first step
         saved_config.write(workdir, current)
         logging.info("new run in %s", workdir)
@@ -115,7 +116,7 @@ def _claim(workdir: epath.Path, current: dict[str, Any]) -> None:
     configs.check_same_run(saved_config.read(workdir), current, str(workdir))
 
 
-def _has_trained(workdir: epath.Path) -> bool:
+def has_trained(workdir: epath.Path) -> bool:
     """Whether there is a checkpoint, or the line of a step."""
     checkpoints, lines = workdir / "checkpoints", workdir / jsonl.FILE
     if checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir()):

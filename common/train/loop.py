@@ -62,7 +62,7 @@ def train(
     workdir = files.path(workdir)
     config = as_begun(config, workdir)
     profile = Profile(config.profile, workdir)
-    run = prepare(make_method, config, mesh or make_mesh())
+    run = prepare(make_method, config, mesh or make_mesh(), workdir=workdir)
     config, total = run.config, run.extent.total_steps
     bank, test = open_evaluation(config.data, run.source)
     evaluator = make_evaluator(run, bank, test)

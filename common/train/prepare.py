@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -109,6 +110,7 @@ def prepare(
     *,
     extent: Extent | None = None,
     training: bool = True,
+    workdir: epath.Path | None = None,
 ) -> Prepared:
     """Resolves a config once, for training, replay, plan and import alike.
 
@@ -120,11 +122,12 @@ def prepare(
             say of it is said.
         extent: where the data is not at hand.
         training: False: no step is taken, so that nothing is said of what only matters to one.
+        workdir: of the run, where there is one.
 
     Raises:
         UserError: for a mistake in the config or the data.
     """
-    config = completed(make_method, config)
+    config = completed(make_method, config, workdir)
     configs.check(config)
     if extent is None:
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split
@@ -141,7 +144,7 @@ def prepare(
         config, mesh, extent.total_steps, extent.steps_per_epoch, extent.num_classes,
         recipe.views[0],
     )  # fmt: skip
-    setup = dataclasses.replace(setup, training=training)
+    setup = dataclasses.replace(setup, training=training, workdir=workdir)
     method = make_method(setup)
     if training and config.views not in method.VIEWS:
         raise UserError(
@@ -165,10 +168,12 @@ def prepare(
     )
 
 
-def completed(make_method: Callable[[Setup], Method], config: ConfigDict) -> ConfigDict:
+def completed(
+    make_method: Callable[[Setup], Method], config: ConfigDict, workdir: epath.Path | None = None
+) -> ConfigDict:
     """`Method.complete` of a class; a function that makes a method completes nothing."""
     complete = getattr(make_method, "complete", None)
-    return complete(config) if complete else config
+    return complete(config, workdir) if complete else config
 
 
 def open_evaluation(data: ConfigDict, train: Source) -> tuple[Source, Source | None]:

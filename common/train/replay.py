@@ -61,7 +61,7 @@ def replay(
         if begin and begin not in checkpoints.all_steps():  # known before minutes of compiling
             raise UserError(f"the checkpoint of step {begin} in {workdir} is gone: no replay")
     source = open_source(config.data, "train")
-    run = prepare(methods[config.method], config, mesh, source)
+    run = prepare(methods[config.method], config, mesh, source, workdir=folder.parent)
     data = resident_data(run)
     step_fn = as_taken = compile_step(run.method.train_step, run, data)
     if config.on_nonfinite == "skip":  # steps before the last one may have been dropped

@@ -15,7 +15,7 @@ from common import config as configs
 from common.cli import command_line
 from common.errors import UserError
 from common.evaluate import accuracy
-from common.models import classifier, finetuned
+from common.models import classifier
 from common.sharding import make_mesh
 from common.train.prepare import Extent, prepare
 from simclr_jax.distil import Distil
@@ -202,21 +202,6 @@ def test_views_that_the_teacher_cannot_take_are_refused(tmp_path):
     path = vit_teacher(tmp_path)
     with pytest.raises(UserError, match="is a ViT for images of 8 pixels, and the views have 16"):
         ready(distil__teacher=path, data__image_size=16)
-
-
-def test_a_workdir_names_its_only_network(tmp_path):
-    with pytest.raises(UserError, match="this run has no fine-tuned network; make one with"):
-        finetuned.find(str(tmp_path), "distil.teacher")
-    folder = tmp_path / "finetuned"
-    folder.mkdir()
-    (folder / "a.safetensors").write_bytes(b"")
-    assert finetuned.find(str(tmp_path), "x").name == "a.safetensors"
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="this is no file of a fine-tuned network, give "):
-        finetuned.find(str(tmp_path / "config.json"), "distil.teacher")
-    (folder / "b.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 fine-tuned networks, name the file of one.*a.s.*b.s"):
-        finetuned.find(str(tmp_path), "distil.teacher")
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):

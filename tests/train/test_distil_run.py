@@ -4,17 +4,22 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import opened_run
 import pytest
 import tiny
 from test_end_to_end import Killed, assert_same_run, kill_before, lines, run, small
 
+import main
 from common.cli.modes import MODES
 from common.errors import UserError
 from common.evaluate import features
 from common.models import classifier
 from common.run import saved_config
+from common.run.writer import NonFiniteLossError
+from common.train import replay
+from simclr_jax.distil import Distil
 
 pytestmark = pytest.mark.slow
 
@@ -50,37 +55,81 @@ def another_teacher(path):
     classifier.save(path, c, jax.tree.map(lambda x: x * x.dtype.type(1.5), arrays))
 
 
-def test_a_run_goes_on_with_the_teacher_it_began_with(fine_tuned, straight, tmp_path, monkeypatch):
-    """Bit for bit, though the file has other weights by then."""
+def others_weights(path):
+    another_teacher(path)
+
+
+def no_classifier(path):
+    path.write_bytes(b"something else")
+
+
+def gone_with_its_run(path):
+    shutil.rmtree(path.parent.parent)
+
+
+@pytest.mark.parametrize("happens", [others_weights, no_classifier, gone_with_its_run])
+def test_a_run_goes_on_with_the_teacher_it_began_with(
+    happens, fine_tuned, straight, tmp_path, monkeypatch, caplog
+):
+    """Bit for bit, whatever has become of the file by then."""
     copy, workdir = tmp_path / "teacher", tmp_path / "run"
     shutil.copytree(fine_tuned, copy)
     c = student(distil__teacher=str(copy))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before(patch, 6)
         run(c, workdir)
-    another_teacher(next((copy / "finetuned").iterdir()))
+    happens(next((copy / "finetuned").iterdir()))
     summary = run(c, workdir)
     config = saved_config.load(workdir, tiny.METHODS)
+    config.distil.teacher = str(fine_tuned)  # the same network as either run has kept
     assert_same_run(config, workdir, straight[0], classes=3)
     assert summary["student_top1"] == straight[1]["student_top1"]
     assert summary["teacher_top1"] == straight[1]["teacher_top1"]
-    # with the other weights from the start it is another run
-    other = run(c, tmp_path / "other")
-    assert losses(tmp_path / "other") != losses(workdir)
-    assert other["steps"] == 7
+    changed = "holds another network than when this run began" in caplog.text
+    assert changed == (happens != gone_with_its_run)
+    if happens is others_weights:  # with them from the start it is another run
+        run(c, tmp_path / "other")
+        assert losses(tmp_path / "other") != losses(workdir)
 
 
-def test_a_teacher_of_other_classes_ends_a_run(fine_tuned, tmp_path):
-    path = tmp_path / "teacher.safetensors"
+def test_a_run_that_took_no_step_may_begin_with_another_teacher(
+    fine_tuned, straight, tmp_path, monkeypatch
+):
+    path, workdir = tmp_path / "teacher.safetensors", tmp_path / "run"
     shutil.copy(next((fine_tuned / "finetuned").iterdir()), path)
-    c = student(distil__teacher=str(path), duration="2 steps")
-    run(c, tmp_path / "run")
-    shutil.copy(tiny.teacher(classes=4), path)
-    with pytest.raises(UserError, match=r"head\.dim \(was 3, now 4\)"):
-        run(c, tmp_path / "run")
-    path.unlink()
-    with pytest.raises(UserError, match="there is no such file or directory"):
-        run(c, tmp_path / "run")
+    another_teacher(path)
+    c = student(distil__teacher=str(path))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 1)
+        run(c, workdir)
+    assert (workdir / "teacher.safetensors").exists()
+    c.distil.teacher = str(fine_tuned)
+    run(c, workdir)
+    assert losses(workdir) == losses(straight[0])
+    kept, theirs = (
+        classifier.describe(p)
+        for p in (workdir / "teacher.safetensors", next((fine_tuned / "finetuned").iterdir()))
+    )
+    assert kept.info["digest"] == theirs.info["digest"]
+
+
+def test_a_student_is_replayed_without_its_teacher(fine_tuned, tmp_path, monkeypatch):
+    """From before the first checkpoint, where its arrays are needed too."""
+    copy, workdir = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(fine_tuned, copy)
+
+    class Bad(Distil):
+        def train_step(self, state, batch, key):
+            state, metrics = super().train_step(state, batch, key)
+            nan = jnp.where(state.step == 2, jnp.nan, 0)
+            return state, metrics | {"loss": metrics["loss"] + nan}
+
+    monkeypatch.setitem(main.METHODS, "distil", Bad)
+    with pytest.raises(NonFiniteLossError):
+        run(student(distil__teacher=str(copy), log_every=1), workdir)
+    shutil.rmtree(copy)
+    found = replay.replay(str(workdir), main.METHODS)
+    assert (found["step"], found["same_batch"], found["metrics"]) == (2, True, ["loss"])
 
 
 def test_student_and_teacher_are_scored_on_the_test_split(fine_tuned, straight, capsys):

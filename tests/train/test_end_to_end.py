@@ -77,7 +77,8 @@ def run(c, workdir, devices=2):
 def saved(c, workdir, step, classes=2):
     """The state of a checkpoint, on one device."""
     extent = Extent(steps_of(c.duration, 2), 2, classes)
-    prepared = prepare(main.METHODS[c.method], c, make_mesh(jax.devices()[:1]), extent=extent)
+    mesh = make_mesh(jax.devices()[:1])
+    prepared = prepare(main.METHODS[c.method], c, mesh, extent=extent, workdir=workdir)
     with Checkpoints(workdir, c.checkpoint.keep) as checkpoints:
         return checkpoints.restore(step, prepared.abstract, prepared.shardings)[0]
 

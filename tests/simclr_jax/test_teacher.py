@@ -1,0 +1,80 @@
+"""Which file is the teacher of a student, before and after its run has begun."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import pytest
+import tiny
+from etils import epath
+
+from common.errors import UserError
+from common.models import classifier, finetuned
+from common.run import saved_config
+from simclr_jax import teacher as teachers
+
+
+def test_a_workdir_names_its_only_network(tmp_path):
+    with pytest.raises(UserError, match="this run has no fine-tuned network; make one with"):
+        finetuned.find(str(tmp_path), "distil.teacher")
+    folder = tmp_path / "finetuned"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"")
+    assert finetuned.find(str(tmp_path), "x").name == "a.safetensors"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="this is no file of a fine-tuned network, give "):
+        finetuned.find(str(tmp_path / "config.json"), "distil.teacher")
+    (folder / "b.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 fine-tuned networks, name the file of one.*a.s.*b.s"):
+        finetuned.find(str(tmp_path), "distil.teacher")
+
+
+def begun(tmp_path, teacher):
+    """The workdir of a student that has taken a step."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    saved_config.write(epath.Path(workdir), {"method": "distil", "distil": {"teacher": teacher}})
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    teachers.keep(epath.Path(workdir), *classifier.load(teacher))
+    return epath.Path(workdir)
+
+
+@pytest.mark.parametrize("happens", ["nothing", "gone", "a second one", "another network"])
+def test_a_run_that_has_begun_keeps_its_teacher(happens, tmp_path, caplog):
+    """The same path and the workdir around it mean the teacher that the run has."""
+    folder = tmp_path / "big" / "finetuned"
+    folder.mkdir(parents=True)
+    path = pathlib.Path(shutil.copy(tiny.teacher(), folder))
+    workdir = begun(tmp_path, str(path))
+    if happens == "gone":
+        shutil.rmtree(tmp_path / "big")
+    elif happens == "a second one":
+        shutil.copy(path, folder / "second.safetensors")
+    elif happens == "another network":
+        shutil.copy(tiny.teacher(classes=9), path)
+    for text in (str(path), str(tmp_path / "big")):
+        assert teachers.named(text, workdir) == str(path)
+        assert teachers.readable(str(path), workdir) == workdir / "teacher.safetensors"
+    assert ("holds another network" in caplog.text) == (happens == "another network")
+    (workdir / "metrics.jsonl").unlink()  # no step taken: whatever is there now counts
+    if happens == "gone":
+        with pytest.raises(UserError, match="no such file or directory"):
+            teachers.named(str(path), workdir)
+    assert teachers.readable(str(path), workdir) == epath.Path(path)
+
+
+def test_another_file_is_the_teacher_of_a_run_only_if_it_is_the_same_network(tmp_path):
+    first, moved = tiny.teacher(), tmp_path / "moved.safetensors"
+    workdir = begun(tmp_path, first)
+    network, arrays = classifier.load(first)
+    classifier.save(moved, dataclasses.replace(network, info={"top1": 0.1}), arrays)
+    assert teachers.named(str(moved), workdir) == first
+    names = tuple(f"{name} of another kind" for name in network.classes)
+    for other in ({"mean": (0.1, 0.2, 0.3)}, {"image_size": 9}, {"classes": names}):
+        classifier.save(moved, dataclasses.replace(network, **other), arrays)
+        assert teachers.named(str(moved), workdir) == str(moved)
+    classifier.save(moved, network, jax.tree.map(lambda x: x + x.dtype.type(1), arrays))
+    assert teachers.named(str(moved), workdir) == str(moved)
+    with pytest.raises(UserError, match="no such file or directory"):
+        teachers.named(str(tmp_path / "nowhere"), workdir)
