@@ -244,6 +244,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
                 "its learning rates follow from that, so train on in a new --workdir, with "
                 f"--config.resume_from={workdir} --config.resume_optimizer"
             )
+        verb = "differs" if len(differing) == 1 else "differ"
         raise UserError(
-            f"{workdir} holds the run of another config: {shown}{more} differ; {advice}"
+            f"{workdir} holds the run of another config: {shown}{more} {verb}; {advice}"
         )

@@ -120,6 +120,9 @@ def parse(
         if config is not None and (method := _method_of(argv)) in methods:
             overrides.refuse_section(argv, config.get("method", ""), method)
             methods[method].adapt(config)
+        elif config is not None:
+            of_modes = methods.keys() & MODES.keys()
+            overrides.refuse_without_mode(argv, of_modes - {config.get("method", "")})
         if any(argument in _HELP for argument in argv):
             print(usage.text(values, MODES, methods, config))
             sys.exit(0)

@@ -78,6 +78,23 @@ def refuse_section(argv: Sequence[str], section: str, method: str) -> None:
             )
 
 
+def refuse_without_mode(argv: Sequence[str], sections: Iterable[str]) -> None:
+    """Refuses fields of methods that only `--mode` names, where it names none of them.
+
+    Args:
+        argv: the program's name and its arguments.
+        sections: of these methods.
+    """
+    for argument in argv[1:]:
+        match = _OVERRIDE.fullmatch(argument)
+        section = match[3].partition(".")[0] if match else ""
+        if match and match[2] == "config" and section in sections:
+            raise UserError(
+                f"--config.{match[3]} is a field of --mode={section}: add it, or leave the field "
+                "out"
+            )
+
+
 def _applied(
     argv: Sequence[str], trees: Mapping[str, ConfigDict | None], given: dict[str, str]
 ) -> list[str]:

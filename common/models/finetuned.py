@@ -40,9 +40,10 @@ def find(text: str, field: str) -> epath.Path:
             f"--mode=finetune --workdir={text}"
         )
     if len(found) > 1:
+        flag = field if field.startswith("eval.") else f"config.{field}"
         names = ", ".join(p.name for p in found[:6]) + (" ..." if len(found) > 6 else "")
         raise UserError(
-            f"{field}={text}: this run has {len(found)} fine-tuned networks, name the file of one "
+            f"{text} has {len(found)} fine-tuned networks, name one with --{flag}=FILE, of those "
             f"in {folder}: {names}"
         )
     return found[0]

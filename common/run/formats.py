@@ -75,7 +75,8 @@ def read_header(path: epath.Path) -> dict[str, Any]:
         path: local or e.g. `gs://...`.
 
     Raises:
-        UserError: no such file, another file extension, or no header that can be read.
+        UserError: no such file, another file extension, no header that can be read, or a file that
+            ends before the last array that its header names.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path} has the file extension {path.suffix!r}: expected .safetensors")
@@ -86,13 +87,19 @@ def read_header(path: epath.Path) -> dict[str, Any]:
         if len(text) < length:  # the end of a header is spaces: without some it is valid JSON too
             raise ValueError(f"it ends in its header of {length} bytes")
         header = json.loads(text)
+        ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
+        expected, found = 8 + length + max(ends, default=0), path.stat().length
+        if found < expected:
+            raise ValueError(f"it has {found:,} of its {expected:,} bytes")
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror or error}; give a .safetensors file"
         ) from error
     except ValueError as error:
         raise _damaged(path, error) from error
-    return _decode(header.get("__metadata__") if isinstance(header, dict) else None)
+    return _decode(header.get("__metadata__"))
 
 
 def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> int:

@@ -33,6 +33,10 @@ MISTAKES = [
     ((DEMO, NEW, "--config.batch_size=None"), ["this field always has a value"]),
     ((DEMO, NEW, "--config.knn.k=20"), ["did you mean --config.evaluate.knn_k or --eval.knn.k?"]),
     ((DEMO, NEW, "--config.temperature=0.5"), ["did you mean --config.simclr.temperature?"]),
+    (
+        (DEMO, NEW, "--config.distil.teacher=DIR/run"),
+        ["--config.distil.teacher is a field of --mode=distil: add it, or leave the field out"],
+    ),
     ((DEMO, NEW, "--config.augment.blur_probability=0"), ["--config.augment.blur or"]),
     (
         (DEMO, NEW, "--mode=kn"),

@@ -124,10 +124,15 @@ def test_a_description_reads_the_header_alone(tmp_path):
     path = tmp_path / "one.safetensors"
     classifier.save(path, saved, arrays)
     data = path.read_bytes()
-    path.write_bytes(data[: header_of(path)])
+    start = header_of(path)
+    path.write_bytes(data[:start] + bytes(len(data) - start))
     assert classifier.describe(path).layer == "head1"
-    with pytest.raises(UserError, match="cannot be read as"):
+    with pytest.raises(UserError, match="is damaged"):
         classifier.load(path)
+    path.write_bytes(data[:-1])
+    for read in (classifier.describe, classifier.load):
+        with pytest.raises(UserError, match="cannot be read as"):
+            read(path)
 
 
 def test_files_that_are_none(tmp_path):

@@ -26,8 +26,10 @@ def test_a_workdir_names_its_only_network(tmp_path):
     with pytest.raises(UserError, match="this is no file of a fine-tuned network, give "):
         finetuned.find(str(tmp_path / "config.json"), "distil.teacher")
     (folder / "b.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 fine-tuned networks, name the file of one.*a.s.*b.s"):
+    with pytest.raises(UserError, match=r"2 fine-tuned networks, name one with.*\.teacher.*b\.s"):
         finetuned.find(str(tmp_path), "distil.teacher")
+    with pytest.raises(UserError, match=r"name one with --eval\.classify\.network=FILE"):
+        finetuned.find(str(tmp_path), "eval.classify.network")
 
 
 def begun(tmp_path, teacher):
@@ -78,3 +80,25 @@ def test_another_file_is_the_teacher_of_a_run_only_if_it_is_the_same_network(tmp
     assert teachers.named(str(moved), workdir) == str(moved)
     with pytest.raises(UserError, match="no such file or directory"):
         teachers.named(str(tmp_path / "nowhere"), workdir)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"), [(40, "it ends in its header of"), (-4, r"it has [\d,]+ of its [\d,]+ bytes")]
+)
+def test_a_cut_off_teacher_is_refused_before_anything_starts(cut, message, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    path.write_bytes(pathlib.Path(tiny.teacher()).read_bytes()[:cut])
+    c = tiny.config("distil", distil__teacher=str(path), head__dim=0)
+    with pytest.raises(UserError, match=message):
+        tiny.prepared(c, 1)
+
+
+def test_a_teacher_of_other_arrays_than_it_says_is_refused(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    whole = bytearray(pathlib.Path(tiny.teacher()).read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    c = tiny.config("distil", distil__teacher=str(path), head__dim=0)
+    run = tiny.prepared(c, 1)
+    with pytest.raises(UserError, match="is damaged, its arrays are not those that were saved"):
+        run.method.placed(run.method.init(run.init_key))
