@@ -83,7 +83,7 @@ def test_another_file_is_the_teacher_of_a_run_only_if_it_is_the_same_network(tmp
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"), [(40, "it ends in its header of"), (-4, r"it has [\d,]+ of its [\d,]+ bytes")]
+    ("cut", "message"), [(40, "it ends in its header of"), (-4, r"it has .* of its .* bytes")]
 )
 def test_a_cut_off_teacher_is_refused_before_anything_starts(cut, message, tmp_path):
     path = tmp_path / "teacher.safetensors"
