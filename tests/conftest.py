@@ -5,6 +5,7 @@ All processes of a run share what they compile, and no test may take for ever.
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pathlib
 import signal
@@ -46,6 +47,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 COMPILED_BYTES = 2**30  # of programs, most of them of code as it once was: the oldest go
 LONG = ("slow", "multiprocess", "notebook", "torch", "tpu")  # markers of tests that take minutes
+MAPPINGS = 30_000  # of a process: then what it has compiled goes, see below
 LONG_SECONDS = 900  # their time limit; pyproject.toml has that of all others
 TEARDOWN_SECONDS = 300  # for the fixtures of any test
 STDERR = os.dup(2)  # pytest has another one while a test runs
@@ -99,6 +101,25 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+        forget_programs()
+
+
+def forget_programs() -> None:
+    """Lets go of compiled programs before a process has more parts of memory than it may.
+
+    Each program that XLA compiles for a CPU takes about a hundred mappings, Linux allows 65,530,
+    and one more ends the process with a segmentation fault.
+    """
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            mappings = sum(1 for _ in file)
+    except OSError:  # no Linux
+        return
+    if mappings > MAPPINGS:
+        if tiny := sys.modules.get("tiny"):
+            tiny.forget_runs()
+        jax.clear_caches()
+        gc.collect()
 
 
 def is_long(item: pytest.Item) -> bool:

@@ -278,6 +278,11 @@ def _cached_run(variant: str, devices: int, dtype: str) -> Run:
         return run(build(variant_config(variant, dtype), devices))
 
 
+def forget_runs() -> None:
+    """Lets go of what `cached_run` has compiled."""
+    _cached_run.cache_clear()
+
+
 def variant_config(variant: str, dtype: str = "float64") -> ConfigDict:
     """The config of one of `VARIANTS`, whose name begins with that of its method."""
     method = variant.split("_")[0].replace("-", "_")
