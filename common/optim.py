@@ -98,7 +98,7 @@ def learning_rate_schedule(
     if warmup > total_steps:
         raise UserError(
             f'optimizer.warmup="{c.warmup}" is {warmup} steps, the whole run only {total_steps}: '
-            'shorten it, e.g. "5 %", or train for longer'
+            'shorten it, --config.optimizer.warmup="5 %", or train for longer'
         )
     after = optax.constant_schedule(peak)
     if c.schedule == "cosine" and total_steps > warmup:

@@ -11,8 +11,9 @@ a classifier trained alongside, after 1,000 epochs. Not run by us. What differs:
 `model.bn_groups` is 1, as theirs, and a run says that this lets a network cheat (He et al. 2020,
 section 3.3); `--config.model.bn_groups=8` deals the rows over groups as `moco_cifar10.py` does.
 
-`:cpu` is the same loss sized for two CPU cores, with network and views of `moco_cifar10.py:cpu`. A
-step has both directions and so twice the passes: half the epochs take as long.
+`:cpu` is the same method sized for two CPU cores, with network, views, T and queue length of
+`moco_cifar10.py:cpu`. A step has both directions and so twice the passes: half the epochs take as
+long.
 """
 
 from ml_collections import ConfigDict

@@ -129,8 +129,10 @@ class Distil(Method):
             return {}
         teacher, top1 = self.teacher, self.teacher.info.get("top1")
         known = f", top-1 {100 * top1:.2f} % when it was saved" if top1 is not None else ""
+        given = self.setup.config.teacher
+        kept = "" if str(self._path) == given else f"\n            (its copy, {self._path})"
         return {
-            "teacher": f"{self.setup.config.teacher}\n            "
+            "teacher": f"{given}{kept}\n            "
             f"{teacher.network.backbone.in_words()}, layer {teacher.layer}, "
             f"{len(teacher.classes)} classes, trained at {teacher.image_size} px{known}"
         }

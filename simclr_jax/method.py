@@ -5,6 +5,7 @@ With `simclr.loss=supcon` the images of a class attract too (Khosla et al. 2020)
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -95,6 +96,18 @@ class SimCLR(Method):
             name = "simclr.memory_length"
             momentum.warn_of_long_queue(name, c.memory_length, self.rows, setup)
         self.chance = 1 / (self.rows - 1 + c.memory_length)  # of guessing an image's other view
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """See `Method.notes`: another loss than the default, and the memory."""
+        c = self.setup.config
+        parts = [] if c.loss == "nt_xent" else [c.loss]
+        if c.memory_length:
+            parts.append(
+                f"a memory of {c.memory_length:,} keys of a momentum encoder, m "
+                f"{c.memory_momentum:g}"
+            )
+        return {"contrast": ", ".join(parts)} if parts else {}
 
     def init(self, key: jax.Array) -> TrainState:
         """See `Method.init`. The memory is empty, its encoder a copy of the encoder."""

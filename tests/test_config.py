@@ -73,7 +73,7 @@ def test_overrides_arrive_with_their_types():
     ("arguments", "words"),
     [
         (["--mode=knn"], ["takes the config from the workdir"]),
-        (["--mode=plan", "--quick"], ["--quick goes with --mode=plan and --topology"]),
+        (["--mode=plan", "--quick"], ["--quick is for plans of slices: add --topology"]),
         (["--topology=v5e:4x8"], ["--topology goes with --mode=plan, not with --mode=train"]),
     ],
 )

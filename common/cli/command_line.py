@@ -85,7 +85,7 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
     if values.topology and mode != "plan":
         raise UserError(f"--topology goes with --mode=plan, not with --mode={mode}")
     if values.quick and not values.topology:
-        raise UserError("--quick goes with --mode=plan and --topology=..., e.g. v5e:4x8")
+        raise UserError("--quick is for plans of slices: add --topology=..., e.g. v5e:4x8")
 
 
 def parse(

@@ -24,8 +24,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     test = opened.open_labelled("test")
     if difference := accuracy.unlike(network.classes, test):
         raise UserError(
-            f"{test.name} ({test.split}) has {difference}: give images of its own classes to "
-            f"{path.name}, with --eval.source"
+            f"{test.name} ({test.split}) has {difference}, those of {path.name}: give images of "
+            "the network's classes, with --eval.source"
         )
     arrays = jax.device_put(arrays, replicated(opened.mesh))
     encode = features.jit_encoder(network.logits, opened.mesh)

@@ -25,8 +25,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "metric": c.metric,
         "center": c.center,
     }
+    s = opened.settings
+    layer = f", layer {s.layer}" if s.layer != "backbone" and s.features != "pixels" else ""
     return metrics, (
         f"kNN (k = {metrics['k']}, T = {c.temperature:g}, {c.metric}, votes of "
-        f"{metrics['num_train']:,} images) on {opened.subject}: "
+        f"{metrics['num_train']:,} images) on {opened.subject}{layer}: "
         f"{accuracy.in_words(metrics, test)}."
     )

@@ -4,7 +4,7 @@ from etils import epath
 
 from common.errors import UserError
 from common.models.classifier import SUFFIX
-from common.run import files
+from common.run import files, saved_config
 
 FOLDER = "finetuned"
 
@@ -34,6 +34,11 @@ def find(text: str, field: str) -> epath.Path:
         return path
     folder = path / FOLDER
     found = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    if not found and not (path / saved_config.FILE).exists():
+        raise UserError(
+            f"{field}={text}: this is no run's workdir and has no fine-tuned network; give "
+            f"WORKDIR/{FOLDER}/NAME{SUFFIX}, or the workdir of one"
+        )
     if not found:
         raise UserError(
             f"{field}={text}: this run has no fine-tuned network; make one with python main.py "

@@ -198,6 +198,12 @@ def test_knn_uses_its_settings(opened):
     assert len(set(found)) == 4
 
 
+@pytest.mark.parametrize(("layer", "said"), [("backbone", ": "), ("head1", ", layer head1: ")])
+def test_knn_names_a_layer_of_the_head(opened, layer, said):
+    _, sentence = knn_mode.run(with_settings(opened, layer=layer))
+    assert f"on the encoder after step 7{said}" in sentence
+
+
 def unlabel(monkeypatch):
     """Every third example of `fake` loses its label."""
     inner = fake.open_fake

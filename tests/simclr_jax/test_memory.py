@@ -284,3 +284,18 @@ def test_a_memory_that_is_longer_than_an_epoch_is_remarked_on(caplog):
         assert not caplog.records
         tiny.build(tiny.config("simclr", simclr__memory_length=160), 1)
     assert "simclr.memory_length=160 is longer than an epoch, of 128 keys" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({}, None),
+        ({"simclr__loss": "dcl"}, "dcl"),
+        (
+            {"simclr__loss": "dcl", "simclr__memory_length": 4096},
+            "dcl, a memory of 4,096 keys of a momentum encoder, m 0.999",
+        ),
+    ],
+)
+def test_a_start_says_what_is_contrasted(changes, note):
+    assert tiny.build(tiny.config("simclr", **changes), 1).notes.get("contrast") == note

@@ -16,6 +16,9 @@ from simclr_jax import teacher as teachers
 
 
 def test_a_workdir_names_its_only_network(tmp_path):
+    with pytest.raises(UserError, match="this is no run's workdir and has no fine-tuned"):
+        finetuned.find(str(tmp_path), "distil.teacher")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="this run has no fine-tuned network; make one with"):
         finetuned.find(str(tmp_path), "distil.teacher")
     folder = tmp_path / "finetuned"

@@ -69,7 +69,7 @@ def gone_with_its_run(path):
 
 @pytest.mark.parametrize("happens", [others_weights, no_classifier, gone_with_its_run])
 def test_a_run_goes_on_with_the_teacher_it_began_with(
-    happens, fine_tuned, straight, tmp_path, monkeypatch, caplog
+    happens, fine_tuned, straight, tmp_path, monkeypatch, caplog, capsys
 ):
     """Bit for bit, whatever has become of the file by then."""
     copy, workdir = tmp_path / "teacher", tmp_path / "run"
@@ -79,7 +79,9 @@ def test_a_run_goes_on_with_the_teacher_it_began_with(
         kill_before(patch, 6)
         run(c, workdir)
     happens(next((copy / "finetuned").iterdir()))
+    capsys.readouterr()
     summary = run(c, workdir)
+    assert f"(its copy, {workdir}/teacher.safetensors)" in capsys.readouterr().err
     config = saved_config.load(workdir, tiny.METHODS)
     config.distil.teacher = str(fine_tuned)  # the same network as either run has kept
     assert_same_run(config, workdir, straight[0], classes=3)
@@ -169,7 +171,7 @@ def test_student_and_teacher_are_scored_on_the_test_split(fine_tuned, straight, 
 def test_labels_of_other_classes_score_no_classifier(straight):
     opened = opened_run.load(straight[0])
     opened.config.data.fake_classes = 4
-    with pytest.raises(UserError, match="4 classes and not 3: give images of its own classes"):
+    with pytest.raises(UserError, match=r"4 classes and not 3, those of dist.*: give images"):
         MODES["classify"](opened)
 
 
