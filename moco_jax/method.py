@@ -132,7 +132,7 @@ def _warn_of_doubtful(setup: Setup, length: int, rows: int) -> None:
     """Settings that are legal and hardly what the user means."""
     if setup.network.has_batch_norm and setup.network.head.bn_groups == 1:
         logging.warning(
-            "bn_groups=1: a query and its key see the same batch statistics, which lets the "
-            "network cheat (He et al. 2020, section 3.3); use 8 or more groups"
+            "bn_groups=1: a query and its key see the same batch statistics, which can let the "
+            "network cheat (He et al. 2020, section 3.3); 8 groups or more rule it out"
         )
     momentum.warn_of_long_queue("moco.queue_length", length, rows, setup)
