@@ -32,7 +32,7 @@ def named(text: str, workdir: epath.Path | None) -> str:
     Returns:
         The file. Of a run that has begun it is the one in its config.json wherever the text means
         the same network: the same path, the workdir that the path is in, or a file with the same
-        arrays. Any other file makes it the run of another config.
+        arrays, classes and scaling of images. Any other file makes it the run of another config.
 
     Raises:
         UserError: nothing is there, several are, or it is no fine-tuned network.
