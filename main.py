@@ -32,8 +32,11 @@ from simclr_jax.distil import Distil
 from simclr_jax.method import SimCLR
 
 METHODS: dict[str, type[Method]] = {
-    "simclr": SimCLR, "moco": MoCo, "moco_v3": MoCoV3, "distil": Distil,
-}  # fmt: skip
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "moco_v3": MoCoV3,
+    "distil": Distil,
+}
 
 
 def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:

@@ -72,14 +72,22 @@ def type_in(page, checkout):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text(code)
     (changed,) = re.findall(r"In `main.py`,.*?```python\n(.*?)```", text, re.DOTALL)
-    lines = changed.split("\n\n")
-    assert [line.split()[0] for line in lines] == ["from", "METHODS:"]
+    imported, entry = changed.split("\n\n")
     main = (checkout / "main.py").read_text()
     first = main.index("from moco_jax")
-    main = main[:first] + lines[0] + "\n" + main[first:]
-    (before,) = re.findall(r"^METHODS.*\}\n", main, re.MULTILINE)
-    assert lines[1].startswith(before.rstrip("}\n"))  # the page adds to it
-    (checkout / "main.py").write_text(main.replace(before, lines[1]))
+    main = main[:first] + imported + "\n" + main[first:]
+    (methods,) = re.findall(r"^METHODS.*?^\}\n", main, re.MULTILINE | re.DOTALL)
+    (checkout / "main.py").write_text(main.replace(methods, methods[: -len("}\n")] + entry + "}\n"))
+
+
+def test_what_the_page_types_into_main_names_every_method(tmp_path):
+    """Quick, unlike the test below: the copy is not run."""
+    copy_checkout(ROOT, tmp_path)
+    type_in("adding_a_method.md", tmp_path)
+    (methods,) = re.findall(
+        r"^METHODS.*?= (\{.*?^\})", (tmp_path / "main.py").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert re.findall(r'"(\w+)":', methods) == [*tiny.METHODS, "byol"]
 
 
 @pytest.mark.slow
