@@ -11,14 +11,14 @@ from common.method import embedding_metrics
 from common.sharding import replicated
 
 QUICK = ("simclr",)
+# Eight devices have every collective. With fewer, other groups of batch norm lie on one device (all
+# of the 4 groups of moco_symmetric and distil_groups two by two, or one by one), and the queues'
+# pieces are longer.
+FEWER = {2: ("simclr", "moco", "moco_symmetric", "distil_groups"), 4: ("moco_symmetric",)}
 CASES = [
     *((name, 8) for name in QUICK),
-    *(
-        pytest.param(name, devices, marks=pytest.mark.slow)
-        for name in tiny.VARIANTS
-        for devices in (2, 4, 8)
-        if devices < 8 or name not in QUICK
-    ),
+    *(pytest.param(name, 8, marks=pytest.mark.slow) for name in tiny.VARIANTS if name not in QUICK),
+    *(pytest.param(x, n, marks=pytest.mark.slow) for n, names in FEWER.items() for x in names),
 ]
 
 
@@ -43,10 +43,9 @@ def test_steps_do_not_depend_on_the_number_of_devices(variant, devices):
 
 @pytest.mark.slow
 @pytest.mark.optimised
-@pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
-def test_the_first_step_in_float32_is_the_same_on_several_devices(variant, devices):
-    one, many = (tiny.cached_run(variant, n, "float32") for n in (1, devices))
+def test_the_first_step_in_float32_is_the_same_on_eight_devices(variant):
+    one, many = (tiny.cached_run(variant, n, "float32") for n in (1, 8))
     np.testing.assert_allclose(many.metrics[0]["loss"], one.metrics[0]["loss"], rtol=1e-5)
     got, want = (
         np.concatenate([x.ravel() for x in jax.tree.leaves(r.gradient())]) for r in (many, one)
