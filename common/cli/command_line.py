@@ -84,6 +84,12 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
         raise UserError(f"--config is missing: give a file, e.g. --config={config_file.EXAMPLE}")
     if values.topology and mode != "plan":
         raise UserError(f"--topology goes with --mode=plan, not with --mode={mode}")
+    for topology in values.topology:
+        if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+            raise UserError(
+                f"--topology={topology} is no TPU slice: write e.g. v5e:4x8, or leave it out to "
+                "plan for the devices of this machine"
+            )
     if values.quick and not values.topology:
         raise UserError("--quick is for plans of slices: add --topology=..., e.g. v5e:4x8")
 

@@ -44,6 +44,7 @@ MISTAKES = [
     ),
     ((DEMO, "--mode=plan", "--config.model.bn_groups=3"), ["bn_groups=3", "divisor"]),
     ((DEMO, NEW, "--mode=plan", "--quick=perhaps"), ["expected true or false"]),
+    ((DEMO, "--mode=plan", "--topology=cpu"), ["--topology=cpu is no TPU slice", "leave it out"]),
     ((DEMO, NEW, "--confg=x"), ["did you mean --config?"]),
     ((), ["nothing to do: try python main.py --config="]),
     ((DEMO,), ["--workdir is missing"]),
