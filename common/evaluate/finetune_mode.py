@@ -87,7 +87,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     start = "from scratch" if s.features == "untrained" else f"from {opened.subject}"
     return metrics, (
         f"Fine-tuned on {100 * c.fraction:g} % of the labels ({len(ids):,} images) {start}, layer "
-        f"{s.layer}, {epochs:g} epochs: {accuracy.in_words(metrics, test)}{where}."
+        f"{s.layer}, {epochs:g} epochs of {recipe.optimizer} at {recipe.learning_rate:g}: "
+        f"{accuracy.in_words(metrics, test)}{where}."
     )
 
 
