@@ -171,9 +171,11 @@ def table(found: Sequence[tuple[str, Rows]], theory_of: Callable | None = None) 
                                     for c in columns])]  # fmt: skip
     for _, rows in found:
         for r in rows:
-            name, topology, batch, _ = r["job"]
+            name, topology, batch, changes = r["job"]
             method, _, argument = name.partition(":")
-            cells = [f"`{method}_tpu.py{':' * bool(argument)}{argument}`", f"{batch}", topology]
+            config = [f"`{method}_tpu.py{':' * bool(argument)}{argument}`"]
+            config += [f"{k.rpartition('.')[2]} {v}" for k, v in changes.items()]
+            cells = [", ".join(config), f"{batch}", topology]
             if "error" in r:
                 lines.append(_line([*cells, r["error"]]))
                 continue

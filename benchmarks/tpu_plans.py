@@ -74,14 +74,16 @@ VIT_CHANGES: dict[str, dict[str, Any]] = {
     "none": {"tpu_compiler_options": False, "vit.tpu_kernel": False},
 }
 VIT_SLICES = ("v5e:16x16", "v5e:4x8", "v5p:4x4x4", "v4:4x4x4", "v3:8x8")
-V2 = (
-    ("simclr_v2", "v5e:4x8"),
-    ("simclr_v2:r152", "v5p:4x4x4"),
-    ("simclr_v2:sk", "v5e:4x8"),
-    ("simclr_v2:r152", "v5e:16x16"),
-    ("simclr_v2:r152", "v4:4x4x4"),
-    ("simclr_v2:r152", "v3:8x8"),
-    ("simclr_v2:r152", "v5e:4x8"),
+V2: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("simclr_v2", "v5e:4x8", {}),
+    ("simclr_v2:r152", "v5p:4x4x4", {}),
+    ("simclr_v2:sk", "v5e:4x8", {}),
+    ("simclr_v2:r152", "v5e:16x16", {}),
+    ("simclr_v2:r152", "v4:4x4x4", {}),
+    ("simclr_v2:r152", "v3:8x8", {}),
+    ("simclr_v2:r152", "v5e:4x8", {}),
+    # parts of 16 images a chip, each a group of batch norm
+    ("simclr_v2:r152", "v5e:4x8", {"microbatch": 512, "model.bn_groups": 256}),
 )
 GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
 
@@ -124,8 +126,8 @@ def jobs(part: str) -> Iterator[tuple[str, Job]]:
                 yield topology, (method, topology, 4096, {})
         yield "v5e:4x8", ("moco_v3:r50", "v5e:4x8", 4096, {})
     elif part == "v2_table":
-        for method, topology in V2:
-            yield topology, (method, topology, 4096, {})
+        for method, topology, changes in V2:
+            yield topology, (method, topology, 4096, changes)
     else:
         for topology, batch in GROWTH:
             for method in DRAWN:
