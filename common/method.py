@@ -97,6 +97,14 @@ class Method(Protocol):
         """The first state of a run, with what is read from files in its fields `FIXED`."""
         return state
 
+    def resumed(self, state: Any) -> Any:
+        """The state of a checkpoint, before the run goes on.
+
+        Raises:
+            UserError: a file of the method does not belong to it.
+        """
+        return state
+
     def train_step(self, state: Any, batch: dict, key: jax.Array) -> tuple[Any, dict]:
         """One update; pure, jitted once by the loop, which donates `state`.
 

@@ -169,6 +169,12 @@ class Distil(Method):
         )
         return dataclasses.replace(state, teacher=arrays)
 
+    def resumed(self, state: DistilState) -> DistilState:
+        """See `Method.resumed`: what has taught the run so far must be what its file holds."""
+        assert self.teacher is not None and self._path is not None
+        teachers.check_arrays(state.teacher, self.teacher, self._path)
+        return state
+
     def train_step(self, state: DistilState, batch: dict, key: jax.Array) -> tuple:
         """See `Method.train_step`. Student and teacher see the same crops, and no labels."""
         setup = self.setup

@@ -37,32 +37,54 @@ def named(text: str, workdir: epath.Path | None) -> str:
     Raises:
         UserError: nothing is there, several are, or it is no fine-tuned network.
     """
-    kept = _kept(workdir)
-    if kept is None or workdir is None:
+    saved = _began(workdir)
+    if saved is None or workdir is None:
         return str(finetuned.find(text, FIELD))
-    saved = saved_config.read(workdir).get("distil", {}).get("teacher", text)
-    began, given = files.path(saved), files.path(text)
+    kept, began, given = _network(readable(saved, workdir)), files.path(saved), files.path(text)
     if began not in (given, given / finetuned.FOLDER / began.name):
         path = finetuned.find(text, FIELD)
-        return str(began if _network(path) == _network(kept) else path)
-    if began.exists() and not _is(began, _network(kept)):
+        return str(began if _network(path) == kept else path)
+    if began.exists() and not _is(began, kept):
         logging.warning(
             "%s holds another network than when this run began: it goes on with the teacher that "
-            "it began with, %s", began, kept,
+            "it began with, %s", began, workdir / KEPT,
         )  # fmt: skip
     return str(began)
 
 
 def readable(text: str, workdir: epath.Path | None) -> epath.Path:
-    """Where a run reads its teacher: its own copy, or the file that `named` gave."""
-    return _kept(workdir) or epath.Path(text)
+    """Where a run reads its teacher: its own copy, or the file that `named` gave.
+
+    Raises:
+        UserError: a run that has begun has lost its copy, or it is damaged.
+    """
+    saved = _began(workdir)
+    if saved is None or workdir is None:
+        return epath.Path(text)
+    path, found = workdir / KEPT, "is gone"
+    advice = f"put the file that it began with, {saved}, in its place"
+    if path.exists():
+        try:
+            classifier.describe(path)
+            return path
+        except UserError as error:
+            found = f"is damaged ({error})"
+    raise UserError(f"the copy of this run's teacher, {path}, {found}: {advice}")
 
 
 def keep(workdir: epath.Path, teacher: Classifier, arrays: Any) -> None:
-    """Writes the copy of a run, if it is not there already."""
-    path = workdir / KEPT
-    if jax.process_index() == 0 and not (path.exists() and _is(path, _bare(teacher))):
-        classifier.save(path, teacher, arrays)
+    """Writes the copy of a run that begins."""
+    if jax.process_index() == 0 and not has_trained(workdir):  # a replay begins again
+        classifier.save(workdir / KEPT, teacher, arrays)
+
+
+def check_arrays(arrays: Any, teacher: Classifier, path: epath.Path) -> None:
+    """Raises a `UserError` if the arrays of a checkpoint are not those of the teacher's file."""
+    if classifier.digest(jax.device_get(arrays)) != teacher.info["digest"]:
+        raise UserError(
+            f"{path} is not the network that taught this run so far: put the file that it began "
+            "with in its place, or train again in another --workdir"
+        )
 
 
 def check_size(teacher: Classifier, size: int, path: str) -> None:
@@ -83,10 +105,12 @@ def check_size(teacher: Classifier, size: int, path: str) -> None:
         ) from error
 
 
-def _kept(workdir: epath.Path | None) -> epath.Path | None:
-    """The copy of a run that has begun; one that took no step may begin with another teacher."""
-    path = workdir / KEPT if workdir is not None else None
-    return path if path is not None and path.exists() and has_trained(workdir) else None
+def _began(workdir: epath.Path | None) -> str | None:
+    """The file with which a run began; one that took no step may begin with another."""
+    if workdir is None or not (workdir / saved_config.FILE).exists() or not has_trained(workdir):
+        return None
+    saved: str | None = saved_config.read(workdir).get("distil", {}).get("teacher")
+    return saved
 
 
 def _network(path: epath.Path) -> Classifier:

@@ -142,18 +142,17 @@ def save(path: str | os.PathLike, classifier: Classifier, arrays: Any) -> int:
         classifier: what the arrays are of.
         arrays: on the host, see `load`.
     """
-    named = {"/".join(k): np.asarray(x) for k, x in flatten_dict(arrays).items()}
     config = configs.as_dict(classifier.config)
     metadata = {
         "kind": _KIND,
         "version": _VERSION,
         "config": {name: config[name] for name in SECTIONS},
         "info": dict(classifier.info),
-        "digest": _digest(named),
+        "digest": digest(arrays),
     } | {name: getattr(classifier, name) for name in _PLAIN}
     # as JSON all of them: `formats` leaves text as it is, and takes "7" for a number
     text = {"classifier": json.dumps(metadata)}
-    return formats.write(files.path(path), named, text)
+    return formats.write(files.path(path), _named(arrays), text)
 
 
 _PLAIN = ("view_size", "layer", "mean", "std", "image_size", "classes")
@@ -184,14 +183,14 @@ def load(path: str | os.PathLike) -> tuple[Classifier, dict[str, Any]]:
     path = files.path(path)
     header = _described(formats.read_header(path), path)
     named, _, _ = formats.read(path)
-    if _digest(named) != header.info["digest"]:
+    arrays = {"batch_stats": {}} | unflatten_dict(
+        {tuple(k.split("/")): x for k, x in named.items()}
+    )
+    if digest(arrays) != header.info["digest"]:
         raise UserError(
             f"{path} is damaged, its arrays are not those that were saved: fetch it once more, "
             "or give the command of --mode=finetune again"
         )
-    arrays = {"batch_stats": {}} | unflatten_dict(
-        {tuple(k.split("/")): x for k, x in named.items()}
-    )
     want = {k: x.shape for k, x in flatten_dict(header.shapes()).items()}
     if {k: x.shape for k, x in flatten_dict(arrays).items()} != want:
         raise UserError(
@@ -199,6 +198,19 @@ def load(path: str | os.PathLike) -> tuple[Classifier, dict[str, Any]]:
             "version of the code that wrote it"
         )
     return header, arrays
+
+
+def digest(arrays: Any) -> str:
+    """SHA-256 of names, shapes, types and bytes of arrays as `load` gives them."""
+    found = hashlib.sha256()
+    for name, x in sorted(_named(arrays).items()):
+        found.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        found.update(np.ascontiguousarray(x).tobytes())
+    return found.hexdigest()
+
+
+def _named(arrays: Any) -> dict[str, np.ndarray]:
+    return {"/".join(k): np.asarray(x) for k, x in flatten_dict(arrays).items()}
 
 
 def _described(found: Mapping[str, Any], path: epath.Path) -> Classifier:
@@ -217,12 +229,3 @@ def _described(found: Mapping[str, Any], path: epath.Path) -> Classifier:
     configs.update(config, found["config"], str(path))
     plain: dict[str, Any] = {n: tuple(x) if isinstance(x := found[n], list) else x for n in _PLAIN}
     return Classifier(config, info=found["info"] | {"digest": found["digest"]}, **plain)
-
-
-def _digest(named: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for name, x in sorted(named.items()):
-        digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()

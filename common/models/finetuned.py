@@ -39,6 +39,11 @@ def find(text: str, field: str) -> epath.Path:
             f"{field}={text}: this is no run's workdir and has no fine-tuned network; give "
             f"WORKDIR/{FOLDER}/NAME{SUFFIX}, or the workdir of one"
         )
+    if not found and saved_config.read(path).get("method") == "distil":
+        raise UserError(
+            f"{text} is a student whose run has not ended, and it is saved at the end: give the "
+            "command of its --mode=distil again"
+        )
     if not found:
         raise UserError(
             f"{field}={text}: this run has no fine-tuned network; make one with python main.py "

@@ -75,10 +75,10 @@ def first_state(
         UserError: no checkpoint is good, or weights cannot be read or do not fit.
     """
     if at:
-        return at, *_restored(checkpoints.restore(at, run.abstract, run.shardings))
+        return at, *_restored(run, checkpoints.restore(at, run.abstract, run.shardings))
     newest = checkpoints.latest_step if at is None else 0
     if newest and (found := checkpoints.restore_newest(run.abstract, run.shardings)):
-        return found[0], *_restored(found[1:])
+        return found[0], *_restored(run, found[1:])
     state = draw_state(run)
     if run.config.resume_from:
         state = resume_from.adopt(
@@ -88,8 +88,8 @@ def first_state(
     return 0, run.method.placed(state), Position()
 
 
-def _restored(found: tuple[Any, dict[str, Any]]) -> tuple[Any, Position]:
-    return found[0], Position.of(found[1])
+def _restored(run: Prepared, found: tuple[Any, dict[str, Any]]) -> tuple[Any, Position]:
+    return run.method.resumed(found[0]), Position.of(found[1])
 
 
 def draw_state(run: Prepared) -> Any:

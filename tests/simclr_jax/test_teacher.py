@@ -40,9 +40,41 @@ def begun(tmp_path, teacher):
     workdir = tmp_path / "run"
     workdir.mkdir()
     saved_config.write(epath.Path(workdir), {"method": "distil", "distil": {"teacher": teacher}})
-    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     teachers.keep(epath.Path(workdir), *classifier.load(teacher))
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     return epath.Path(workdir)
+
+
+@pytest.mark.parametrize("happens", ["gone", "cut off", "no network"])
+def test_a_run_that_has_begun_needs_its_copy(happens, tmp_path):
+    """Whatever the file holds by now, which may be another network."""
+    path = tiny.teacher()
+    workdir = begun(tmp_path, path)
+    copy = workdir / "teacher.safetensors"
+    whole = copy.read_bytes()
+    copy.unlink()
+    if happens != "gone":
+        copy.write_bytes(whole[:-4] if happens == "cut off" else b"something else")
+    found = "is gone" if happens == "gone" else "is damaged"
+    advice = rf"of this run's teacher, .*, {found}.*: put the file that it began with, {path}, in"
+    for call in (teachers.named, teachers.readable):
+        with pytest.raises(UserError, match=advice):
+            call(path, workdir)
+    copy.write_bytes(whole)
+    assert teachers.named(path, workdir) == path
+
+
+def test_a_replay_leaves_the_copy_alone(tmp_path):
+    workdir = begun(tmp_path, tiny.teacher())
+    (workdir / "teacher.safetensors").unlink()
+    teachers.keep(workdir, *classifier.load(tiny.teacher()))
+    assert not (workdir / "teacher.safetensors").exists()
+
+
+def test_a_student_that_has_not_ended_is_no_network_yet(tmp_path):
+    workdir = begun(tmp_path, tiny.teacher())
+    with pytest.raises(UserError, match="is a student whose run has not ended, and it is saved at"):
+        finetuned.find(str(workdir), "eval.classify.network")
 
 
 @pytest.mark.parametrize("happens", ["nothing", "gone", "a second one", "another network"])

@@ -94,6 +94,19 @@ def test_a_run_goes_on_with_the_teacher_it_began_with(
         assert losses(tmp_path / "other") != losses(workdir)
 
 
+def test_another_network_in_the_place_of_the_copy_is_refused(fine_tuned, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    c = student(distil__teacher=str(fine_tuned))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 6)
+        run(c, workdir)
+    another_teacher(workdir / "teacher.safetensors")
+    with pytest.raises(UserError, match="is not the network that taught this run so far"):
+        run(c, workdir)
+    shutil.copy(next((fine_tuned / "finetuned").iterdir()), workdir / "teacher.safetensors")
+    assert run(c, workdir)["steps"] == 7
+
+
 def test_a_run_that_took_no_step_may_begin_with_another_teacher(
     fine_tuned, straight, tmp_path, monkeypatch
 ):
