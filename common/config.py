@@ -231,6 +231,13 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
     kinds = {str(c.get("data.source")).partition(":")[0] for c in (a, b)}
     if kinds in ({"folder"}, {"shards"}) and "data.source" in differing:
         differing.remove("data.source")  # the loop sees whether it is the same listing
+    if "method" in differing and "method" in a:  # and so most of the other fields differ
+        before, now = a["method"], b["method"]
+        mode = " with --mode=distil" if before == "distil" else ""
+        raise UserError(
+            f"{workdir} holds a run of the method {before}, and this is one of {now}: give another "
+            f"--workdir, or the command of that run{mode} to continue it"
+        )
     if differing:
         shown = ", ".join(
             f"{n} (was {a.get(n, 'absent')!r}, now {b.get(n, 'absent')!r})" for n in differing[:4]

@@ -313,6 +313,16 @@ def test_a_run_that_is_to_train_for_longer_is_told_how():
         config.check_same_run(saved, config.as_dict(two), "runs/mine")
 
 
+@pytest.mark.parametrize(("before", "how"), [("distil", " with --mode=distil"), ("moco", "")])
+def test_a_run_of_another_method_is_named_as_that(before, how):
+    """Not by the fields that follow from it, of which there are many."""
+    saved, now = (config.as_dict(tiny.config(name)) for name in (before, "simclr"))
+    with pytest.raises(UserError) as caught:
+        config.check_same_run(saved, now, "w")
+    words = [f"w holds a run of the method {before}, and this is one of simclr", f"run{how} to con"]
+    assert_one_line(caught.value, words)
+
+
 def test_a_field_of_another_version_is_named():
     saved = config.as_dict(tiny.config("simclr"))
     now = json.loads(json.dumps(saved))

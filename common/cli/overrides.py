@@ -51,13 +51,15 @@ def apply(argv: Sequence[str], trees: Mapping[str, ConfigDict | None]) -> list[s
         The other arguments.
 
     Raises:
-        UserError: no such field, a value of another type, or a field of the other kind of encoder.
+        UserError: no such field, a value of another type, or a field that neither encoder nor head
+            reads.
     """
     given: dict[str, str] = {}
     rest = _applied(argv, trees, given)
     config = trees["config"]
     if config is not None and "vit" in config:  # not every config file is one of a run
         _check_encoder(given, config.model.encoder)
+        _check_head(given, config.head.kind)
     return rest
 
 
@@ -141,6 +143,15 @@ def _check_encoder(given: Mapping[str, str], encoder: str) -> None:
             raise UserError(
                 f"{flag} has no effect on a ViT, whose sizes are config.vit: leave it out"
             )
+
+
+def _check_head(given: Mapping[str, str], kind: str) -> None:
+    """Refuses a number of layers where the kind of head fixes it."""
+    if "head.layers" in given and kind in ("moco_v1", "moco_v2"):
+        raise UserError(
+            f"{given['head.layers']} has no effect: a head of the kind {kind} has "
+            f"{'one layer' if kind == 'moco_v1' else 'two layers'}, leave it out"
+        )
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:

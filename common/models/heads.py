@@ -187,7 +187,8 @@ def make_network(config: ConfigDict, image_size: int) -> Network:
         image_size: side of the training views.
 
     Raises:
-        UserError: for an unknown encoder, remat, head or initialisation, a head without layers, or
+        UserError: for an unknown encoder, remat, head or initialisation, a head without layers or
+            outputs, or
             from the builder of the encoder.
     """
     model, head = config.model, config.head
@@ -196,6 +197,8 @@ def make_network(config: ConfigDict, image_size: int) -> Network:
     one_of_field("model.remat", model.remat)
     if head.layers < 1:
         raise UserError(f"head.layers={head.layers}: a head needs at least one layer")
+    if head.dim < 1:  # 0 is for a method that decides on it, see `Method.complete`
+        raise UserError(f"head.dim={head.dim}: embeddings need at least one dimension")
     if one_of_field("model.encoder", model.encoder) == "vit":
         encoder: Encoder = vit.make_encoder(model, config.vit, image_size)
     else:

@@ -233,6 +233,8 @@ def make_encoder(model: ConfigDict) -> ResNet:
             f"model.depth={model.depth} is unknown: choose one of {sorted(DEPTHS)}, "
             "or give model.stages=(blocks, blocks, ...)"
         )
+    if min(model.stages, default=1) < 1:
+        raise UserError(f"model.stages={tuple(model.stages)}: every stage needs at least one block")
     one_of("model.stem", model.stem, STEMS)
     one_of("model.conv_init", model.conv_init, initial.KERNELS)
     if model.stem_init:
@@ -259,6 +261,11 @@ def make_encoder(model: ConfigDict) -> ResNet:
         resnet_d=model.resnet_d,
         sk_ratio=model.sk_ratio,
     )
+    if encoder.sk_ratio > 1:
+        raise UserError(
+            f"model.sk_ratio={model.sk_ratio}: the squeeze has this share of the channels, "
+            "expected at most 1 (SimCLR v2: 0.0625)"
+        )
     if encoder.sk_ratio and not encoder.resnet_d:
         raise UserError(
             f"model.sk_ratio={model.sk_ratio} without model.resnet_d: networks with selective "

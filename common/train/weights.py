@@ -75,6 +75,11 @@ def load_weights(path: str | epath.PathLike) -> Weights:
     if path.is_dir() or _is_checkpoint(path):
         return _of_run(path)
     arrays, metadata, digest = formats.read(path)
+    if "classifier" in metadata:
+        raise UserError(
+            f"{path} is a network with a classifier, for distil.teacher and --mode=classify: give "
+            "the workdir of its run, or what --mode=export made of that"
+        )
     kind, prefix, note = choose(arrays, path)
     encoder, unused, last = {}, [], {}
     for name, array in arrays.items():

@@ -62,6 +62,11 @@ MISTAKES = [
         (DEMO, NEW, "--config.model.encoder=vit", "--config.model.stem=cifar"),
         ["--config.model.stem has no effect on a ViT, whose sizes are config.vit: leave it out"],
     ),
+    (
+        ("--config=configs/moco_demo.py:smoke", NEW, "--config.head.layers=3"),
+        ["--config.head.layers has no effect: a head of the kind moco_v2 has two layers"],
+    ),
+    ((DEMO, NEW, "--config.model.width_multiplier=0"), ["width_multiplier=0 is too small"]),
     ((DEMO, "--workdir=xx://bucket/run"), ["no library here reads xx://"]),
     ((DEMO, NEW, "extra"), ["unexpected argument 'extra'"]),
     ((DEMO, "--workdir=DIR/file"), ["is a file: give a new or an empty"]),

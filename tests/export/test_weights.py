@@ -6,6 +6,7 @@ PyTorch's own files are in `test_torch.py`.
 import functools
 import json
 import pickle
+import shutil
 import sys
 
 import jax
@@ -364,6 +365,10 @@ FILES = {
     "vit.npz": (
         lambda p: save(p, {"blocks.0.attn.qkv.weight": np.ones(3), "cls_token": np.ones(3)}),
         "holds no ResNet with torchvision's names: .*found blocks.0.attn.qkv.weight, cls_token",
+    ),
+    "classifier.safetensors": (
+        lambda p: shutil.copy(tiny.teacher(), p),
+        "is a network with a classifier, for distil.teacher and --mode=classify: give the workdir",
     ),
     "two.npz": (
         lambda p: save(p, state_dict("student.") | state_dict("teacher.")),

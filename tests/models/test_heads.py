@@ -192,6 +192,8 @@ def test_unknown_heads_and_heads_without_layers_are_refused():
         tiny_network(kind="mlp")
     with pytest.raises(UserError, match=r"head.layers=0: a head needs at least one"):
         tiny_network(layers=0)
+    with pytest.raises(UserError, match=r"head.dim=0: embeddings need at least one dimension"):
+        tiny_network(head__dim=0)
     with pytest.raises(UserError, match=r'model.encoder="vti" is unknown: .*resnet, vit'):
         tiny_network(model__encoder="vti")
     with pytest.raises(UserError, match=r'model.remat="block" is unknown: .*none, convs, blocks'):

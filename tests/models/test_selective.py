@@ -336,6 +336,8 @@ def test_remat_of_convolutions_stores_those_of_the_unit():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"sk_ratio": 1.5}, r"sk_ratio=1.5: the squeeze has this share of the channels"),
+        ({"stages": (1, 0)}, r"stages=\(1, 0\): every stage needs at least one block"),
         ({"sk_ratio": 0.0625}, r"sk_ratio=0.0625 without model.resnet_d: .*add --config.model"),
         (
             {"sk_ratio": 0.0625, "resnet_d": True},
