@@ -82,8 +82,9 @@ V2: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("simclr_v2:r152", "v4:4x4x4", {}),
     ("simclr_v2:r152", "v3:8x8", {}),
     ("simclr_v2:r152", "v5e:4x8", {}),
-    # parts of 16 images a chip, each a group of batch norm
+    # parts of 16 and of 8 images a chip, each a group of batch norm
     ("simclr_v2:r152", "v5e:4x8", {"microbatch": 512, "model.bn_groups": 256}),
+    ("simclr_v2:r152", "v5e:4x8", {"microbatch": 256, "model.bn_groups": 512}),
 )
 GROWTH = (("v5e:2x4", 1024), ("v5e:4x8", 4096), ("v5p:4x4x4", 4096), ("v5e:16x16", 4096))
 

@@ -41,7 +41,8 @@ class SimCLR(Method):
         "loss_scale": "factor on the loss before its gradient is taken: 1 in SimCLR's paper, 2 in "
         "its authors' code",
         "memory_length": "keys of past batches that are negatives too, from a momentum encoder: "
-        "65536 in SimCLR v2; 0 = no memory",
+        "65536 in SimCLR v2, of 800 epochs in batches of 4096; it harmed short runs of small ones "
+        "(docs/results.md); 0 = no memory",
         "memory_momentum": "of the memory's encoder",
     }
 
