@@ -62,9 +62,9 @@ def theory(
             for kernel in folded.values():
                 c, d = kernel.shape[2:]
                 parts["batch statistics"] += 4.0 * (c * (c + 1) - 2 * d)
-            # rows gathered, their gradients reduced; the rest as MoCo's below
+            # keys instead of embeddings; rows gathered, their gradients reduced; as MoCo's below
             parts["embeddings"] += 4.0 * dim * 2 * 2 * batch
-            parts["ids, log-sum-exps"] += 4.0 * 2 * batch * 5
+            parts["ids, log-sum-exps"] = 4.0 * 2 * batch * 5
     elif config.method == "moco_v3":
         # Each view goes through both encoders: forward as above, four times; backward two a channel
         # and view, of which the gradients of scale and shift are the sums.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from common import contrast
-from common import queue as queues
 from common.errors import UserError
 from common.sharding import AXIS, each_device
 
@@ -74,37 +73,27 @@ def nt_xent_with_metrics(
     temperature: float | jax.Array = 0.1,
     *,
     decoupled: bool = False,
-    memory: queues.Queue | None = None,
-    memory_length: int = 0,
-    step: jax.Array | int = 0,
     mesh: Mesh | None = None,
     block_size: int | None = None,
     precision: str = "highest",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`nt_xent` of views that travel together, and what to watch while training.
 
-    With a memory its keys are in the denominator of every row, beside the 2n - 2 other negatives
-    (Chen et al. 2020b, arXiv 2006.10029, section 2). Push the new keys after this, not before.
-
     Args:
         z: `[n, 2, d]`, the two views of each image side by side, split along axis 0.
         temperature: > 0.
         decoupled: as in `nt_xent`.
-        memory: more negatives, unit norm, no gradient; None: none. Empty entries do not count.
-        memory_length: number of its keys that count, >= 1.
-        step: int >= 0, number of pushes into the memory so far.
-        mesh: as in `nt_xent`; the rows of the memory are split too, and it is not communicated.
+        mesh: as in `nt_xent`.
         block_size: as in `nt_xent`.
         precision: as in `nt_xent`.
 
     Returns:
         The loss, and metrics without gradient: `contrastive_top1` and `contrastive_top5` (fraction
-        of rows whose positive is the best, or among the best five, of the 2n - 1 and the keys of
-        the memory; ties are misses), `positive_similarity` and `negative_similarity` (mean
-        cosines; 0 without negatives).
+        of rows whose positive is the best, or among the best five, of the 2n - 1; ties are misses),
+        `positive_similarity` and `negative_similarity` (mean cosines; 0 without negatives).
 
     Raises:
-        UserError: as `nt_xent`, or if the memory does not fit the batch or the mesh.
+        UserError: as `nt_xent`.
     """
     contrast.check_temperature(temperature)
     if z.ndim != 3 or z.shape[1] != 2 or z.shape[0] < 1 or z.shape[2] < 1:
@@ -122,13 +111,8 @@ def nt_xent_with_metrics(
             "dcl: a batch of 1 image has no negatives, and the positive is not in the denominator: "
             "expected at least 2 images"
         )
-    keys_and_live: tuple[jax.Array, ...] = ()
-    if memory is not None:
-        queues.check("nt_xent", memory, memory_length, (2 * n, z.shape[2]), mesh)
-        live = queues.mask(memory_length, memory.keys.shape[1], step) & queues.filled(memory)
-        keys_and_live = memory.keys, live
 
-    def local(z, temperature, *memory, axis):
+    def local(z, temperature, axis):
         def total(x):  # sum over rows, of all devices
             return x.sum(axis=0) if axis is None else jax.lax.psum(x.sum(axis=0), axis)
 
@@ -143,10 +127,6 @@ def nt_xent_with_metrics(
         threshold = contrast.tie_threshold(positive, temperature)
         tiles = {"axis": axis, "block_size": block_size, "precision": precision}
         lse, above = contrast.self_lse(rows / jnp.sqrt(temperature), ids, threshold, **tiles)
-        if memory:
-            past, ranks, keys = queues.scored(rows / temperature, threshold, *memory, **tiles)
-            lse = contrast.joint_lse(lse, past)
-            above += jax.lax.dynamic_slice_in_dim(ranks, 2 * first, len(rows))
         each = lse - positive if decoupled else contrast.cross_entropy(positive, lse)
         loss = total(each) / (2 * n)
         rows, similarity = jax.lax.stop_gradient((rows, similarity))
@@ -157,10 +137,6 @@ def nt_xent_with_metrics(
         pairs: Any = float(2 * n * (2 * n - 2))
         if n == 1:  # there is none: what the difference leaves is rounding
             negatives, pairs = 0 * loss, 1.0
-        if memory:
-            negatives += jnp.sum(mean * keys)
-            of_memory = 2 * n * total(memory[1].reshape(-1).astype(loss.dtype))
-            pairs = pairs + of_memory if n > 1 else jnp.maximum(of_memory, 1)
         return loss, {
             "contrastive_top1": total((above < 1).astype(loss.dtype)) / (2 * n),
             "contrastive_top5": total((above < 5).astype(loss.dtype)) / (2 * n),
@@ -169,6 +145,5 @@ def nt_xent_with_metrics(
         }
 
     temperature = jnp.asarray(temperature)
-    rows, slots = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
-    specs = rows, PartitionSpec(), *(slots for _ in keys_and_live)
-    return each_device(local, mesh, specs, PartitionSpec())(z, temperature, *keys_and_live)
+    specs = PartitionSpec(AXIS), PartitionSpec()
+    return each_device(local, mesh, specs, PartitionSpec())(z, temperature)

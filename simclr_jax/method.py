@@ -19,6 +19,7 @@ from common.method import Method, embedding_metrics, stream
 from common.momentum import QueueState
 from common.setup import Setup, TrainState
 from simclr_jax.loss import nt_xent_with_metrics
+from simclr_jax.memory_loss import memory_nt_xent_with_metrics
 from simclr_jax.supcon import supcon_with_metrics
 
 LOSSES = ("nt_xent", "dcl", "supcon")
@@ -27,11 +28,10 @@ LOSSES = ("nt_xent", "dcl", "supcon")
 class SimCLR(Method):
     """SimCLR v1 and v2; its state is a `TrainState`, with a memory a `QueueState`.
 
-    The memory holds the momentum encoder's embeddings of both views of past batches. A row is
-    contrasted with them as they were before the step, so never with one of its own image of this
-    step. It begins empty: MoCo's queue begins with random vectors because a query needs negatives,
-    and here the batch has some. So the first step is one without memory, and no row has to be told
-    from noise.
+    With a memory a row is contrasted with a momentum encoder's embeddings: of the batch, its other
+    view among them, and of past ones, which the memory holds as they were before the step. It
+    begins empty: MoCo's queue begins with random vectors because a query needs negatives, and here
+    the batch has some, so no row has to be told from noise.
     """
 
     MEANINGS: ClassVar = {
@@ -40,9 +40,8 @@ class SimCLR(Method):
         "temperature": "of the loss: similarities are divided by it",
         "loss_scale": "factor on the loss before its gradient is taken: 1 in SimCLR's paper, 2 in "
         "its authors' code",
-        "memory_length": "keys of past batches that are negatives too, from a momentum encoder: "
-        "65536 in SimCLR v2, of 800 epochs in batches of 4096; it harmed short runs of small ones "
-        "(docs/results.md); 0 = no memory",
+        "memory_length": "past keys of a momentum encoder that are negatives too, beside its keys "
+        "of the batch: 65536 in SimCLR v2; 0 = no memory, and no momentum encoder",
         "memory_momentum": "of the memory's encoder",
     }
 
@@ -137,16 +136,14 @@ class SimCLR(Method):
         # cost an all-to-all
         images = batch["images"].reshape(b * views, *shape)
         draws = stream(key, state.step, "encoder")  # drop path, where there is any
-        memory, fields = {}, {}
+        keys, fields = None, dict[str, Any]()
         if config.memory_length:
-            memory = {
-                "memory": state.queue, "memory_length": config.memory_length, "step": state.step
-            }  # fmt: skip
-            fields = self.remembered(state, images, stream(key, state.step, "memory"))
+            keys, fields = self.remembered(state, images, stream(key, state.step, "memory"))
 
         def loss_fn(params: Any) -> tuple:
             features, embeddings, stats = setup.forward(params, state.batch_stats, images, draws)
-            loss, metrics = self._loss(embeddings.reshape(b, views, -1), batch["labels"], **memory)
+            z = embeddings.reshape(b, views, -1)
+            loss, metrics = self._loss(z, batch["labels"], state, keys)
             metrics |= {"loss": loss} | embedding_metrics(features, embeddings)
             return config.loss_scale * loss, (stats, features, metrics)
 
@@ -154,24 +151,36 @@ class SimCLR(Method):
         state, more = setup.next_state(state, grads, stats, features, batch["labels"], **fields)
         return state, metrics | more
 
-    def remembered(self, state: Any, images: jax.Array, key: jax.Array) -> dict[str, Any]:
-        """Fields of the next state: the momentum encoder, and the memory with its keys of a batch.
+    def remembered(
+        self, state: Any, images: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The momentum encoder's keys of a batch, and the next state's fields that have them.
 
         Args:
             state: before the step.
             images: uint8 `[2 b, h, w, c]`, both views.
             key: of the momentum encoder's pass.
+
+        Returns:
+            The keys `[2 b, dim]`; momentum encoder and memory after the step.
         """
         setup, config = self.setup, self.setup.config
         params = momentum.averaged(state, config.memory_momentum, setup.network.frozen)
         _, keys, stats = setup.forward(params, state.key_batch_stats, images, key)
         queue = queues.push(state.queue, normalize(keys), state.step)
-        return {"key_params": params, "key_batch_stats": stats, "queue": queue}
+        return keys, {"key_params": params, "key_batch_stats": stats, "queue": queue}
 
-    def _loss(self, z: jax.Array, labels: jax.Array, **memory: Any) -> tuple[jax.Array, dict]:
+    def _loss(
+        self, z: jax.Array, labels: jax.Array, state: Any, keys: jax.Array | None
+    ) -> tuple[jax.Array, dict]:
         """Loss and metrics of embeddings `[b, 2, dim]`; only supcon reads the labels `[b]`."""
-        temperature, mesh = self.setup.config.temperature, self.setup.mesh
+        config, mesh = self.setup.config, self.setup.mesh
         if self.supervised:
-            return supcon_with_metrics(z, labels, temperature, mesh=mesh)
-        decoupled = self.setup.config.loss == "dcl"
-        return nt_xent_with_metrics(z, temperature, decoupled=decoupled, mesh=mesh, **memory)
+            return supcon_with_metrics(z, labels, config.temperature, mesh=mesh)
+        decoupled = config.loss == "dcl"
+        if keys is None:
+            return nt_xent_with_metrics(z, config.temperature, decoupled=decoupled, mesh=mesh)
+        return memory_nt_xent_with_metrics(
+            z, keys.reshape(z.shape), state.queue, config.temperature,
+            length=config.memory_length, step=state.step, decoupled=decoupled, mesh=mesh,
+        )  # fmt: skip

@@ -46,29 +46,26 @@ def dcl(z1, z2, temperature):
     return loss, np.split(d_z, 2)
 
 
-def with_memory(z1, z2, keys, temperature, decoupled=False):
-    """NT-Xent, or DCL, with `keys` beside the batch's negatives; gradients by z1 and z2.
+def with_memory(z1, z2, k1, k2, memory, temperature, decoupled=False):
+    """NT-Xent, or DCL, of embeddings against keys k1 and k2 of the views and those of a memory.
 
-    Every row has a line of 2N - 2 + K logits of negatives, written out.
+    Every row has a line of 2N - 2 + K logits of negatives, written out. Gradients by z1 and z2.
     """
     z = np.concatenate([z1, z2]).astype(np.float64)
     n, length = len(z1), np.linalg.norm(z, axis=1, keepdims=True)
-    u, other_view = unit(z), np.roll(np.arange(2 * n), n)
+    u, keys, other_view = unit(z), unit(np.concatenate([k1, k2])), np.roll(np.arange(2 * n), n)
     others = [[j for j in range(2 * n) if j % n != i % n] for i in range(2 * n)]
     others = np.array(others, int).reshape(2 * n, 2 * n - 2)
-    logits = np.concatenate([(u[:, None] * u[others]).sum(-1), u @ keys.T], 1) / temperature
-    positive = (u * u[other_view]).sum(1) / temperature
+    logits = np.concatenate([(u[:, None] * keys[others]).sum(-1), u @ memory.T], 1) / temperature
+    positive = (u * keys[other_view]).sum(1) / temperature
     top = np.maximum(logits.max(1), positive)
     negatives = np.exp(logits - top[:, None])
     own = np.exp(positive - top) * (not decoupled)
     total = negatives.sum(1) + own
     d_logits = negatives / total[:, None] / (2 * n * temperature)
     d_positive = (own / total - 1) / (2 * n * temperature)
-    d_unit = d_logits[:, 2 * n - 2 :] @ keys
-    for i in range(2 * n):
-        d_unit[i] += d_logits[i, : 2 * n - 2] @ u[others[i]] + d_positive[i] * u[other_view[i]]
-        np.add.at(d_unit, others[i], d_logits[i, : 2 * n - 2, None] * u[i])
-        d_unit[other_view[i]] += d_positive[i] * u[i]
+    d_unit = d_logits[:, 2 * n - 2 :] @ memory + d_positive[:, None] * keys[other_view]
+    d_unit += (d_logits[:, : 2 * n - 2, None] * keys[others]).sum(1)
     d_z = (d_unit - u * (u * d_unit).sum(axis=1, keepdims=True)) / length
     return (top + np.log(total) - positive).mean(), np.split(d_z, 2)
 

@@ -14,6 +14,7 @@ from common import queue as queues
 from common.errors import UserError
 from common.sharding import make_mesh
 from simclr_jax.loss import nt_xent_with_metrics
+from simclr_jax.memory_loss import memory_nt_xent_with_metrics
 
 N, D = 16, 6  # images of a batch; a slot of the memory holds 32 keys
 MEAN = np.reshape([0.485, 0.456, 0.406], (1, 1, 1, 3))  # of the preset moco_v2, for RGB in [0, 1]
@@ -21,64 +22,72 @@ STD = np.reshape([0.229, 0.224, 0.225], (1, 1, 1, 3))
 
 
 def example(length=75, noise=1.0, seed=0):
-    """Two views of N images, and the slots of a memory."""
+    """Two views of N images, their keys, and the slots of a memory."""
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(N, D))
-    z1, z2 = (base + noise * rng.normal(size=(N, D)) for _ in range(2))
+    z1, z2, k1, k2 = (base + noise * rng.normal(size=(N, D)) for _ in range(4))
     slots = queues.slots(length, 2 * N)
-    keys = oracles.unit(rng.normal(size=(slots * 2 * N, D))).reshape(slots, 2 * N, D)
-    return np.stack([z1, 3 * z2], axis=1), keys  # lengths must have no effect
+    memory = oracles.unit(rng.normal(size=(slots * 2 * N, D))).reshape(slots, 2 * N, D)
+    # lengths must have no effect
+    return np.stack([z1, 3 * z2], axis=1), np.stack([2 * k1, k2], axis=1), memory
 
 
-def last_keys(keys, length, step):
+def last_keys(memory, length, step):
     """The last `length` keys, found without the module under test."""
-    slots = len(keys)
+    slots = len(memory)
     order = [(step + i) % slots for i in range(slots)]
-    return keys[order].reshape(-1, D)[-length:]
+    return memory[order].reshape(-1, D)[-length:]
+
+
+def oracle(z, keys, memory, temperature, decoupled=False):
+    """`oracles.with_memory` of arrays `[N, 2, D]`."""
+    views = z[:, 0], z[:, 1], keys[:, 0], keys[:, 1]
+    value, gradients = oracles.with_memory(*views, memory, temperature, decoupled)
+    return value, np.stack(gradients, axis=1)
 
 
 @functools.cache  # compiling is most of the time of these tests
 def value_and_grad(devices, length, decoupled=False):
     """Blocks of 7 divide neither the rows nor the keys of a device."""
 
-    def loss(z, keys, step, temperature):
-        return nt_xent_with_metrics(
-            z, temperature, decoupled=decoupled, memory=queues.Queue(keys), memory_length=length,
+    def loss(z, keys, memory, step, temperature):
+        return memory_nt_xent_with_metrics(
+            z, keys, queues.Queue(memory), temperature, decoupled=decoupled, length=length,
             step=step, mesh=make_mesh(jax.devices()[:devices]), block_size=7,
         )  # fmt: skip
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
 def assert_equals_numpy(devices, length, decoupled):
     run = value_and_grad(devices, length, decoupled)
     for temperature, noise, step in [(0.1, 1, 0), (0.1, 0.05, 7), (0.5, 1, 3)]:
-        z, keys = example(length, noise)
-        (value, _), (d_z, d_keys) = run(z, keys, step, temperature)
-        want, gradients = oracles.with_memory(
-            z[:, 0], z[:, 1], last_keys(keys, length, step), temperature, decoupled
-        )
+        z, keys, memory = example(length, noise)
+        (value, _), (d_z, *others) = run(z, keys, memory, step, temperature)
+        past = last_keys(memory, length, step)
+        want, gradient = oracle(z, keys, past, temperature, decoupled)
         assert value.dtype == d_z.dtype == np.float64
         np.testing.assert_allclose(value, want, rtol=1e-12)
-        want = np.stack(gradients, axis=1)
-        assert np.linalg.norm(d_z - want) <= 1e-11 * np.linalg.norm(want)
-        np.testing.assert_array_equal(d_keys, 0)  # no gradient reaches the memory
+        assert np.linalg.norm(d_z - gradient) <= 1e-11 * np.linalg.norm(gradient)
+        for gradient in others:  # none reaches keys or memory
+            np.testing.assert_array_equal(gradient, 0)
 
 
-def test_the_oracle_agrees_with_finite_differences_and_without_keys_with_nt_xent():
-    z, keys = example()
-    (z1, z2), keys = np.moveaxis(z[:4], 1, 0), keys.reshape(-1, D)[:9]
+def test_the_oracle_agrees_with_finite_differences_and_without_memory_with_nt_xent():
+    z, keys, memory = example()
+    z, keys, memory = z[:4], keys[:4], memory.reshape(-1, D)[:9]
     for decoupled, plain in ((False, oracles.nt_xent), (True, oracles.dcl)):
-        loss = functools.partial(oracles.with_memory, z2=z2, temperature=0.3, decoupled=decoupled)
-        gradient = loss(z1, keys=keys)[1][0]
-        for i, j in np.ndindex(*z1.shape):
-            step = np.zeros_like(z1)
-            step[i, j] = 1e-5
-            difference = loss(z1 + step, keys=keys)[0] - loss(z1 - step, keys=keys)[0]
-            assert abs(difference / 2e-5 - gradient[i, j]) < 1e-8
-        got, want = loss(z1, keys=keys[:0]), plain(z1, z2, 0.3)
+        gradient = oracle(z, keys, memory, 0.3, decoupled)[1]
+        for place in np.ndindex(*z.shape):
+            step = np.zeros_like(z)
+            step[place] = 1e-5
+            ends = (oracle(z + x, keys, memory, 0.3, decoupled)[0] for x in (step, -step))
+            assert abs((next(ends) - next(ends)) / 2e-5 - gradient[place]) < 1e-8
+        # where keys are the embeddings; a gradient reaches these as rows only
+        got, want = oracle(z, z, memory[:0], 0.3, decoupled), plain(z[:, 0], z[:, 1], 0.3)
         np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
-        np.testing.assert_allclose(got[1], want[1], rtol=1e-9, atol=1e-12)
+        if not decoupled:  # symmetric logits, but other log-sum-exps of their rows and columns
+            assert np.vdot(got[1], np.stack(want[1], 1)) > 0
 
 
 # two keys an image and step: no multiple of them, a multiple, fewer than a step brings, one
@@ -98,48 +107,41 @@ def test_against_numpy(devices, length, decoupled):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_empty_memory_is_none(devices):
-    """Loss, gradient and metrics of plain NT-Xent; and what is masked has no influence."""
+    """Loss and metrics of plain NT-Xent if keys are embeddings; what is masked has no influence."""
     mesh = make_mesh(jax.devices()[:devices])
     with jax.enable_x64(True):
-        z, keys = example(75)
+        z, keys, memory = example(75)
         run = value_and_grad(devices, 75)
-        empty = queues.empty(75, 2 * N, D).keys
-        plain = jax.jit(
-            jax.value_and_grad(
-                lambda z: nt_xent_with_metrics(z, 0.1, mesh=mesh, block_size=7), has_aux=True
-            )
-        )
-        (got, metrics), (gradient, _) = run(z, empty, 0, 0.1)
-        (want, wanted), wanted_gradient = plain(z)
-        np.testing.assert_allclose(got, want, rtol=1e-14)
-        np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
+        empty = np.array(queues.empty(75, 2 * N, D).keys)
+        (got, metrics), _ = run(z, z, empty, 0, 0.1)
+        want, wanted = jax.jit(lambda z: nt_xent_with_metrics(z, 0.1, mesh=mesh, block_size=7))(z)
+        np.testing.assert_allclose(got, want, rtol=1e-13)
         tiny.assert_close(metrics, wanted, 1e-12, 1e-15)
+        (least, _), (gradient, *_) = run(z, keys, empty, 0, 0.1)
+        want, wanted_gradient = oracle(z, keys, memory[0][:0], 0.1)
+        np.testing.assert_allclose(least, want, rtol=1e-12)
+        np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
         # a third of it is filled: the rest waits, and the masked rows of a full slot are none
-        empty = np.array(empty)
-        empty[0] = keys[0]
-        (got, metrics), (gradient, _) = run(z, empty, 1, 0.1)
-        want, gradients = oracles.with_memory(z[:, 0], z[:, 1], keys[0], 0.1)
+        empty[0] = memory[0]
+        (got, metrics), (gradient, *_) = run(z, keys, empty, 1, 0.1)
+        want, wanted_gradient = oracle(z, keys, memory[0], 0.1)
         np.testing.assert_allclose(got, want, rtol=1e-12)
-        np.testing.assert_allclose(gradient, np.stack(gradients, 1), rtol=1e-9, atol=1e-12)
-        full = run(z, keys, 1, 0.1)
-        spoilt = keys.copy()
+        np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
+        full = run(z, keys, memory, 1, 0.1)
+        spoilt = memory.copy()
         spoilt[1, : 3 * 2 * N - 75] = 1e6
-        jax.tree.map(np.testing.assert_array_equal, run(z, spoilt, 1, 0.1)[0], full[0])
-        assert full[0][0] > got > wanted_loss(z)  # more keys, a larger log-sum-exp
-
-
-def wanted_loss(z):
-    return oracles.nt_xent(z[:, 0], z[:, 1], 0.1)[0]
+        jax.tree.map(np.testing.assert_array_equal, run(z, keys, spoilt, 1, 0.1)[0], full[0])
+        assert full[0][0] > got > least  # more keys, a larger log-sum-exp
 
 
 @pytest.mark.slow
 def test_metrics_count_the_keys_of_the_memory():
     length, step = 75, 7
-    z, keys = example(length, noise=0.4)
+    z, keys, memory = example(length, noise=0.4)
     with jax.enable_x64(True):
-        (_, got), _ = value_and_grad(4, length)(z, keys, step, 0.1)
-    u = oracles.unit(z.reshape(-1, D))
-    cosine, past = u @ u.T, u @ last_keys(keys, length, step).T
+        (_, got), _ = value_and_grad(4, length)(z, keys, memory, step, 0.1)
+    u, k = (oracles.unit(x.reshape(-1, D)) for x in (z, keys))
+    cosine, past = u @ k.T, u @ last_keys(memory, length, step).T
     ranks, negatives = [], []
     for i in range(2 * N):
         others = [cosine[i, j] for j in range(2 * N) if j // 2 != i // 2] + list(past[i])
@@ -161,21 +163,20 @@ def test_metrics_count_the_keys_of_the_memory():
 @pytest.mark.slow
 def test_one_image_with_a_memory_has_negatives_and_without_keys_none():
     rng = np.random.default_rng(0)
-    z, keys = rng.normal(size=(1, 2, D)), oracles.unit(rng.normal(size=(4, D))).reshape(2, 2, D)
-    run = jax.jit(
-        jax.value_and_grad(
-            lambda z, keys: nt_xent_with_metrics(
-                z, 0.2, memory=queues.Queue(keys), memory_length=4
-            ),
-            has_aux=True,
-        )
-    )
-    (value, metrics), _ = run(z.astype(np.float32), keys.astype(np.float32))
-    want = oracles.with_memory(z[:, 0], z[:, 1], keys.reshape(-1, D), 0.2)[0]
+    z, keys = rng.normal(size=(2, 1, 2, D))
+    memory = oracles.unit(rng.normal(size=(4, D))).reshape(2, 2, D)
+
+    def loss(z, keys, memory):
+        return memory_nt_xent_with_metrics(z, keys, queues.Queue(memory), 0.2, length=4)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    z, keys, memory = (x.astype(np.float32) for x in (z, keys, memory))
+    (value, metrics), _ = run(z, keys, memory)
+    want = oracle(z, keys, memory.reshape(-1, D), 0.2)[0]
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    mean = (oracles.unit(z[0]) @ keys.reshape(-1, D).T).mean()
+    mean = (oracles.unit(z[0]) @ memory.reshape(-1, D).T).mean()
     np.testing.assert_allclose(metrics["negative_similarity"], mean, rtol=1e-4)
-    (value, metrics), gradient = run(z.astype(np.float32), np.zeros_like(keys, np.float32))
+    (value, metrics), gradient = run(z, keys, np.zeros_like(memory))
     assert value == 0 and metrics["contrastive_top1"] == 1 and metrics["negative_similarity"] == 0
     np.testing.assert_array_equal(gradient, 0)
 
@@ -192,14 +193,14 @@ def dense():
         )  # fmt: skip
         return z / jnp.linalg.norm(z, axis=1, keepdims=True), new["batch_stats"]
 
-    def loss(params, stats, images, keys):
+    def loss(params, stats, images, keys, memory):
         u, stats = encode(params, stats, images)
         b = len(u) // 2
         other_view = np.roll(np.arange(2 * b), b)
-        positive = (u * u[other_view]).sum(1)
-        negatives = jnp.concatenate([u @ u.T, u @ keys.T], 1) / 0.1
+        positive = (u * keys[other_view]).sum(1)
+        negatives = jnp.concatenate([u @ keys.T, u @ memory.T], 1) / 0.1
         own = np.arange(2 * b)[:, None] % b == np.arange(2 * b) % b
-        own = np.concatenate([own, np.zeros((2 * b, len(keys)), bool)], 1)
+        own = np.concatenate([own, np.zeros((2 * b, len(memory)), bool)], 1)
         total = jnp.exp(positive / 0.1) + jnp.where(own, 0, jnp.exp(negatives)).sum(1)
         return (jnp.log(total) - positive / 0.1).mean(), stats
 
@@ -227,7 +228,7 @@ def test_steps_equal_a_dense_one():
             tiny.assert_close(after.key_batch_stats, jax.device_get(stats), 1e-10, 0)
             # the loss sees the memory before this step's keys enter it
             (loss, stats), grads = loss_and_gradient(
-                before.params, before.batch_stats, images, np.stack(remembered[-length:])
+                before.params, before.batch_stats, images, keys, np.stack(remembered[-length:])
             )
             np.testing.assert_allclose(run.metrics[step]["loss"], loss, rtol=1e-10)
             tiny.assert_close(after.batch_stats, jax.device_get(stats), 1e-10, 0)
@@ -241,7 +242,7 @@ def test_steps_equal_a_dense_one():
 
 @pytest.mark.slow
 def test_a_new_run_begins_as_one_without_memory():
-    """The first step is the same to rounding, the second is not."""
+    """The first loss is the same to rounding, the second is not."""
     runs = {}
     for length in (0, 40):
         c = tiny.config("simclr", simclr__memory_length=length, model__stages=(1,))
@@ -258,7 +259,7 @@ def test_a_new_run_begins_as_one_without_memory():
             losses.append(float(metrics["loss"]))
         runs[length] = losses
     assert runs[40][0] == pytest.approx(runs[0][0], rel=1e-6)
-    assert runs[40][1] > runs[0][1] + 0.1
+    assert abs(runs[40][1] - runs[0][1]) > 0.1
 
 
 def test_what_a_memory_refuses():
@@ -272,9 +273,16 @@ def test_what_a_memory_refuses():
     ):
         with pytest.raises(UserError, match=message):
             tiny.build(tiny.config("simclr", **{f"simclr__{k}": v for k, v in changes.items()}), 1)
-    memory = queues.Queue(jnp.zeros((3, 2 * N, D)))
+    z, memory = jnp.ones((N, 2, D)), queues.Queue(jnp.zeros((3, 2 * N, D)))
     with pytest.raises(UserError, match=r"nt_xent: the queue is .* for length 64 and queries"):
-        nt_xent_with_metrics(jnp.ones((N, 2, D)), memory=memory, memory_length=64)
+        memory_nt_xent_with_metrics(z, z, memory, length=64)
+    with pytest.raises(
+        UserError, match=r"the views are \[16, 2, 6\] and their keys \[15, 2, 6\]: ex"
+    ):
+        memory_nt_xent_with_metrics(z, z[1:], memory, length=75)
+    one = queues.Queue(jnp.zeros((2, 2, D)))
+    with pytest.raises(UserError, match="a single image has no negatives while the memory is"):
+        memory_nt_xent_with_metrics(z[:1], z[:1], one, length=4, decoupled=True)
 
 
 def test_a_memory_that_is_longer_than_an_epoch_is_remarked_on(caplog):
