@@ -191,7 +191,8 @@ def table(found: Sequence[tuple[str, Rows]], theory_of: Callable | None = None) 
                 if theory_of:
                     sent = sum(c["bytes"] for c in r["collectives"].values())
                     wanted = sum(theory_of(name, batch, r["devices"]).values())
-                    cells.append(f"{sent / 1e6:.1f} / {wanted / 1e6:.1f}")
+                    theory = "" if changes else f" / {wanted / 1e6:.1f}"  # it is of the config's
+                    cells.append(f"{sent / 1e6:.1f}{theory}")
             else:
                 cells[-1] += ", **does not fit**"
             lines.append(_line(cells + [""] * (len(columns) - len(cells))))

@@ -18,7 +18,8 @@ Published top-1, by the README of that repository (none of it run by us):
 Their runs had a memory of past embeddings (`--config.simclr.memory_length=65536`), which their code
 has not: by issue 77 it gives a ResNet-50 71.1 % (linear). As in simclr_tpu.py, the learning rate
 belongs to their loss, which is twice eq. 1, and the network is initialised as theirs. What else
-differs: docs/fidelity.md. `:r152` fits 64 chips of v4 or v5p, compiled without remat (docs/tpu.md).
+differs: docs/fidelity.md. `:r152` fits 64 chips of v4 or v5p without remat, and not 32 of v5e
+(docs/tpu.md).
 
 ImageNet must be prepared first: set TFDS_DATA_DIR to a directory that holds imagenet2012.
 """
