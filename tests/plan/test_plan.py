@@ -153,7 +153,9 @@ def test_plan_of_a_memory():
         kind: sent[1024][kind]["bytes"] - sent[0].get(kind, {"bytes": 0})["bytes"]
         for kind in ("all-gather", "reduce-scatter")
     }
-    assert rows <= more["all-gather"] < 1.1 * rows and rows <= more["reduce-scatter"] < 1.1 * rows
+    gone = 4 * 128 * 3  # NT-Xent gathers ids, log-sum-exps and cotangents of these; keys need none
+    assert rows - gone <= more["all-gather"] < 1.1 * rows
+    assert rows <= more["reduce-scatter"] < 1.1 * rows
     assert max(c[1] for c in found[1024]["collectives"]) < 4 * 1024 * 32  # the memory stays
     assert found[1024]["flops"] > found[0]["flops"]
 
