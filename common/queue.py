@@ -5,7 +5,7 @@ the batch. Writing a slot is therefore local, and means the same on any number o
 that is not a multiple of `rows` is handled by a mask: of the oldest slot, the next to be
 overwritten, only the last rows count.
 
-MoCo's negatives are the keys of a queue; SimCLR with memory has one beside its batch.
+MoCo's negatives are the keys of a queue; SimCLR with a memory has one beside the keys of its batch.
 """
 
 import flax.struct

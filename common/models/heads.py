@@ -188,8 +188,7 @@ def make_network(config: ConfigDict, image_size: int) -> Network:
 
     Raises:
         UserError: for an unknown encoder, remat, head or initialisation, a head without layers or
-            outputs, or
-            from the builder of the encoder.
+            outputs, or from the builder of the encoder.
     """
     model, head = config.model, config.head
     one_of("head.kind", head.kind, HEADS)
