@@ -98,6 +98,8 @@ def check(config: ConfigDict) -> None:
     """
     for name, value in flat(config).items():
         field = FIELDS.get(name)
+        if is_open(name, value):
+            continue
         if field and field.least is not None and value < field.least:
             raise UserError(f"{name}={value} is too small: expected at least {field.least}")
         if field and field.one_of:
@@ -158,27 +160,42 @@ def update(config: ConfigDict, saved: dict[str, Any], where: str) -> None:
 def as_begun(config: ConfigDict, saved: dict[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
     """The config with which to resume a run that began under `saved`.
 
-    A field that is "auto" gets the value decided when the run began, and a field that is newer
-    than the run what the code did without it.
+    A field that is "auto" (or open, see `is_open`) gets the value decided when the run began, and
+    a field that is newer than the run what the code did without it.
 
     Returns:
         A copy, and those newer fields for which `config` has another value.
     """
     saved, current = flatten(saved), flat(config)
-    decided = {n: saved[n] for n, value in current.items() if value == AUTO and n in saved}
+    decided = {
+        n: saved[n]
+        for n, value in current.items()
+        if n in saved and (value == AUTO or is_open(n, value))
+    }
     newer = {n: v for n, v in _before(config, saved).items() if current[n] != v}
     begun = config.copy_and_resolve_references()
     _set(begun, decided | newer, "")
     return begun, newer
 
 
-def with_decided(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """A saved config (as JSON) in which the fields that are "auto" have the values of another."""
+def with_decided(
+    saved: dict[str, Any], current: dict[str, Any], section: str = ""
+) -> dict[str, Any]:
+    """A saved config (as JSON) in which the fields that are open have the values of another."""
     return {
-        name: with_decided(value, current[name]) if isinstance(value, dict) and name in current
-        else current.get(name, value) if value == AUTO else value
+        name: with_decided(value, current[name], f"{section}{name}.")
+        if isinstance(value, dict) and name in current
+        else current.get(name, value)
+        if value == AUTO or is_open(section + name, value)
+        else value
         for name, value in saved.items()
-    }  # fmt: skip
+    }
+
+
+def is_open(name: str, value: Any) -> bool:
+    """Whether a field's value stands for one that is decided when a run begins (`Field.auto`)."""
+    auto = FIELDS[name].auto if name in FIELDS else fields.METHODS_AUTO.get(name)
+    return auto is not None and value == auto and not isinstance(value, bool)
 
 
 def _before(config: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +240,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], workdir: str)
         if field.free:
             return True
         if name in a:  # what `--mode=import` left is not decided yet
-            return a[name] == b.get(name, ...) or (a[name] == AUTO and field.decided)
+            return a[name] == b.get(name, ...) or is_open(name, a[name])
         # a field that the code of the run did not have yet
         return b[name] == BEFORE[name] if name in BEFORE else not b[name]
 

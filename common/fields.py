@@ -29,7 +29,8 @@ class Field:
         before: what the code did before it had this field: a run whose config.json lacks the field
             is resumed and evaluated with that value. Not given: the code did the same as with a
             falsy value (0, "", False).
-        decided: "auto" is replaced by a value when a run begins, and config.json keeps that value.
+        auto: a value that stands for another, which is decided when a run begins (by the data it
+            has) and which config.json then keeps; None: there is none.
         example: a value for messages, if the default is not a good one.
     """
 
@@ -40,7 +41,7 @@ class Field:
     one_of: tuple[str, ...] = ()
     free: bool = False
     before: Any = ...
-    decided: bool = False
+    auto: Any = None
     example: Any = None
 
 
@@ -98,7 +99,8 @@ CONFIG: dict[str, dict[str, Field]] = {
         "method": Field("",
             "name of the method: set by the config file, with the section of that name"),
         "seed": Field(0, "of all random draws: weights, order, crops, shuffles", least=0),
-        "batch_size": Field(256, "images of the global batch", least=2),
+        "batch_size": Field(256,
+            "images of the global batch; 0 = by the number of images, see auto", least=2, auto=0),
         "views": Field(2,
             "augmented views of each image in a batch; methods that compare views take 2",
             least=1, before=2),
@@ -107,7 +109,9 @@ CONFIG: dict[str, dict[str, Field]] = {
             "norm in the encoder model.bn_groups must be a multiple of batch_size / microbatch x "
             "devices",
             least=0, free=True),
-        "duration": Field("100 epochs", 'length of the run: "100 epochs", "5000 steps"'),
+        "duration": Field("100 epochs",
+            'length of the run: "100 epochs", "5000 steps"; auto = by the number of images, see '
+            'auto', auto=AUTO),
         "log_every": Field(50, "steps between lines of metrics.jsonl", least=1, free=True),
         "init_from": Field("",
             "start from the weights of a file or of a run's workdir (docs/export.md)"),
@@ -127,11 +131,26 @@ CONFIG: dict[str, dict[str, Field]] = {
             "use the options of common/train/xla_options.py on TPUs; False: XLA's defaults",
             free=True),
     },
+    "auto": {
+        "batch_size": Field(256,
+            "batch_size=0 takes an eighth of the images, at least 32 and at most so many",
+            least=2, free=True),
+        "images": Field(1_000_000,
+            "duration=auto shows so many images in all, within the limits below", least=1,
+            free=True),
+        "least_epochs": Field(20, "duration=auto: at least so many epochs", least=1, free=True),
+        "most_epochs": Field(400, "duration=auto: at most so many epochs", least=1, free=True),
+    },
     "data": {
         "source": Field("embedded",
             "embedded | tfds:NAME | folder:PATH | shards:PATH | fake; paths may be gs://..."),
-        "train_split": Field("train", "split to train on"),
-        "test_split": Field("test", "split to classify by kNN and probe; empty = no scores"),
+        "train_split": Field("train",
+            "split to train on; auto, together with test_split: train, less what that holds out",
+            auto=AUTO),
+        "test_split": Field("test",
+            "split to score by; empty = no scores; auto = the test or validation split if there is "
+            "one, else a tenth of train is held out (at least 100 images, at most 2,000)",
+            auto=AUTO),
         "bank_split": Field("", "split whose images vote in kNN; empty = data.train_split"),
         "labels": Field("auto",
             "auto | folders (each folder is a class) | none; legacy = as before the field existed",
@@ -150,11 +169,15 @@ CONFIG: dict[str, dict[str, Field]] = {
         "value_range": Field("auto",
             "LOW:HIGH, the values mapped to black and white in images of more than 8 bits; auto = "
             "from a sample of the training images, once; upper8 = as before the field existed",
-            before="upper8", decided=True),
+            before="upper8", auto=AUTO),
         "jpeg": Field("exact",
             "how JPEGs are decoded: exact (as Pillow) | fast (off by some levels)", before="fast"),
         "exif_rotation": Field(False,
             "rotate photographs by their EXIF orientation (ImageFolder does not)"),
+        "shrink": Field(0,
+            "make photographs twice as large and more smaller once, to a shorter side of at least "
+            "so many pixels, and keep them in memory; 0 = off: each crop decodes the whole file",
+            least=0),
         "augment_on": Field("host",
             "host | both (the host decodes, crops and flips, the train step does the rest) | "
             "device (all in the train step, with the dataset in device memory)"),
@@ -302,7 +325,8 @@ CONFIG: dict[str, dict[str, Field]] = {
 }
 # fmt: on
 
-# `before` of fields in the sections of methods.
+# `auto` and `before` of fields in the sections of methods.
+METHODS_AUTO = {"moco.queue_length": 0}
 METHODS_BEFORE = {
     "simclr.loss": "nt_xent",
     "simclr.loss_scale": 1.0,

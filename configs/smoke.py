@@ -33,7 +33,8 @@ def apply(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], None]
         c.data.source = "fake"
         c.data.fake_examples = 64
         c.data.fake_classes = 4
-        c.data.image_size = 32
+        c.data.image_size, c.data.shrink = 32, 0
+        c.augment.size = min(c.augment.size or 32, 32)
         c.data.train_split, c.data.test_split, c.data.bank_split = "train", "test", ""
         c.batch_size = 16
         c.duration = "4 steps"
@@ -50,7 +51,7 @@ def apply(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], None]
         c.evaluate.knn_examples = 0
         c.checkpoint.every = "2 steps"
         if "moco" in c:
-            c.moco.queue_length = min(c.moco.queue_length, 40)
+            c.moco.queue_length = min(c.moco.queue_length or 40, 40)
         if "moco_v3" in c:
             c.moco_v3.predictor_hidden = 16
     return config

@@ -1,5 +1,6 @@
 """A trained run, opened for evaluation: its config, its encoder, its data."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,7 +18,7 @@ from common import config as configs
 from common.data.feed import survey
 from common.data.images.decoding import AUTO, UPPER_8
 from common.data.sources.base import Source
-from common.data.sources.opening import open_source
+from common.data.sources.opening import open_source, with_splits
 from common.errors import UserError
 from common.evaluate import accuracy, batches, features
 from common.evaluate.features import Features
@@ -26,6 +27,7 @@ from common.run import console, files, saved_config
 from common.run.checkpoint import Checkpoints
 from common.setup import Setup, make_encoder_setup
 from common.sharding import make_mesh, replicated, state_shardings
+from common.train import by_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,8 @@ def load(
     """
     workdir = files.path(workdir)
     configs.one_of_field("eval.features", settings.features)
-    config = saved_config.load(workdir, methods)
+    # of weights that were imported nobody has decided anything yet
+    config = by_number.decide(saved_config.load(workdir, methods), None)
     value_range = config.data.value_range
     with config.unlocked():
         d = config.data
@@ -182,6 +185,8 @@ def load(
         d.bank_split = ""  # "train" is the split that votes here
         # that a run had no test split means nothing for other data
         d.test_split = settings.test_split or d.test_split or ("test" if other else "")
+        with contextlib.suppress(UserError):  # `open` raises it, where there is anything to open
+            d.update(with_splits(d))
     mesh = mesh or make_mesh()
     method = methods[config.method](make_encoder_setup(config, mesh))
     state, step = None, 0

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.fields import REMAT
+from common.fields import AUTO, REMAT
 from common.method import Method
 from common.optim import steps_of
 from common.plan import chips, collectives, measure, table
 from common.run import console
 from common.setup import Setup
 from common.sharding import make_mesh
+from common.train import by_number
 from common.train.prepare import Extent
 
 # (name, split) -> images and classes of datasets that people plan for before they have them.
@@ -63,6 +64,7 @@ def plan(
     """
     configs.check(config)
     n, classes = data_of(config)
+    config = by_number.decide(config, n)
     if config.batch_size > n:
         raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
     per_epoch = n // config.batch_size
@@ -122,7 +124,8 @@ def data_of(config: ConfigDict) -> tuple[int, int]:
         UserError: if the dataset is neither here nor in `KNOWN`.
     """
     kind, _, name = config.data.source.partition(":")
-    known = KNOWN.get((name.partition(":")[0].partition("/")[0], config.data.train_split))
+    split = "train" if config.data.train_split == AUTO else config.data.train_split
+    known = KNOWN.get((name.partition(":")[0].partition("/")[0], split))
     if kind == "tfds" and known:
         return known
     source = open_source(config.data, "train")

@@ -23,6 +23,7 @@ from common.train.dispatch import spans
 from common.train.divergence import Watch, skip_nonfinite
 from common.train.evaluator import MakeEvaluator
 from common.train.first_state import check_start, first_state
+from common.train.forecast import Forecast
 from common.train.milestones import Due, Milestones
 from common.train.preemption import Preemption
 from common.train.prepare import batches_from, open_evaluation, prepare, resident_data
@@ -83,6 +84,8 @@ def train(
         start, state, position = first_state(run, checkpoints, workdir)
         note_changes(config, workdir)
         summary.start_up(run, workdir, state, step_fn, test, start)
+        forecast = Forecast(run, due, start)
+        forecast.before(step_fn)
         batches = batches_from(run, position)
         watch = Watch(run, workdir, saved=start or None, skipped=position.skipped)
         writer = MetricsWriter(
@@ -95,6 +98,7 @@ def train(
                 start=start, position=position, begin=begin,
             )  # fmt: skip
             milestones.before(state)
+            forecast.begin()
             key = run.root_key
             ends = (due.anything, writer.due, profile.edge)
             for first, step in spans(start, total, config.steps_per_dispatch, *ends):
@@ -111,5 +115,6 @@ def train(
                     writer.write(step, metrics)
                     checkpoints.check()  # a full disk shows now, not at the next one
                 milestones.after(step, state, ids[-1], preemption)
+                forecast.after(step)
         checkpoints.wait()
         return summary.finish(run, workdir, evaluator, state, milestones.position)

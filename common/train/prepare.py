@@ -15,13 +15,14 @@ from common.data.feed import pipeline, resident, survey
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
-from common.data.sources.opening import open_source
+from common.data.sources.opening import open_source, with_splits
 from common.errors import UserError
 from common.method import Method, root_keys
 from common.optim import steps_of
 from common.run import console
 from common.setup import Setup, make_setup
 from common.sharding import local_rows, replicated, state_shardings
+from common.train import by_number
 from common.train.position import Position
 
 
@@ -129,15 +130,18 @@ def prepare(
     """
     config = completed(make_method, config, workdir)
     configs.check(config)
+    if extent is None and source is None:
+        config = config.copy_and_resolve_references()
+        config.data = with_splits(config.data)
+        source = open_source(config.data, "train")
+        config.data.value_range, seen = survey.decide_value_range(config.data, source)
+        for line in seen:
+            console.say(line)
+    config = by_number.decide(config, source.num_examples if source else None, mesh.size)
+    configs.check(config)
     if extent is None:
+        assert source is not None
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split
-        if source is None:
-            source = open_source(config.data, "train")
-            value_range, seen = survey.decide_value_range(config.data, source)
-            config = config.copy_and_resolve_references()
-            config.data.value_range = value_range
-            for line in seen:
-                console.say(line)
         extent = Extent.of(config, source)
     recipe = FeedRecipe.of(config)
     setup = make_setup(

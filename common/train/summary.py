@@ -70,7 +70,9 @@ def start_up(
         "workdir": str(workdir),
         "code": f"version {version.in_words()}",
     }
-    if test is not None and test.account:
+    if test is not None and "[" in test.split:
+        lines["held out"] = f"{test.num_examples:,} images to score by: {test.split}"
+    elif test is not None and test.account:
         lines["test data"] = "\n            ".join(test.summary())
     if start:
         lines["resuming"] = f"after step {start:,} of {total:,}"

@@ -107,6 +107,13 @@ def class_names(base: epath.Path, split: str, labels: str = "auto") -> tuple[str
     return tuple(folder.name for folder in layout.classes(layout.split(base, split)))
 
 
+def test_split(base: epath.Path) -> str:
+    """ "test" where a folder has a split for tests (or validation) beside one to train on; else ""."""
+    layout = _Layout("auto")
+    kinds = {layout.kind(folder.name) for folder in layout.tree.folders(base)}
+    return "test" if "train" in kinds and kinds & {"test", "val"} else ""
+
+
 class _Layout:
     """A tree, and the rules by which it is read; see `read`."""
 

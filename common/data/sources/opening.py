@@ -22,7 +22,9 @@ from common.data.sources import (
     fake,
     folder_layout,
     folder_source,
+    held_out,
     shards,
+    shrunk,
     slices,
     subset,
 )
@@ -53,6 +55,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
         UserError: unknown source, missing dataset or split, empty folder, no image in it, a class
           in the test set that the others lack.
     """
+    config = with_splits(config)
     role, split = split, config[f"{split}_split"] if split in ROLES else split
     if config.on_corrupt not in ("error", "replace"):
         raise UserError(
@@ -72,6 +75,8 @@ def open_source(config: ConfigDict, split: str) -> Source:
         source.num_classes, source.class_names = 0, ()
         source.labels = np.full(source.num_examples, -1, np.int32)
     source.on_corrupt, source.decoding = config.on_corrupt, how
+    if config.get("shrink"):
+        source = shrunk.shrunk(source, config.shrink, config.cache_gib)
     if role in ("test", "bank") and source.class_names:
         align_classes(source, _class_names(config))
     if bounds is None:
@@ -79,6 +84,24 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
     part = subset.select(source, slices.ids(split, bounds, source.num_examples))
     return dataclasses.replace(part, split=split)
+
+
+def with_splits(config: ConfigDict) -> ConfigDict:
+    """The `data` section with the splits that are "auto" decided; itself where none is.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    if held_out.AUTO not in (config.train_split, config.test_split):
+        return config
+    kind, path = kind_of(config.source)
+    train, test = held_out.splits(
+        config, kind, path, lambda split: _open(kind, path, split, config, compared=False)
+    )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train_split, config.test_split = train, test
+    return config
 
 
 def part_of(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None]:

@@ -82,6 +82,11 @@ def holds(path: str, split: str) -> bool:
     return split in _index(path)["splits"]
 
 
+def counts(path: str) -> dict[str, int]:
+    """The splits that were prepared, and how many images each has."""
+    return {name: found["num_examples"] for name, found in _index(path)["splits"].items()}
+
+
 def class_names(path: str, split: str) -> tuple[str, ...]:
     """The class names of a split; () where there are none."""
     return tuple(_index(path)["splits"].get(split, {}).get("class_names", ()))

@@ -122,6 +122,11 @@ def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> 
     return _in_memory(_read(shards, features), shape, common, features, how, sure)
 
 
+def split_names(name: str, config: ConfigDict) -> tuple[str, ...]:
+    """The splits of a prepared dataset."""
+    return tuple(_builder(name, config.dir).info.splits)
+
+
 def class_names(name: str, split: str, config: ConfigDict) -> tuple[str, ...]:
     """Names of the classes of a split whose own they are; () where all splits share them."""
     if not _labelled(split, config):
