@@ -23,7 +23,10 @@ def decide(config: ConfigDict, images: int | None, devices: int = 1) -> ConfigDi
         images: in the training split; None where nobody knows: as if there were very many.
         devices: of the mesh; a batch that is decided here can be split among them.
     """
-    if not any(configs.is_open(name, value) for name, value in configs.flat(config).items()):
+    queue, method = f"{config.method}.queue_length", config.get(config.method, {})
+    values = {"batch_size": config.batch_size, "duration": config.duration}
+    values[queue] = method.get("queue_length")
+    if not any(configs.is_open(name, value) for name, value in values.items()):
         return config
     config = config.copy_and_resolve_references()
     rule, method = config.auto, config.get(config.method, {})
@@ -32,8 +35,7 @@ def decide(config: ConfigDict, images: int | None, devices: int = 1) -> ConfigDi
         config.batch_size = batch_size(images, rule.batch_size, multiple)
     if configs.is_open("duration", config.duration):
         config.duration = f"{epochs(images, rule)} epochs"
-    name = f"{config.method}.queue_length"
-    if configs.is_open(name, method.get("queue_length")):
+    if configs.is_open(queue, values[queue]):
         method.queue_length = queue_length(images, config.batch_size)
     return config
 

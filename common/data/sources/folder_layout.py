@@ -108,7 +108,7 @@ def class_names(base: epath.Path, split: str, labels: str = "auto") -> tuple[str
 
 
 def test_split(base: epath.Path) -> str:
-    """ "test" where a folder has a split for tests (or validation) beside one to train on; else ""."""
+    """Returns "test" where a folder has a split for tests, or validation, and one to train on."""
     layout = _Layout("auto")
     kinds = {layout.kind(folder.name) for folder in layout.tree.folders(base)}
     return "test" if "train" in kinds and kinds & {"test", "val"} else ""

@@ -76,6 +76,11 @@ def class_names(path: str, split: str, labels: str) -> tuple[str, ...]:
     return folder_layout.class_names(_base(path), split, labels)
 
 
+def test_split(path: str) -> str:
+    """See `folder_layout.test_split`."""
+    return folder_layout.test_split(_base(path))
+
+
 def _base(path: str) -> epath.Path:
     base = files.path(path)
     if not base.is_dir():

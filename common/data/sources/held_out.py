@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from common.data.sources import folder_layout, shards, slices
+from common.data.sources import folder_source, shards, slices
 from common.data.sources.base import Source
 from common.fields import AUTO
-from common.run import files
 
 _LEAST, _MOST = 100, 2_000  # images held out, but never more than a quarter of all
 # of splits made for testing, in the order of preference
@@ -56,7 +55,7 @@ def size(images: int) -> int:
 def _test_split(config: ConfigDict, kind: str, path: str) -> str:
     """The split of a source that was made for testing; "" if there is none."""
     if kind == "folder":
-        return folder_layout.test_split(files.path(path))
+        return folder_source.test_split(path)
     if kind == "tfds":
         from common.data.sources import tfds_source  # TensorFlow, only where it is used
 
