@@ -34,7 +34,8 @@ def apply(config: ConfigDict, arg: str, **variants: Callable[[ConfigDict], None]
         c.data.fake_examples = 64
         c.data.fake_classes = 4
         c.data.image_size, c.data.shrink = 32, 0
-        c.augment.size = min(c.augment.size or 32, 32)
+        if (c.augment.size or 0) > 32:
+            c.augment.size = None
         c.data.train_split, c.data.test_split, c.data.bank_split = "train", "test", ""
         c.batch_size = 16
         c.duration = "4 steps"
