@@ -306,6 +306,9 @@ CONFIG: dict[str, dict[str, Field]] = {
         "knn_temperature": Field(0.1, "a vote weighs exp(similarity / temperature)"),
         "knn_center": Field(False, "subtract the mean of the training features first"),
         "knn_examples": Field(0, "number of training images that vote; 0 = all", least=0),
+        "label_free_examples": Field(1000,
+            "number of test images of which two views are compared, without labels: "
+            "view_agreement, rankme, alignment, uniformity; 0 = off", least=0, before=0),
         "batch_size": Field(0,
             "batch size for encoding; 0 = the training batch", least=0, free=True),
         "pictures": Field(True,

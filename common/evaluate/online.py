@@ -1,4 +1,4 @@
-"""Scores of a run in training: weighted kNN and the online probe, on the test split."""
+"""Scores of a run in training, on the test split: kNN, the online probe, label-free figures."""
 
 import functools
 import logging
@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common.data.feed import pipeline
+from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import accuracy, features, knn
+from common.evaluate import accuracy, features, knn, label_free
 from common.evaluate.features import Features
+from common.evaluate.held_out_views import HeldOutViews
 from common.method import Classification, Method
 from common.models.probe import Probe
 from common.run import console, pictures
@@ -39,6 +41,7 @@ class Evaluator:
         test: the source that is scored; None or an unlabelled one leaves kNN out.
         batch_size: images encoded at a time where `settings.batch_size` is 0.
         image_size: side of the images, in pixels.
+        recipe: how the run augments, for the label-free figures; None leaves them out.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Evaluator:
         *,
         batch_size: int,
         image_size: int,
+        recipe: FeedRecipe | None = None,
     ) -> None:
         self.settings, self.mesh, self.probe = settings, mesh, probe
         self.bank, self.test = bank, test
@@ -61,6 +65,15 @@ class Evaluator:
             self._teacher = features.jit_encoder(self.classification.teacher, mesh)
         self._encode = features.jit_encoder(method.encode, mesh)
         self._pixels = features.jit_encoder(features.flatten_pixels, mesh)
+        self._views = None
+        most = settings.label_free_examples
+        if (
+            recipe
+            and test is not None
+            and test.kind != "stream"
+            and min(most, test.num_examples) > 1
+        ):
+            self._views = HeldOutViews(test, recipe, mesh, self.batch_size, most)
 
     @staticmethod
     def check(settings: ConfigDict, bank: Source, test: Source | None) -> None:
@@ -86,12 +99,17 @@ class Evaluator:
             )
 
     def __call__(self, state: Any) -> dict[str, float]:
-        """Returns scores on the test split by name; {} without labels.
+        """Returns scores on the test split by name; {} without one.
 
-        `knn_top1`; `probe_test_top1` when there is a probe; of a network that learns to classify
-        `student_top1`, and before its first step `teacher_top1`, which no step changes.
+        With labels `knn_top1`; `probe_test_top1` when there is a probe; of a network that learns to
+        classify `student_top1`, and before its first step `teacher_top1`, which no step changes.
+        With or without them those of `label_free.figures`.
         """
-        test, encode = self._scored(), functools.partial(self._encode, state)
+        encode = functools.partial(self._encode, state)
+        return self._with_labels(state, encode) | self._label_free(encode)
+
+    def _with_labels(self, state: Any, encode: Callable) -> dict[str, float]:
+        test = self._scored()
         if test is None:
             if self.classification is None:
                 return {}
@@ -109,7 +127,14 @@ class Evaluator:
         return metrics
 
     def raw_pixels(self) -> dict[str, float]:
-        """The same kNN on pixels, which every encoder should beat."""
+        """The same scores of pixels, which every encoder should beat."""
+        found = self._label_free(self._pixels)
+        return {f"{n}_raw_pixels": x for n, x in found.items()} | self._knn_of_pixels()
+
+    def _label_free(self, encode: Callable) -> dict[str, float]:
+        return label_free.figures(*self._views.features(encode)) if self._views else {}
+
+    def _knn_of_pixels(self) -> dict[str, float]:
         test = self._scored()
         if test is None:
             return {}
@@ -206,10 +231,25 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
         UserError: for settings that cannot work.
     """
     Evaluator.check(run.config.evaluate, bank, test)
+    if run.config.evaluate.label_free_examples and (reason := _nothing_to_view(test)):
+        console.say(f"no figures without labels (docs/evaluation.md): {reason}")
     return Evaluator(
         run.config.evaluate, run.mesh, run.method, run.setup.probe, bank, test,
         batch_size=run.config.batch_size, image_size=run.config.data.image_size,
+        recipe=run.recipe,
     )  # fmt: skip
+
+
+def _nothing_to_view(test: Source | None) -> str:
+    """Why no views of held-out images can be compared; "" if they can."""
+    if test is None:
+        return (
+            "no images are held out from training; --config.data.test_split=auto holds out a tenth "
+            "of a folder"
+        )
+    if test.kind == "stream":
+        return f"{test.name} ({test.split}) is streamed, and its images cannot be read again"
+    return "" if test.num_examples > 1 else f"{test.name} ({test.split}) has a single image"
 
 
 def _scorable(method: Method, test: Source | None) -> Classification | None:

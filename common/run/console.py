@@ -20,6 +20,10 @@ _SHORT = {
     "probe_top1": "probe",
     "knn_top1": "kNN",
 }
+# Scores that are in metrics.jsonl only, where a line would be too long: docs/evaluation.md says why
+# the agreement of two views is the one to watch. Beginnings of names.
+_LOGGED_ONLY = ("alignment", "rankme", "uniformity", "view_agreement_at_init")
+_PER_CENT = ("top", "view_agreement")  # parts of the names of fractions
 _COLUMNS = 80  # of a terminal that does not say
 _PLAIN_SECONDS = 10.0  # between lines when nothing can be rewritten (a log file, a notebook)
 _TERMINAL_SECONDS = 0.1
@@ -114,7 +118,8 @@ class Progress:
     def message(self, step: int, values: Mapping[str, float]) -> None:
         """Prints a line that stays: the result of an evaluation."""
         if self._stream:
-            parts = [f"step {step}", *(describe(name, value) for name, value in values.items())]
+            shown = {n: x for n, x in values.items() if not n.startswith(_LOGGED_ONLY)}
+            parts = [f"step {step}", *(describe(name, value) for name, value in shown.items())]
             columns = self._columns() - 1 if self._terminal else math.inf
             while parts:  # nothing breaks inside a word
                 line = _that_fit(parts, columns)
@@ -161,7 +166,7 @@ def _that_fit(parts: list[str], columns: float) -> list[str]:
 
 
 def describe(name: str, value: float, label: str | None = None) -> str:
-    """Returns e.g. "loss 4.812"; a fraction whose name says top-k becomes "top1 41.2 %".
+    """Returns e.g. "loss 4.812"; a fraction of right answers becomes "top1 41.2 %".
 
     Args:
         name: of the scalar.
@@ -169,7 +174,7 @@ def describe(name: str, value: float, label: str | None = None) -> str:
         label: to show instead of the name.
     """
     label = label or name
-    if "top" in name:
+    if any(part in name for part in _PER_CENT):
         return f"{label} {100 * value:.1f} %"
     return f"{label} {value:.3f}" if isinstance(value, float) else f"{label} {value}"
 

@@ -22,6 +22,7 @@ OWN_FILES = {
     "tensorboard",
     "checkpoints",
     "augmented_pairs.png",
+    "nearest_neighbours_before.png",
     "resumed_from.json",
     "teacher.safetensors",
     "nonfinite",

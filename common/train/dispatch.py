@@ -8,6 +8,7 @@ A method sees uint8 views and knows nothing of this. `data.augment_on` says what
             dataset itself; K is `steps_per_dispatch`
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.data.augment import draws, on_device
+from common.data.augment.presets import Augmentation
 from common.data.feed import resident
 from common.data.feed.batches import Batches
 from common.data.feed.recipe import FeedRecipe
@@ -121,5 +123,10 @@ def first_views(
     if recipe.augment_on == "device":
         batch = {"images": source.fetch(ids[0]), "parameters": batch["parameters"][:, 0]}
         function = on_device.augment_pixels
-    made = jax.jit(lambda x, p: on_device.to_bytes(function(x, p, recipe.views)))
+    made = _to_look_at(function, recipe.views)
     return ids[0], np.asarray(made(batch["images"], batch["parameters"]))
+
+
+@functools.lru_cache(maxsize=8)
+def _to_look_at(function: Callable, views: tuple[Augmentation, ...]) -> Callable:
+    return jax.jit(lambda x, p: on_device.to_bytes(function(x, p, views)))

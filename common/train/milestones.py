@@ -13,7 +13,7 @@ from common.optim import steps_of
 from common.run.checkpoint import Checkpoints
 from common.run.lock import Lock
 from common.run.writer import MetricsWriter
-from common.train import summary
+from common.train import summary, verdict
 from common.train.divergence import Watch
 from common.train.evaluator import Evaluator
 from common.train.position import Position
@@ -118,11 +118,15 @@ class Milestones:
             with self._writer.pause():
                 self._results = results = summary.baselines(self._evaluator, state)
                 if results:
-                    knn = results.get("knn_top1_at_init")
-                    at_init = {} if knn is None else {"knn_top1": knn}
+                    at_init = {
+                        name.removesuffix(verdict.AT_INIT): value
+                        for name, value in results.items()
+                        if name.endswith(verdict.AT_INIT)
+                    }
                     self._writer.write_now(0, at_init | results)
                 if self._run.config.evaluate.pictures:
                     summary.draw_pairs(self._run.recipe, self._run.source, self._workdir)
+                    self._evaluator.draw_neighbours(state, self._workdir / summary.BEFORE)
         elif self._before.scores_due:
             with self._writer.pause():
                 self._score(self._start, state)
@@ -167,7 +171,7 @@ class Milestones:
     def _score(self, step: int, state: Any) -> None:
         if scores := self._evaluator(state):
             self._writer.write_now(step, scores)
-            self._results |= scores
+            self._results |= verdict.earlier(self._results) | scores
 
     def _save(self, step: int, state: Any, scores_due: bool) -> None:
         if self._lock:

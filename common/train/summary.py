@@ -15,16 +15,18 @@ from common.data.feed import pipeline, resident
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.run import console, files, pictures
-from common.train import dispatch
+from common.train import dispatch, verdict
 from common.train.evaluator import Evaluator
 from common.train.position import Position
 from common.train.prepare import Prepared
 from common.train.step import cost
 
 PAIRS = 16  # augmented pairs in the picture
+BEFORE = "nearest_neighbours_before.png"
 PICTURES = {
     "augmented_pairs.png": "images as training sees them",
     "nearest_neighbours.png": "test images, each with those nearest to it by the features",
+    BEFORE: "the same before training",
 }
 TOO_FEW = 100  # steps of a run that says nothing about learning
 _MADE = {
@@ -80,13 +82,12 @@ def start_up(
 
 
 def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
-    """What training has to beat: kNN on raw pixels and on the untrained network; {} unlabelled."""
+    """What training has to beat: the scores of raw pixels and of the untrained network."""
     results, scores = evaluator.raw_pixels(), evaluator(state)
-    if "knn_top1" in scores:
-        results["knn_top1_at_init"] = scores["knn_top1"]
     if "teacher_top1" in scores:
         results["teacher_top1"] = scores["teacher_top1"]
-    return results
+    of_encoder = ("knn_top1", *verdict.LABEL_FREE)
+    return results | {f"{n}{verdict.AT_INIT}": scores[n] for n in of_encoder if n in scores}
 
 
 def draw_pairs(recipe: FeedRecipe, source: Source, workdir: epath.Path) -> None:
@@ -158,6 +159,7 @@ def finish(
         "knn_top1_at_init": results.get("knn_top1_at_init"),
         "knn_top1_raw_pixels": results.get("knn_top1_raw_pixels"),
         "probe_top1": results.get("probe_test_top1"),
+        "label_free": verdict.of_results(results),
         "images_per_second": position.images_per_second,
         "seconds": round(position.seconds, 1),
         "device": jax.devices()[0].device_kind,
@@ -205,14 +207,32 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> list[str]:
     if summary["probe_top1"] is not None:
         lines.append(f"Linear probe, trained alongside: {100 * summary['probe_top1']:.1f} %.")
     scores = ("knn_top1", "probe_top1", "student_top1")
+    lines += [] if all(summary.get(n) is None for n in scores) else verdict.in_brief(summary)
     if all(summary.get(name) is None for name in scores):
-        lines.append("No test images with labels, so no score. What can be looked at next:")
+        lines += _without_labels(summary)
         lines += [f"  {path}: {text}" for path, text in drawn.items()]
-        embed = f"python main.py --mode=embed --workdir={shlex.quote(str(workdir))}"
-        lines.append(f"  {embed}: features, and a report with a map of them")
+        here = f"--workdir={shlex.quote(str(workdir))}"
+        lines.append(
+            f"  python main.py --mode=embed {here}: features, and a report with a map of them"
+        )
+        lines.append(
+            f"  python main.py --mode=suggest {here}: which few images to label, for a real score"
+        )
     elif drawn:
         lines.append(f"Pictures to look at: {', '.join(drawn)}")
     return lines
+
+
+def _without_labels(summary: dict[str, Any]) -> list[str]:
+    """What figures without labels say; absent in older summaries, None without a test split."""
+    if not summary.get("label_free"):
+        return ["No test images with labels, so no score. What can be looked at next:"]
+    return [
+        "No test images with labels, so no accuracy. Without labels, on held-out images:",
+        *verdict.table(summary["label_free"], bool(summary.get("started_from"))),
+        *verdict.words(summary, TOO_FEW),
+        "What can be looked at next:",
+    ]
 
 
 def _of_the_classifier(summary: dict[str, Any]) -> list[str]:

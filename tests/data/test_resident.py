@@ -32,6 +32,7 @@ from common.errors import UserError
 from common.plan import collectives
 from common.sharding import make_mesh, replicated, to_global
 from common.train import dispatch
+from common.train.summary import PICTURES
 
 __all__ = ["folder"]  # a fixture
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -232,7 +233,7 @@ def test_a_whole_run_from_shards_needs_no_tensorflow(tmp_path):
     work = tmp_path / "run"
     summary = json.loads((work / "summary.json").read_text())
     assert summary["steps"] == 3 and 0 <= summary["knn_top1"] <= 1
-    assert {p.name for p in work.glob("*.png")} == {"augmented_pairs.png", "nearest_neighbours.png"}
+    assert {p.name for p in work.glob("*.png")} == set(PICTURES)
     assert list((work / "tensorboard").iterdir())
     sizes = [p.stat().st_size for p in (tmp_path / "shards").glob("*.npz")]
     assert sizes and max(sizes) < 62_000_000

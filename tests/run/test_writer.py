@@ -507,6 +507,14 @@ def test_a_result_breaks_between_its_numbers(terminal):
     ]  # fmt: skip
 
 
+def test_of_figures_without_labels_the_console_shows_the_one_to_watch(terminal):
+    out = terminal(80)
+    names = ("alignment", "alignment_ratio", "rankme", "uniformity", "view_agreement")
+    scores = {f"{n}{end}": 0.125 for n in names for end in ("", "_at_init", "_raw_pixels")}
+    console.Progress(9, out).message(0, dict(sorted(scores.items())))
+    assert out.lines() == ["step 0  view_agreement 12.5 %  view_agreement_raw_pixels 12.5 %", ""]
+
+
 def test_what_others_write_to_the_terminal_does_not_run_into_the_line(terminal):
     """C++ code by the file descriptor, and Python's `logging`, which makes way for itself."""
     out = terminal(80)

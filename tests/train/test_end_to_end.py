@@ -26,12 +26,13 @@ from common.sharding import make_mesh
 from common.train import loop
 from common.train.position import Position
 from common.train.prepare import Extent, prepare
+from common.train.summary import PICTURES
 
 CONFIGS = [f"{m}_{n}" for m in ("simclr", "moco") for n in ("tpu", "cifar10", "demo")]
 CONFIGS += ["moco_v3_tpu", "moco_v3_cifar10", "moco_v2plus_cifar10", "simclr_vit_tpu"]
 CONFIGS += ["simclr_v2_tpu:r152"]
 SUMMARY = {"method", "dataset", "steps", "knn_top1", "knn_top1_at_init", "knn_top1_raw_pixels",
-           "probe_top1", "images_per_second"}  # fmt: skip
+           "probe_top1", "label_free", "images_per_second"}  # fmt: skip
 TOTAL = 7
 
 
@@ -142,7 +143,7 @@ def test_each_config_runs_as_a_smoke_test_without_data(name, tmp_path, monkeypat
     scores = {r["step"]: r["knn_top1"] for r in lines(work) if "knn_top1" in r}
     assert sorted(scores) == [0, 2, 4] and scores[4] == summary["knn_top1"]
     assert sorted(p.name for p in (work / "checkpoints").iterdir()) == ["2", "4"]
-    pictures = {"augmented_pairs.png", "nearest_neighbours.png"} if "demo" in name else set()
+    pictures = set(PICTURES) if "demo" in name else set()
     assert {p.name for p in work.glob("*.png")} == pictures
 
 

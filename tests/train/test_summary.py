@@ -119,13 +119,15 @@ def test_a_run_without_labels_ends_with_what_can_be_looked_at(tmp_path):
     command = f"  python main.py --mode=embed --workdir='{workdir}': features, and a report"
     bare = words(workdir, **none).splitlines()
     assert bare[2] == "No test images with labels, so no score. What can be looked at next:"
-    assert bare[3].startswith(command) and len(bare) == 4
+    assert bare[3].startswith(command) and len(bare) == 5
+    assert bare[4].startswith(f"  python main.py --mode=suggest --workdir='{workdir}': which few")
     for name in summary.PICTURES:
         (workdir / name).write_text("")
     lines = words(workdir, **none).splitlines()
     assert lines[3].startswith(f"  {workdir}/augmented_pairs.png: images as training")
     assert lines[4].startswith(f"  {workdir}/nearest_neighbours.png: test images")
-    assert lines[5].startswith(command)
+    assert lines[5] == f"  {workdir}/nearest_neighbours_before.png: the same before training"
+    assert lines[6].startswith(command)
     scored = words(workdir).splitlines()
     assert "mode=embed" not in scored[-1]
     assert scored[-1] == "Pictures to look at: " + ", ".join(

@@ -21,7 +21,9 @@ from common.data.order import order
 from common.data.sources.base import Source
 from common.errors import UserError
 
-__all__ = ["eval_batches", "images_of", "order", "steps_per_epoch", "train_batches"]
+__all__ = [
+    "eval_batches", "images_of", "order", "planned_batches", "steps_per_epoch", "train_batches",
+]  # fmt: skip
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -98,6 +100,29 @@ def train_batches(
         epoch, step = divmod(int(step), steps)
         return epoch, epoch_order(epoch)[step * recipe.batch_size + rows]
 
+    return _by_plan(source, recipe, plan, steps, start_step, readers)
+
+
+def planned_batches(source: Source, recipe: FeedRecipe, ids: list[np.ndarray]) -> Batches:
+    """Views of given examples, as `train_batches` makes them in epoch 0.
+
+    Args:
+        source: of any split, with random access.
+        recipe: how the views are made.
+        ids: [b_local] of each batch, all of one length; the last is repeated without end.
+
+    Returns:
+        As `train_batches`.
+
+    Raises:
+        UserError: a corrupt image (while iterating).
+    """
+    return _by_plan(source, recipe, lambda t: (0, ids[min(int(t), len(ids) - 1)]), len(ids), 0, 0)
+
+
+def _by_plan(
+    source: Source, recipe: FeedRecipe, plan: Plan, steps: int, start_step: int, readers: int
+) -> Batches:
     if recipe.augment_on == "device":
         return ResidentBatches(source, recipe, plan, steps, start_step)
     if source.kind == "views":

@@ -77,6 +77,7 @@ def write(
         rows=_neighbours(source, embedded, names, classes, size) if pictured else [],
         pairs=_pairs(run, source, dict(zip(embedded.ids.tolist(), names, strict=True))),
         **history.curves(run.workdir),
+        label_free=history.label_free(run.workdir),
         results=history.results(run.workdir),
         settings=history.settings(run.workdir),
         code=version.in_words(),

@@ -10,6 +10,7 @@ from common import config as configs
 from common.evaluate.feature_files import printable, shortened
 from common.evaluate.page import inline
 from common.run import jsonl, pictures, saved_config
+from common.train import verdict
 
 # Fields of results.jsonl that say how a result was measured: shown in other columns, or not at all.
 _PROTOCOL = {
@@ -34,6 +35,29 @@ def curves(workdir: epath.Path) -> dict[str, Any]:
         "knn": (100 * knn[0], 100 * knn[-1]) if len(knn) else None,
         "raw": 100 * raw[-1] if len(raw) else None,
     }
+
+
+def label_free(workdir: epath.Path) -> list[dict[str, str]]:
+    """The last figures without labels, beside those of raw pixels and before training.
+
+    Returns:
+        A row each: `name`, `trained`, `at_init`, `raw_pixels`, as text ("-": not known); [] where
+        the run has none.
+    """
+    path = workdir / jsonl.FILE
+    records = jsonl.read(path) if path.exists() else []
+    rows = []
+    for name in verdict.LABEL_FREE:
+        found = {
+            side: pictures.series(records, name + end)[1]
+            for side, end in (
+                ("trained", ""), ("at_init", verdict.AT_INIT), ("raw_pixels", verdict.RAW_PIXELS),
+            )
+        }  # fmt: skip
+        if len(found["trained"]):
+            texts = {k: verdict.text(name, x[-1]) if len(x) else "-" for k, x in found.items()}
+            rows.append({"name": verdict.TITLES[name], **texts})
+    return rows
 
 
 def results(workdir: epath.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""Figures of features that need no label: RankMe, alignment, uniformity, agreement of two views.
+
+All take the features of two augmented views of the same held-out images, row i of both being image
+i. They are computed in float64 from inner products between images, so that memory is O(n^2)
+whatever d is, and raw pixels stay uint8.
+"""
+
+import numpy as np
+
+_COLUMNS = 4096  # converted to float64 at a time
+_ROUNDING = 1e-12  # cosines that differ by no more are a tie
+_EPSILON = 1e-7  # of RankMe, eq. 1
+
+
+def figures(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Returns all of them by the name they have in the log; {} for features that are not finite.
+
+    Args:
+        first: `[n, d]` features of view 1 of n >= 2 images, any real type.
+        second: `[n, d]` of view 2.
+    """
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return {}
+    return {
+        "view_agreement": view_agreement(first, second),
+        "rankme": rankme(first),
+        "uniformity": uniformity(first),
+        "alignment": alignment(first, second),
+        "alignment_ratio": alignment_ratio(first, second),
+    }
+
+
+def rankme(features: np.ndarray) -> float:
+    """Returns exp of the entropy of the singular values, in [1, min(n, d)]: an effective rank.
+
+    Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
+    Representations by Their Rank", ICML 2023, eq. 1 to 3: p_k = s_k / sum(s) + 1e-7.
+
+    Args:
+        features: `[n, d]`, neither centred nor normalised; 1 if all are 0.
+    """
+    n, d = features.shape
+    # of Z Z^T or Z^T Z, whichever is smaller: its eigenvalues are the squares
+    squares = np.linalg.eigvalsh(_products(features, features) if n <= d else _covariance(features))
+    # below this an eigenvalue is rounding, whose square root would not be small
+    squares = np.where(squares > max(n, d) * np.finfo(float).eps * squares.max(), squares, 0)
+    values = np.sqrt(squares)
+    if not values.any():
+        return 1.0
+    p = values / values.sum() + _EPSILON
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def alignment(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the mean squared distance of two views of an image on the unit sphere, in [0, 4].
+
+    Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and
+    Uniformity on the Hypersphere", ICML 2020, section 4.1.1 with alpha = 2.
+
+    Args:
+        first, second: as in `figures`.
+    """
+    return float(2 - 2 * np.diagonal(_cosines(first, second)).mean())
+
+
+def uniformity(features: np.ndarray) -> float:
+    """Returns log mean exp(-2 r^2) over pairs of distinct images at distance r on the sphere.
+
+    Wang and Isola 2020, section 4.1.2 with t = 2. In [-8, 0]: 0 if all features have one
+    direction, near -4 if directions are spread evenly in many dimensions.
+
+    Args:
+        features: `[n, d]`, n >= 2.
+    """
+    cosines = _cosines(features, features)
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
+    return float(np.log(np.exp(-2 * (2 - 2 * pairs)).mean()))
+
+
+def alignment_ratio(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the alignment over the same mean for views of two images; 1 if all are one point.
+
+    Near 0 the views of an image lie close together compared with those of different images, near 1
+    they do not. Alignment alone is at its best for an encoder that maps everything to one point.
+
+    Args:
+        first, second: as in `figures`.
+    """
+    cosines = _cosines(first, second)
+    n, own = len(cosines), np.diagonal(cosines)
+    others = 2 - 2 * (cosines.sum() - own.sum()) / (n * (n - 1))
+    return float((2 - 2 * own.mean()) / others) if others > _ROUNDING else 1.0
+
+
+def view_agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the share of images whose view 1 has, of all views 2, its own as the nearest.
+
+    By cosine similarity, as kNN. Of k views that are equally near, each counts 1 / k, so that
+    features which are all the same agree in 1 / n.
+
+    Args:
+        first, second: as in `figures`.
+    """
+    cosines = _cosines(first, second)
+    nearest = cosines >= cosines.max(1, keepdims=True) - _ROUNDING
+    return float((np.diagonal(nearest) / nearest.sum(1)).mean())
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarities `[n, m]`; 0 for a row that is 0."""
+    lengths = (np.sqrt(np.maximum(_squares(x), 1e-300)) for x in (a, b))
+    return _products(a, b) / np.multiply.outer(*lengths)
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products `[n, m]`."""
+    out = np.zeros((len(a), len(b)))
+    for part in _columns(a.shape[1]):
+        out += a[:, part].astype(np.float64) @ b[:, part].astype(np.float64).T
+    return out
+
+
+def _covariance(a: np.ndarray) -> np.ndarray:
+    """Inner products of columns `[d, d]`."""
+    a = a.astype(np.float64)
+    return a.T @ a
+
+
+def _squares(a: np.ndarray) -> np.ndarray:
+    """Squared lengths `[n]`."""
+    return sum(
+        (np.square(a[:, part].astype(np.float64)).sum(1) for part in _columns(a.shape[1])),
+        np.zeros(len(a)),
+    )
+
+
+def _columns(d: int) -> list[slice]:
+    return [slice(start, start + _COLUMNS) for start in range(0, d, _COLUMNS)]
