@@ -17,6 +17,7 @@ from common import distributed
 from common.cli import command_line, modes
 from common.data.sources import shard_writer
 from common.errors import UserError, one_of
+from common.evaluate.compare_mode import compare
 from common.evaluate.online import make_evaluator
 from common.method import Method
 from common.plan.plan import plan
@@ -44,6 +45,9 @@ def main(argv: list[str], f: flags.FlagValues = flags.FLAGS) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     command_line.check(f, modes.MODES, argv[1:])
     command_line.reach_stores(f)
+    if f.mode == "compare":
+        compare(f.workdirs, f.workdir)
+        return
     if f.distributed or f.coordinator:
         distributed.start(f.coordinator)
     if f.compile_cache and f.mode != "plan":  # a cached program cannot be analysed

@@ -314,6 +314,13 @@ CONFIG: dict[str, dict[str, Field]] = {
         "pictures": Field(True,
             "draw augmented pairs and nearest neighbours as PNG in the workdir", free=True),
     },
+    "log": {
+        "csv": Field(True,
+            "also write the lines of metrics.jsonl as a table, metrics.csv", free=True),
+        "wandb": Field("",
+            "project of Weights & Biases to log to (pip install wandb; WANDB_MODE and its other "
+            "variables apply); empty = none", free=True),
+    },
     "checkpoint": {
         "every": Field("5 %",
             'duration between checkpoints: "1 epoch", "500 steps", "5 %"', free=True),

@@ -22,6 +22,7 @@ MODES = {
     "prepare": "write the data as shards",
     "import": "make a workdir from the weights of --config.init_from",
     "replay": "repeat the step at which the run of --workdir diverged",
+    "compare": "curves and a table of the runs of --workdirs, side by side",
 }  # the others evaluate a run
 _HELP = ("-h", "--help", "-help")
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,@]+")  # of "folder:gs://bucket/images@train"
@@ -38,10 +39,15 @@ def define(evaluations: Iterable[str], values: flags.FlagValues = flags.FLAGS) -
     text = functools.partial(flags.DEFINE_string, flag_values=values)
     text("config", None, "Config file, e.g. configs/simclr_demo.py; :smoke may be appended.")
     text("eval", None, "How to evaluate, e.g. --eval.knn.k=20.")
-    text("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
+    text("workdir", None, "Directory of the run: checkpoints, metrics, pictures. With "
+         "--mode=compare, where its files go; comparison/ unless given.")  # fmt: skip
     flags.DEFINE_enum(
         "mode", "train", [*MODES, *evaluations], "What to do, see above.", flag_values=values
     )
+    flags.DEFINE_list(
+        "workdirs", [], "With --mode=compare: runs/a,runs/b or 'runs/*', or NAME=runs/a,...",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_list(
         "topology", [], "With --mode=plan: TPU slices to plan for, e.g. v5e:4x8,v4:4x4x4.",
         flag_values=values,
@@ -69,9 +75,17 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
     Raises:
         UserError: naming the flag that is missing or does not fit.
     """
-    if others:
-        raise UserError(f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE")
     mode = values.mode
+    if others:
+        options = "options are --config.NAME=VALUE"
+        if mode == "compare":  # `--workdirs runs/*`, which the shell has made several of
+            options = "write --workdirs='runs/*' in quotes, or commas between the runs"
+        raise UserError(f"unexpected argument {others[0]!r}: {options}")
+    if mode == "compare":
+        _check_compare(values)
+        return
+    if values.workdirs:
+        raise UserError(f"--workdirs goes with --mode=compare, and --mode={mode} takes --workdir")
     if not values.workdir and mode != "plan":
         raise UserError("--workdir is missing: say where the results are to go, or are")
     of_a_run = mode == "replay" or mode in evaluations
@@ -92,6 +106,15 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
             )
     if values.quick and not values.topology:
         raise UserError("--quick is for plans of slices: add --topology=..., e.g. v5e:4x8")
+
+
+def _check_compare(values: flags.FlagValues) -> None:
+    if not values.workdirs:
+        raise UserError(
+            "--mode=compare needs the runs: --workdirs=runs/a,runs/b, or --workdirs='runs/*'"
+        )
+    if values.config is not None:
+        raise UserError("--mode=compare reads the config of each run: leave --config out")
 
 
 def parse(
@@ -150,7 +173,8 @@ def reach_stores(values: flags.FlagValues) -> None:
     Raises:
         UserError: if one does not.
     """
-    given = {"workdir": values.workdir} | configs.flat(values.eval)
+    given = {"workdir": values.workdir, "workdirs": " ".join(values.workdirs)}
+    given |= configs.flat(values.eval)
     given |= configs.flat(values.config) if values.config is not None else {}
     texts = [text for text in given.values() if isinstance(text, str)]
     for path in dict.fromkeys(path for text in texts for path in _REMOTE.findall(text)):

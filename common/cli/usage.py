@@ -14,6 +14,7 @@ _NAMES = 34  # columns for a name and its default
 _LINES = (
     "python main.py --config=FILE --workdir=DIR [--config.NAME=VALUE ...]",
     "python main.py --mode=MODE --workdir=DIR [--eval.NAME=VALUE ...]",
+    "python main.py --mode=compare --workdirs=DIR,DIR,... [--workdir=DIR]",
 )
 # The modes that evaluate a run.
 _EVALUATIONS = {
@@ -64,8 +65,8 @@ def text(
 
 def flags_of(values: flags.FlagValues) -> list[str]:
     """The names of our own flags, in the order of their definition."""
-    ours = ("config", "workdir", "mode", "topology", "quick", "distributed", "coordinator",
-            "compile_cache", "eval")  # fmt: skip
+    ours = ("config", "workdir", "mode", "workdirs", "topology", "quick", "distributed",
+            "coordinator", "compile_cache", "eval")  # fmt: skip
     return [name for name in ours if name in values]
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -32,7 +32,12 @@ def dump(record: Mapping[str, Any]) -> str:
 
 def read(path: str | epath.PathLike) -> list[dict[str, Any]]:
     """Returns the records of a `metrics.jsonl`, in order; a half-written line is left out."""
-    return [record for _, record in _parse(epath.Path(path))]
+    return list(each(path))
+
+
+def each(path: str | epath.PathLike) -> Iterator[dict[str, Any]]:
+    """`read`, one record at a time: the file is in memory, but not all that is made of it."""
+    return (record for _, record in _parse(epath.Path(path)))
 
 
 def append(path: epath.Path, record: Mapping[str, Any]) -> None:
@@ -56,7 +61,7 @@ def discard_after(workdir: epath.Path, step: int) -> None:
     path, target = workdir / FILE, workdir / DISCARDED
     if not path.exists():
         return
-    parsed = _parse(path)
+    parsed = list(_parse(path))
     kept = "".join(line + "\n" for line, record in parsed if record["step"] <= step)
     moved = "".join(line + "\n" for line, record in parsed if record["step"] > step)
     if moved:
@@ -67,15 +72,13 @@ def discard_after(workdir: epath.Path, step: int) -> None:
         files.write_text(path, kept)
 
 
-def _parse(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    out = []
+def _parse(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # After a power cut the bytes may not be text.
     for line in path.read_bytes().decode("utf-8", "replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
-                out.append((line, record))
-    return out
+                yield line, record
 
 
 class Lines:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 from common.errors import UserError
-from common.run import files, jsonl, lock, saved_config
+from common.run import csv_copy, files, jsonl, lock, saved_config, tracking
 from common.sharding import first_process
 
 # What a run may leave in its workdir before the first step.
@@ -19,6 +19,8 @@ OWN_FILES = {
     saved_config.FILE,
     jsonl.FILE,
     jsonl.DISCARDED,
+    csv_copy.FILE,
+    tracking.FILE,
     "tensorboard",
     "checkpoints",
     "augmented_pairs.png",

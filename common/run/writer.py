@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard, and a line on the terminal.
+"""What a run reports: `metrics.jsonl`, copies of it, and a line on the terminal.
 
 Only process 0 writes. Scalars are logged one call late, so that nothing here waits for the device
 while it has no further work.
@@ -8,8 +8,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self, TextIO
 
 import jax
 import numpy as np
@@ -26,6 +26,22 @@ TIMING_KEYS = ("time", "images_per_second", "seconds_step", "seconds_input", "se
 
 class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; the message names the step."""
+
+
+class Copy(Protocol):
+    """What gets every record beside `metrics.jsonl`; no failure of its own reaches the caller."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes a record, with "step" and "time"."""
+        ...
+
+    def flush(self) -> None:
+        """Called when `metrics.jsonl` is on the disk, at scores and checkpoints."""
+        ...
+
+    def close(self) -> None:
+        """Called when `metrics.jsonl` is closed."""
+        ...
 
 
 class MetricsWriter:
@@ -46,6 +62,7 @@ class MetricsWriter:
         stream: where progress goes; None is stderr.
         extra: called when a step is logged, for more scalars of it.
         stop_at_nonfinite: whether a loss that is not finite is an error.
+        copies: get the same records, on process 0.
     """
 
     def __init__(
@@ -60,6 +77,7 @@ class MetricsWriter:
         stream: TextIO | None = None,
         extra: Callable[[], Mapping[str, float]] = dict,
         stop_at_nonfinite: bool = True,
+        copies: Sequence[Copy] = (),
     ):
         self._start, self._total = start_step, total_steps
         self._images_per_step = images_per_step
@@ -74,6 +92,7 @@ class MetricsWriter:
         self._waited = 0.0  # for data, in the same time
         self._trained = [0.0, 0]  # seconds, steps: pauses and compilation left out
         self._lines = self._events = None
+        self._copies = [*copies] if jax.process_index() == 0 else []
         self._progress = Progress(total_steps, stream if jax.process_index() == 0 else False)
         if jax.process_index() == 0:
             workdir = epath.Path(workdir)
@@ -85,6 +104,8 @@ class MetricsWriter:
                     self._events = events.open_writer(workdir / "tensorboard", start_step)
                 except OSError as error:
                     logging.warning("training without TensorBoard: %s", error)
+            if start_step:
+                self._sync()  # what was discarded leaves the copies too
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +221,8 @@ class MetricsWriter:
             self._lines.flush()
         if self._events:
             self._events.flush()
+        for copy in self._copies:
+            copy.flush()
 
     def close(self) -> None:
         """Logs what is left and closes the files."""
@@ -211,7 +234,9 @@ class MetricsWriter:
                 self._lines.close()
             if self._events:
                 self._events.close()
-            self._lines = self._events = None
+            for copy in self._copies:
+                copy.close()
+            self._lines, self._events, self._copies = None, None, []
 
     def _epoch(self, step: int) -> float | None:
         return round(step / self._steps_per_epoch, 4) if self._steps_per_epoch else None
@@ -223,7 +248,10 @@ class MetricsWriter:
             return
         extra = {"epoch": self._epoch(step)} if self._steps_per_epoch else {}
         timing = {**(timing or {}), "time": round(time.time(), 3)}
-        self._lines.add(jsonl.dump({"step": step, **extra, **values, **timing}))
+        record = {"step": step, **extra, **values, **timing}
+        self._lines.add(jsonl.dump(record))
+        for copy in self._copies:
+            copy.add(record)
         if self._events:
             for name, value in {**values, **timing}.items():
                 if name != "time" and math.isfinite(value):

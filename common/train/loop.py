@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common.method import Method
-from common.run import files
+from common.run import files, tracking
 from common.run.checkpoint import Checkpoints
+from common.run.csv_copy import CsvCopy
 from common.run.saved_config import note_changes
 from common.run.workdir import as_begun, claim
-from common.run.writer import MetricsWriter
+from common.run.writer import Copy, MetricsWriter
 from common.setup import Setup
 from common.sharding import make_mesh, to_global
 from common.train import summary
@@ -62,6 +63,7 @@ def train(
     begin = time.perf_counter()
     workdir = files.path(workdir)
     config = as_begun(config, workdir)
+    tracking.check(config.log.wandb)
     profile = Profile(config.profile, workdir)
     run = prepare(make_method, config, mesh or make_mesh(), workdir=workdir)
     config, total = run.config, run.extent.total_steps
@@ -72,6 +74,7 @@ def train(
     with (
         claim(workdir, config) as (workdir, lock),
         Checkpoints(workdir, keep.keep, every=due.keep_every, best=keep.keep_best) as checkpoints,
+        tracking.Tracker(config, workdir) as tracker,
     ):
         ended = check_start(run, checkpoints, workdir)
         if ended and (result := summary.finished(workdir)):
@@ -88,9 +91,10 @@ def train(
         forecast.before(step_fn)
         batches = batches_from(run, position)
         watch = Watch(run, workdir, saved=start or None, skipped=position.skipped)
+        copies: list[Copy] = [CsvCopy(workdir), tracker] if config.log.csv else [tracker]
         writer = MetricsWriter(
             workdir, start, total, config.batch_size, run.extent.steps_per_epoch, config.log_every,
-            extra=watch.counts, stop_at_nonfinite=not skip,
+            extra=watch.counts, stop_at_nonfinite=not skip, copies=copies,
         )  # fmt: skip
         with writer, Preemption() as preemption, contextlib.closing(profile):
             milestones = Milestones(
@@ -117,4 +121,6 @@ def train(
                 milestones.after(step, state, ids[-1], preemption)
                 forecast.after(step)
         checkpoints.wait()
-        return summary.finish(run, workdir, evaluator, state, milestones.position)
+        result = summary.finish(run, workdir, evaluator, state, milestones.position)
+        tracker.finish(result, [workdir / name for name in summary.PICTURES])
+        return result
