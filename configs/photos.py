@@ -9,7 +9,7 @@ def folder(c: ConfigDict) -> None:
     Batch, duration and queue follow from their number; a tenth of them is held out to score the
     run, unless there is a split for that. A damaged file is replaced by another one and named.
     """
-    c.data.source = "folder:PHOTOS"  # --config.data.source=folder:/path/to/photos
+    c.data.source = "folder:/path/to/photos"  # to be given: --config.data.source=folder:...
     c.data.train_split, c.data.test_split, c.data.bank_split = "auto", "auto", ""
     c.data.on_corrupt = "replace"
     c.data.exif_rotation = True
@@ -26,7 +26,7 @@ def laptop(c: ConfigDict) -> None:
     """Two cores: a small network on patches, which is fast on a CPU, and small views."""
     c.data.image_size, c.augment.size, c.data.shrink = 64, 48, 96
     c.model.stages, c.model.width = (1, 1, 1), 64
-    c.auto.batch_size, c.auto.images = 64, 100_000
+    c.auto.batch_size, c.auto.images = 64, 160_000
     c.auto.least_epochs, c.auto.most_epochs = 20, 200
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from common import config as configs
 
+FEW = 150  # images to train on, which are left of 200
 _LEAST_BATCH = 32  # NT-Xent learns little from fewer negatives, and batch norm from fewer images
 _LEAST_QUEUE = 128
 

@@ -137,8 +137,14 @@ def prepare(
         config.data.value_range, seen = survey.decide_value_range(config.data, source)
         for line in seen:
             console.say(line)
+    given = config
     config = by_number.decide(config, source.num_examples if source else None, mesh.size)
     configs.check(config)
+    if config is not given and source is not None and source.num_examples < by_number.FEW:
+        console.say(
+            f"{source.num_examples} images are few to learn from: expect little, or start from "
+            "published weights (init_from)"
+        )
     if extent is None:
         assert source is not None
         local_rows(mesh, config.batch_size)  # refuses a batch that cannot be split

@@ -83,7 +83,7 @@ def write_photos(folder, n, side=12):
     return folder
 
 
-def test_a_folder_of_photographs_needs_only_its_path(tmp_path):
+def test_a_folder_of_photographs_needs_only_its_path(tmp_path, capfd):
     """Trains, is stopped, resumes when the rules are others, and keeps what was decided."""
     photos = write_photos(tmp_path / "photos", 40)
     c = moco_photos.get_config("laptop")
@@ -101,6 +101,7 @@ def test_a_folder_of_photographs_needs_only_its_path(tmp_path):
     assert saved["moco"]["queue_length"] == 128
     c.auto.update(batch_size=8, images=10_000)
     summary = toy.train(c, tmp_path / "run")
+    assert "30 images are few to learn from" in capfd.readouterr().err
     assert summary["steps"] == 2 and saved_config.read(tmp_path / "run") == saved | {
         "auto": saved["auto"]
     }
