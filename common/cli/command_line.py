@@ -116,7 +116,7 @@ def _check_compare(values: flags.FlagValues, others: Sequence[str]) -> None:
             "--mode=compare needs the runs: --workdirs=runs/a,runs/b, or --workdirs='runs/*'"
         )
     if values.config is not None:
-        raise UserError("--mode=compare reads the config of each run: leave --config out")
+        raise UserError("--mode=compare reads the config of each run, and takes no --config")
 
 
 def parse(
