@@ -76,14 +76,11 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
         UserError: naming the flag that is missing or does not fit.
     """
     mode = values.mode
-    if others:
-        options = "options are --config.NAME=VALUE"
-        if mode == "compare":  # `--workdirs runs/*`, which the shell has made several of
-            options = "write --workdirs='runs/*' in quotes, or commas between the runs"
-        raise UserError(f"unexpected argument {others[0]!r}: {options}")
     if mode == "compare":
-        _check_compare(values)
+        _check_compare(values, others)
         return
+    if others:
+        raise UserError(f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE")
     if values.workdirs:
         raise UserError(f"--workdirs goes with --mode=compare, and --mode={mode} takes --workdir")
     if not values.workdir and mode != "plan":
@@ -108,13 +105,18 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
         raise UserError("--quick is for plans of slices: add --topology=..., e.g. v5e:4x8")
 
 
-def _check_compare(values: flags.FlagValues) -> None:
+def _check_compare(values: flags.FlagValues, others: Sequence[str]) -> None:
+    if others:  # `--workdirs runs/*`, of which the shell has made several
+        raise UserError(
+            f"unexpected argument {others[0]!r}: write --workdirs='runs/*' in quotes, or commas "
+            "between the runs"
+        )
     if not values.workdirs:
         raise UserError(
             "--mode=compare needs the runs: --workdirs=runs/a,runs/b, or --workdirs='runs/*'"
         )
     if values.config is not None:
-        raise UserError("--mode=compare reads the config of each run: leave --config out")
+        raise UserError("--mode=compare reads the config of each run, and takes no --config")
 
 
 def parse(

@@ -25,14 +25,14 @@ def compare(workdirs: Sequence[str], out: str | None = None) -> None:
     directory = _directory(out or DEFAULT)
     runs, skipped = compare_runs.find(workdirs)
     fields = compare_table.differing(runs)
-    # print and not `console`, which asks for this process's index, and so takes the devices
-    print(compare_table.text(runs, fields))
-    if skipped:
-        print(f"\n{skipped} {'directory' if skipped == 1 else 'directories'} without a run skipped")
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / CSV, compare_table.as_csv(runs, fields))
     files.write_text(directory / MARKDOWN, compare_table.markdown(runs, fields))
     files.write_bytes(directory / PICTURE, compare_picture.draw(runs))
+    # print and not `console`, which asks for this process's index, and so takes the devices
+    print(compare_table.text(runs, fields))
+    if skipped:
+        print(f"\n{skipped} {'directory' if skipped == 1 else 'directories'} without a run skipped")
     print(f"\nCurves: {directory / PICTURE}, tables: {directory / CSV}, {MARKDOWN}")
 
 

@@ -27,10 +27,10 @@ from common.run import files
 
 FILE = "wandb.json"  # the id of the run at W&B, by which a resumed run goes on with it
 _MOST_WAITING = 10_000  # calls
-_END_SECONDS = 60.0  # that a finished run waits for uploads
+_END_SECONDS = 45.0  # that a finished run waits for uploads
 # Where the user has not set them. W&B would wait for ever for uploads, or for someone to log in.
 _PATIENCE = {
-    "WANDB_INIT_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "45", "WANDB_LOGIN_TIMEOUT": "5",
+    "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "40", "WANDB_LOGIN_TIMEOUT": "5",
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ class Tracker:
         self._put(None)
         self._thread.join(_END_SECONDS)
         if self._thread.is_alive():
-            self._give_up("it is still sending")
+            self._give_up(f"no answer in {_END_SECONDS:g} s")
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Logs a record of `metrics.jsonl`."""
@@ -138,8 +138,8 @@ class Tracker:
     def _give_up(self, reason: str) -> None:
         if self._on:
             logging.warning(
-                "W&B gets nothing more of this run (%s): training continues, and metrics.jsonl "
-                "has the same numbers; WANDB_MODE=offline needs no network", reason,
+                "W&B gets nothing more of this run (%s): training does not need it, and "
+                "metrics.jsonl has the same numbers; WANDB_MODE=offline needs no network", reason,
             )  # fmt: skip
         self._on = False
 

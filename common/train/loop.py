@@ -72,9 +72,11 @@ def train(
     due = Due.of(config, run.extent)
     keep = config.checkpoint
     with (
+        tracking.Tracker(
+            config, workdir
+        ) as tracker,  # may wait for uploads, and then holds no lock
         claim(workdir, config) as (workdir, lock),
         Checkpoints(workdir, keep.keep, every=due.keep_every, best=keep.keep_best) as checkpoints,
-        tracking.Tracker(config, workdir) as tracker,
     ):
         ended = check_start(run, checkpoints, workdir)
         if ended and (result := summary.finished(workdir)):

@@ -268,7 +268,7 @@ def test_only_an_earlier_comparison_is_overwritten(tmp_path, capsys, monkeypatch
         (("--workdirs=empty",), "--workdirs='empty/*'"),
         (("--workdirs=NAME=empty",), "empty holds no run (no config.json, no metrics.jsonl)"),
         (("--workdirs=e*",), "no directory that fits this pattern holds a run (1 fit it)"),
-        (("--workdirs=a", "--config=configs/simclr_demo.py:smoke"), "leave --config out"),
+        (("--workdirs=a", "--config=configs/simclr_demo.py:smoke"), "and takes no --config"),
         (("--workdirs", "a", "b"), "'b': write --workdirs='runs/*' in quotes, or commas"),
         (("--workdirs=a", "--mode=knn"), "--workdirs goes with --mode=compare, and --mode=knn"),
         (("--workdirs=a", "--workdir=b"), "holds other things than a comparison"),

@@ -119,7 +119,7 @@ def test_variables_of_wandb_win(tmp_path, wandb, monkeypatch):
         tracker.add({"step": 1, "time": 2.0})
     assert (wandb.inits[0]["name"], wandb.inits[0]["id"]) == ("n", "i")
     assert tracking.os.environ["WANDB_INIT_TIMEOUT"] == "9"
-    assert tracking.os.environ["WANDB_FINISH_TIMEOUT"] == "45"
+    assert tracking.os.environ["WANDB_FINISH_TIMEOUT"] == "40"
 
 
 @pytest.mark.parametrize("broken", ["init", "define_metric", "log", "summary", "finish"])
@@ -128,7 +128,7 @@ def test_a_failure_costs_one_warning(tmp_path, wandb, caplog, broken):
     toy.train(config(), tmp_path, make_evaluator=SCORED)
     said = [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()]
     assert len(said) == 1 and "(no route to W&B)" in said[0]
-    assert "training continues" in said[0] and "WANDB_MODE=offline" in said[0]
+    assert "training does not need it" in said[0] and "WANDB_MODE=offline" in said[0]
     assert len(jsonl.read(tmp_path / jsonl.FILE)) == 8
 
 
@@ -152,7 +152,7 @@ def test_nothing_waits_for_a_service_that_hangs(tmp_path, wandb, caplog, monkeyp
             tracker.add({"step": 1, "time": 0.0})
     finally:
         go.set()
-    assert "it is still sending" in caplog.text
+    assert "(no answer in 0.05 s)" in caplog.text
 
 
 @pytest.mark.parametrize("module", [None, types.ModuleType("wandb")])
