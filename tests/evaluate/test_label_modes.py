@@ -306,7 +306,11 @@ def test_mistakes(run, go, tmp_path):
         f"{name},red\n" for name in names[:2]))  # fmt: skip
     fails("'x.png' .line 1 of .*typed.csv. is not among the 40", text="x.png,red\n" + good)
     fails("eval.label.l2=0: expected a number above 0", text=good, label__l2=0.0)
-    fails("no split 'tset'.*--eval.label.split=NAME", text=good, label__split="tset")
+    fails(
+        "no split 'tset'.*.Another split of these data: --eval.label.split=NAME",
+        text=good,
+        label__split="tset",
+    )
     fails("kNN temperature=0.0: it must be above 0", text=good[:300].rpartition("\n")[0],
           knn__temperature=0.0)  # fmt: skip
     fails("eval.suggest.number=0: expected at least one image", "suggest", suggest__number=0)
