@@ -21,7 +21,7 @@ from etils import epath
 from scipy import stats
 
 from common.run import jsonl, saved_config
-from common.train.verdict import LABEL_FREE
+from common.train.verdict import LABEL_FREE, RAW_PIXELS
 
 KNN = "knn_top1"
 
@@ -61,8 +61,9 @@ def train(root: pathlib.Path, steps: int, options: list[str]) -> list[pathlib.Pa
 
 
 def scores(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The evaluations of a run that have kNN and all figures, by step."""
-    records = jsonl.read(workdir / jsonl.FILE)
+    """The evaluations of a run that have kNN and all figures, by step; [] where there is no run."""
+    path = workdir / jsonl.FILE
+    records = jsonl.read(path) if path.exists() else []
     return [r for r in records if all(r.get(name) is not None for name in (KNN, *LABEL_FREE))]
 
 
@@ -90,15 +91,14 @@ def over_runs(runs: dict[str, list[dict[str, float]]], augmentations: dict[str, 
     """The last figures of each run, best first, and their correlations.
 
     Views of another augmentation are another question, so the runs that share the most frequent
-    one are looked at by themselves too.
+    one are looked at by themselves too. The untrained encoder and the raw pixels of the first of
+    them are shown, and not counted.
     """
     last = sorted(runs, key=lambda name: -runs[name][-1][KNN])
-    rows = [
-        [name, f"{100 * runs[name][-1][KNN]:.1f} %"]
-        + [f"{runs[name][-1][n]:.3f}" for n in LABEL_FREE]
-        for name in last
-    ]
     usual = Counter(augmentations.values()).most_common(1)[0][0]
+    start = next(runs[name][0] for name in runs if augmentations[name] == usual)
+    rows = [_row(name, runs[name][-1]) for name in last]
+    rows += [_row("*untrained*", start), _row("*raw pixels*", start, RAW_PIXELS)]
     for title, kept in (
         ("all runs", last),
         ("of one augmentation", [name for name in last if augmentations[name] == usual]),
@@ -107,6 +107,11 @@ def over_runs(runs: dict[str, list[dict[str, float]]], augmentations: dict[str, 
         rhos = (f"{spearman(chosen, n):+.2f}" for n in LABEL_FREE)
         rows.append([f"**Spearman, {title} ({len(kept)})**", "", *rhos])
     return table(["run", "kNN", *LABEL_FREE], rows)
+
+
+def _row(title: str, record: dict[str, float], end: str = "") -> list[str]:
+    figures = (f"{record[name + end]:.3f}" for name in LABEL_FREE)
+    return [title, f"{100 * record[KNN + end]:.1f} %", *figures]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -129,11 +134,13 @@ def main() -> None:
     if arguments.train:
         workdirs += train(arguments.train, arguments.steps, sys.argv[split + 1 :])
     runs = {workdir.name: scores(workdir) for workdir in workdirs}
-    runs = {name: records for name, records in runs.items() if records}
+    runs = {name: records for name, records in runs.items() if len(records) > 1}
     if not runs:
-        parser.error("no WORKDIR has an evaluation with kNN and figures without labels")
+        parser.error("no WORKDIR has evaluations with kNN and figures without labels")
     augmentations = {
-        w.name: json.dumps(saved_config.read(epath.Path(w))["augment"]) for w in workdirs
+        w.name: json.dumps(saved_config.read(epath.Path(w))["augment"])
+        for w in workdirs
+        if w.name in runs
     }
     lines = over_steps(runs)
     if len(runs) > 2:

@@ -21,12 +21,13 @@ def figures(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return {}
+    own, pairs = _products(first, first), _cosines(first, second)  # the costly part, once
     return {
-        "view_agreement": view_agreement(first, second),
-        "rankme": rankme(first),
-        "uniformity": uniformity(first),
-        "alignment": alignment(first, second),
-        "alignment_ratio": alignment_ratio(first, second),
+        "view_agreement": _view_agreement(pairs),
+        "alignment_ratio": _alignment_ratio(pairs),
+        "rankme": _rankme(own, len(first), first.shape[1]),
+        "uniformity": _uniformity(_normalised(own, first, first)),
+        "alignment": _alignment(pairs),
     }
 
 
@@ -39,9 +40,12 @@ def rankme(features: np.ndarray) -> float:
     Args:
         features: `[n, d]`, neither centred nor normalised; 1 if all are 0.
     """
-    n, d = features.shape
-    # of Z Z^T or Z^T Z, whichever is smaller: its eigenvalues are the squares
-    squares = np.linalg.eigvalsh(_products(features, features) if n <= d else _covariance(features))
+    return _rankme(_products(features, features), *features.shape)
+
+
+def _rankme(products: np.ndarray, n: int, d: int) -> float:
+    """Of Z Z^T, whose eigenvalues are the squares of the singular values."""
+    squares = np.linalg.eigvalsh(products)[-min(n, d) :]
     # below this an eigenvalue is rounding, whose square root would not be small
     squares = np.where(squares > max(n, d) * np.finfo(float).eps * squares.max(), squares, 0)
     values = np.sqrt(squares)
@@ -60,7 +64,11 @@ def alignment(first: np.ndarray, second: np.ndarray) -> float:
     Args:
         first, second: as in `figures`.
     """
-    return float(2 - 2 * np.diagonal(_cosines(first, second)).mean())
+    return _alignment(_cosines(first, second))
+
+
+def _alignment(cosines: np.ndarray) -> float:
+    return float(2 - 2 * np.diagonal(cosines).mean())
 
 
 def uniformity(features: np.ndarray) -> float:
@@ -72,7 +80,10 @@ def uniformity(features: np.ndarray) -> float:
     Args:
         features: `[n, d]`, n >= 2.
     """
-    cosines = _cosines(features, features)
+    return _uniformity(_cosines(features, features))
+
+
+def _uniformity(cosines: np.ndarray) -> float:
     pairs = cosines[np.triu_indices(len(cosines), 1)]
     return float(np.log(np.exp(-2 * (2 - 2 * pairs)).mean()))
 
@@ -86,7 +97,10 @@ def alignment_ratio(first: np.ndarray, second: np.ndarray) -> float:
     Args:
         first, second: as in `figures`.
     """
-    cosines = _cosines(first, second)
+    return _alignment_ratio(_cosines(first, second))
+
+
+def _alignment_ratio(cosines: np.ndarray) -> float:
     n, own = len(cosines), np.diagonal(cosines)
     others = 2 - 2 * (cosines.sum() - own.sum()) / (n * (n - 1))
     return float((2 - 2 * own.mean()) / others) if others > _ROUNDING else 1.0
@@ -101,15 +115,22 @@ def view_agreement(first: np.ndarray, second: np.ndarray) -> float:
     Args:
         first, second: as in `figures`.
     """
-    cosines = _cosines(first, second)
+    return _view_agreement(_cosines(first, second))
+
+
+def _view_agreement(cosines: np.ndarray) -> float:
     nearest = cosines >= cosines.max(1, keepdims=True) - _ROUNDING
     return float((np.diagonal(nearest) / nearest.sum(1)).mean())
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine similarities `[n, m]`; 0 for a row that is 0."""
+    return _normalised(_products(a, b), a, b)
+
+
+def _normalised(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     lengths = (np.sqrt(np.maximum(_squares(x), 1e-300)) for x in (a, b))
-    return _products(a, b) / np.multiply.outer(*lengths)
+    return products / np.multiply.outer(*lengths)
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -118,12 +139,6 @@ def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     for part in _columns(a.shape[1]):
         out += a[:, part].astype(np.float64) @ b[:, part].astype(np.float64).T
     return out
-
-
-def _covariance(a: np.ndarray) -> np.ndarray:
-    """Inner products of columns `[d, d]`."""
-    a = a.astype(np.float64)
-    return a.T @ a
 
 
 def _squares(a: np.ndarray) -> np.ndarray:

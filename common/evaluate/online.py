@@ -148,9 +148,15 @@ class Evaluator:
         return {"knn_top1_raw_pixels": self._knn(bank, queries)}
 
     def draw_neighbours(
-        self, state: Any, path: epath.Path, rows: int = 8, columns: int = 8
+        self, state: Any, path: epath.Path, when: str = "", rows: int = 8, columns: int = 8
     ) -> bool:
         """Draws test images with their nearest in the bank.
+
+        Args:
+            state: of the encoder.
+            path: of the PNG.
+            when: in the run, for the title.
+            rows, columns: test images, and neighbours of each.
 
         Returns:
             False, and nothing is drawn, without a test split or where one of the two is streamed
@@ -177,6 +183,7 @@ class Evaluator:
                 bank.labels[nearest] if labelled else None,
                 self.bank.class_names or None,
                 path,
+                title=f"Nearest neighbours by the features{f' {when}' if when else ''}",
             )
         return True
 

@@ -20,9 +20,13 @@ _SHORT = {
     "probe_top1": "probe",
     "knn_top1": "kNN",
 }
-# Scores that are in metrics.jsonl only, where a line would be too long: docs/evaluation.md says why
-# the agreement of two views is the one to watch. Beginnings of names.
-_LOGGED_ONLY = ("alignment", "rankme", "uniformity", "view_agreement_at_init")
+# Scores that are in metrics.jsonl only, since a line would be too long: docs/evaluation.md says why
+# the other two figures without labels are those to watch.
+_LOGGED_ONLY = tuple(
+    f"{name}{end}"
+    for name in ("alignment", "rankme", "uniformity")
+    for end in ("", "_at_init", "_raw_pixels")
+) + ("alignment_ratio_at_init", "view_agreement_at_init")
 _PER_CENT = ("top", "view_agreement")  # parts of the names of fractions
 _COLUMNS = 80  # of a terminal that does not say
 _PLAIN_SECONDS = 10.0  # between lines when nothing can be rewritten (a log file, a notebook)
@@ -118,7 +122,7 @@ class Progress:
     def message(self, step: int, values: Mapping[str, float]) -> None:
         """Prints a line that stays: the result of an evaluation."""
         if self._stream:
-            shown = {n: x for n, x in values.items() if not n.startswith(_LOGGED_ONLY)}
+            shown = {n: x for n, x in values.items() if n not in _LOGGED_ONLY}
             parts = [f"step {step}", *(describe(name, value) for name, value in shown.items())]
             columns = self._columns() - 1 if self._terminal else math.inf
             while parts:  # nothing breaks inside a word

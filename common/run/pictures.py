@@ -57,6 +57,7 @@ def nearest_neighbours(
     neighbour_labels: np.ndarray | None,
     class_names: Sequence[str] | None,
     path: str | epath.PathLike,
+    title: str = "Nearest neighbours by the learned features",
 ) -> None:
     """Draws queries, a row each, with their nearest neighbours, framed by class.
 
@@ -67,6 +68,7 @@ def nearest_neighbours(
         neighbour_labels: int `[n, k]`, likewise.
         class_names: name of each class, or None to show its number.
         path: PNG to write.
+        title: above the rows.
     """
     n, k = neighbours.shape[:2]
     if query_labels is None or neighbour_labels is None:
@@ -93,7 +95,7 @@ def nearest_neighbours(
                         color=SAME if label == query_labels[i] else OTHER,
                         linewidth=2.2,
                     )
-    _title(figure, "Nearest neighbours by the learned features")
+    _title(figure, title)
     if labelled:
         from matplotlib.patches import Patch
 

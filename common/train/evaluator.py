@@ -20,8 +20,14 @@ class Evaluator(Protocol):
         """Scores that take no encoder; {} without labels."""
         ...
 
-    def draw_neighbours(self, state: Any, path: epath.Path) -> bool:
-        """Draws test images with their nearest; False where there are none to draw."""
+    def draw_neighbours(self, state: Any, path: epath.Path, when: str = "") -> bool:
+        """Draws test images with their nearest; False where there are none to draw.
+
+        Args:
+            state: of the encoder.
+            path: of the PNG.
+            when: in the run, for the title.
+        """
         ...
 
 

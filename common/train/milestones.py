@@ -126,7 +126,9 @@ class Milestones:
                     self._writer.write_now(0, at_init | results)
                 if self._run.config.evaluate.pictures:
                     summary.draw_pairs(self._run.recipe, self._run.source, self._workdir)
-                    self._evaluator.draw_neighbours(state, self._workdir / summary.BEFORE)
+                    self._evaluator.draw_neighbours(
+                        state, self._workdir / summary.BEFORE, "before training"
+                    )
         elif self._before.scores_due:
             with self._writer.pause():
                 self._score(self._start, state)

@@ -146,7 +146,7 @@ def finish(
     """
     config, source, results = run.config, run.source, position.results
     if config.evaluate.pictures:
-        evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png")
+        evaluator.draw_neighbours(state, workdir / "nearest_neighbours.png", "after training")
     summary = {
         "method": config.method,
         "supervised": run.method.supervised,

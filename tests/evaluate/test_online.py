@@ -126,9 +126,11 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     bank, test = source(N, 1), source(21, 2)
     score = evaluator(bank, test, evaluate__knn_center=center)
     drawn = []
-    monkeypatch.setattr(online.pictures, "nearest_neighbours", lambda *args: drawn.append(args))
-    assert score.draw_neighbours(State(None), "here", rows=3, columns=4)
-    shown, found, labels, neighbour_labels, names, path = drawn[0]
+    monkeypatch.setattr(
+        online.pictures, "nearest_neighbours", lambda *args, title: drawn.append((*args, title))
+    )
+    assert score.draw_neighbours(State(None), "here", "before training", rows=3, columns=4)
+    shown, found, labels, neighbour_labels, names, path, title = drawn[0]
     rows = [0, 10, 20]
     np.testing.assert_array_equal(shown, test.images[rows])
     np.testing.assert_array_equal(labels, test.labels[rows])
@@ -143,6 +145,7 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     np.testing.assert_array_equal(found, bank.images[nearest])
     np.testing.assert_array_equal(neighbour_labels, bank.labels[nearest])
     assert (names, path) == (("a", "b", "c"), "here")
+    assert title == "Nearest neighbours by the features before training"
 
 
 @pytest.mark.parametrize("missing", ["test", "classes"])

@@ -507,12 +507,18 @@ def test_a_result_breaks_between_its_numbers(terminal):
     ]  # fmt: skip
 
 
-def test_of_figures_without_labels_the_console_shows_the_one_to_watch(terminal):
+def test_of_figures_without_labels_the_console_shows_the_two_to_watch(terminal):
     out = terminal(80)
     names = ("alignment", "alignment_ratio", "rankme", "uniformity", "view_agreement")
     scores = {f"{n}{end}": 0.125 for n in names for end in ("", "_at_init", "_raw_pixels")}
     console.Progress(9, out).message(0, dict(sorted(scores.items())))
-    assert out.lines() == ["step 0  view_agreement 12.5 %  view_agreement_raw_pixels 12.5 %", ""]
+    console.Progress(9, out).message(1, {n: 0.125 for n in names})
+    assert out.lines() == [
+        "step 0  alignment_ratio 0.125  alignment_ratio_raw_pixels 0.125",
+        "view_agreement 12.5 %  view_agreement_raw_pixels 12.5 %",
+        "step 1  alignment_ratio 0.125  view_agreement 12.5 %",
+        "",
+    ]
 
 
 def test_what_others_write_to_the_terminal_does_not_run_into_the_line(terminal):
