@@ -195,7 +195,7 @@ def test_shards_that_are_not_whole(tmp_path):
 
 def test_a_tfds_name_that_is_none(tmp_path):
     c = data_config("tfds:cifar10/no_such_config", dir=str(tmp_path))
-    words = ["cannot open tfds:cifar10/no_such_config: ", "tfds build"]
+    words = ["cannot open tfds:cifar10/no_such_config: ", "download_and_prepare()"]
     refused(words, open_source, c, "train")
 
 

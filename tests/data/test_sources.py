@@ -327,9 +327,9 @@ def test_a_damaged_tfds_set_is_one_line(tmp_path):
 
 
 def test_tfds_errors(tmp_path):
-    with pytest.raises(UserError, match=r"TFDS_DATA_DIR.*tfds build no_such_set"):
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR.*tfds.builder\('no_such_set'\)"):
         open_source(config("tfds:no_such_set", dir=str(tmp_path)), "train")
-    with pytest.raises(UserError, match=r"tfds:cifar10 is not prepared.*tfds build cifar10"):
+    with pytest.raises(UserError, match=r"tfds:cifar10 is not prepared.*tfds.builder\('cifar10'\)"):
         open_source(config("tfds:cifar10", dir=str(tmp_path)), "train")
 
 

@@ -147,7 +147,8 @@ def _builder(name: str, folder: str):
     where = data_dir or "TFDS_DATA_DIR, or else ~/tensorflow_datasets"
     fix = (
         "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
-        f"`tfds build {name}` (`python -m tensorflow_datasets.scripts.cli.main build {name}`)."
+        f"`python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
+        ".download_and_prepare()\"` (ImageNet: docs/imagenet.md)."
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
