@@ -5,6 +5,10 @@ import pathlib
 import subprocess
 
 VERSION = "0.1.0"  # pyproject.toml reads it from here
+# Address to clone this code from, decided here. The notebook, README.md, CITATION.cff
+# (repository-code), pyproject.toml ([project.urls]) and mkdocs.yml (repo_url) repeat it, and
+# tests/test_version.py holds them to it. The value below means: there is none yet.
+REPOSITORY = "ADDRESS-OF-THE-REPOSITORY"
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 

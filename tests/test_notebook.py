@@ -1,7 +1,9 @@
 """The notebook, run from top to bottom; needs nbclient and ipykernel (`make test-notebook`)."""
 
 import json
+import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -14,10 +16,63 @@ def test_the_notebook_is_stored_without_outputs():
     assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
+def setup_cell():
+    """What the cell "Set up" defines, up to where it starts to act."""
+    notebook = json.loads(PATH.read_text())
+    (code,) = (
+        "".join(c["source"]) for c in notebook["cells"] if "def checkout" in str(c["source"])
+    )
+    names = {"REPOSITORY": "", "DRIVE": False}
+    exec(code.partition("root = checkout()")[0], names)
+    return names
+
+
+@pytest.mark.parametrize("address", ["", "ADDRESS-OF-THE-REPOSITORY", "--upload-pack=touch x"])
+def test_without_an_address_or_a_checkout_one_line_says_so(address, tmp_path, monkeypatch):
+    names = setup_cell()
+    names["REPOSITORY"] = address
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="set REPOSITORY in the form above") as error:
+        names["checkout"]()
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_checkout_around_the_notebook_is_used_and_another_one_is_cloned(tmp_path, monkeypatch):
+    names = setup_cell()
+    monkeypatch.chdir(PATH.parent)
+    assert names["checkout"]() == PATH.parents[1]
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (origin / "main.py").write_text("")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
+    names["REPOSITORY"] = f"file://{origin}"
+    cloned = names["checkout"]()
+    assert cloned == tmp_path / "content" / "contrastive" and (cloned / "main.py").exists()
+    names["REPOSITORY"] = ""  # the cell runs again: the clone is there
+    assert names["checkout"]() == cloned
+
+
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("550.54.15", "cuda12"), ("580.82.07", "cuda13"), ("", "cpu")]
+)
+def test_the_jax_that_a_gpu_needs(driver, extra, tmp_path, monkeypatch):
+    names = setup_cell()
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho {driver}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if not any(pathlib.Path("/dev").glob("accel[0-9]*")):
+        assert names["accelerator"]() == extra
+
+
 @pytest.mark.notebook
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_the_notebook_runs(method, tmp_path, monkeypatch):
-    """Smoke setting: seconds of training on the images of the repository, all three pictures."""
+    """Smoke setting: seconds of training on the repository's images, pictures, report, export."""
     import nbclient
     import nbformat
 
@@ -35,4 +90,7 @@ def test_the_notebook_runs(method, tmp_path, monkeypatch):
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     text = "".join(o.get("text", "") for o in outputs)
     assert len(pictures) == 3
+    (report,) = (o["data"]["text/html"] for o in outputs if "text/html" in o.get("data", {}))
+    assert "srcdoc=" in report and len(report) > 10_000
+    assert len(list(tmp_path.glob("runs/*/encoder.zip"))) == 1
     assert f"method  {method}" in text and "step 4/4" in text and "knn_top1_raw_pixels" in text

@@ -1,6 +1,8 @@
 """Version and commit, and that an installation has every file it needs."""
 
+import json
 import pathlib
+import re
 import shutil
 import subprocess
 import tomllib
@@ -64,6 +66,25 @@ def test_an_installation_has_every_file():
     files = [f for f in (ROOT / "common").rglob("*")
              if f.is_file() and f.suffix not in (".py", ".pyc")]  # fmt: skip
     assert sorted(data) == sorted(files) and len(files) >= 5
+
+
+def test_every_place_that_names_the_repository_names_the_same_one():
+    address = version.REPOSITORY
+    known = "://" in address
+    assert known or address == "ADDRESS-OF-THE-REPOSITORY"
+    notebook = json.loads((ROOT / "notebooks" / "colab_tpu.ipynb").read_text())
+    code = "".join(line for cell in notebook["cells"] for line in cell["source"])
+    assert re.findall(r'^REPOSITORY = "(.*?)"', code, re.M) == [address]
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    named = [
+        *re.findall(r'^repository-code: *"?([^"\s]+)', (ROOT / "CITATION.cff").read_text(), re.M),
+        *re.findall(r"^repo_url: *(\S+)", (ROOT / "mkdocs.yml").read_text(), re.M),
+        *urls.values(),
+    ]
+    assert named == ([address] * 3 if known else [])  # no address yet: none names one
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
+    cloned = {c for page in pages for c in re.findall(r"git clone (\S+)", page.read_text())}
+    assert cloned == {address}
 
 
 def test_requirements_are_listed_once_and_test_tools_are_none_of_them():

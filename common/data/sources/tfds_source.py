@@ -148,7 +148,7 @@ def _builder(name: str, folder: str):
     fix = (
         "Set TFDS_DATA_DIR or config.data.dir to the folder that holds it, or prepare it with "
         f"`python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
-        ".download_and_prepare()\"` (ImageNet: docs/imagenet.md)."
+        '.download_and_prepare()"` (ImageNet: docs/imagenet.md).'
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
