@@ -22,8 +22,8 @@ from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, pretrained
-from common.evaluate.page import build, feature_map, history, inline
+from common.evaluate import embed_mode, feature_files, findings, pretrained
+from common.evaluate.page import build, feature_map, history, inline, names
 from common.evaluate.pretrained import Pretrained
 
 HOSTILE = "<script>alert(1)<_script> & \"'"
@@ -145,11 +145,10 @@ def test_page_escapes_and_is_self_contained(labelled):
     page = Page(text)
     data, script = page.scripts  # no third one out of a name
     found = json.loads(data)
-    assert sorted(found["names"]) == sorted(
-        f"test/{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc"
-    )
+    assert sorted(found["names"]) == sorted(f"{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc")
     assert found["classes"] == list(CLASSES)
     assert CLASSES[0] in page.text  # shown as text
+    assert "begin with test/" in " ".join(page.text.split())
     policy = next(a["content"] for t, a in page.elements if "http-equiv" in a)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
@@ -182,6 +181,13 @@ def test_page_reports_the_numbers(labelled):
     assert shown == "source folder:photos, top1 50.00 %; source embedded, top1 100.00 %"
 
 
+def write_page(path, run, source, embedded, points, clusters=0, queries=()) -> findings.Findings:
+    found = findings.find(source, embedded, run.image_size, 0, clusters, list(queries))
+    drawn = build.draw(source, embedded, found, points, 0)
+    build.write(path, run, source, embedded, found, drawn)
+    return found
+
+
 @pytest.fixture(scope="module")
 def rebuild(labelled):
     """Writes the page of the same features again: `rebuild(path, class_names=None)`."""
@@ -193,7 +199,8 @@ def rebuild(labelled):
 
     def write(path, class_names=source.class_names):
         embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
-        build.write(path, embed_mode._page_run(opened, source), source, embedded, 3000, 0)
+        tables = ("features-data-test-untrained.csv", "duplicates.csv")
+        write_page(path, embed_mode._page_run(opened, source, tables), source, embedded, 3000)
         return path.read_text()
 
     return write
@@ -230,13 +237,17 @@ def page_of(workdir, n, classes, size=8, kind="pixels"):
     ids = np.arange(1, n if kind == "pixels" else 0, 2)
     views = np.stack([images[ids] // 2, images[ids] // 3], axis=1)
     run = build.Run("an encoder", workdir, size, (ids, views))
-    build.write(workdir / "report.html", run, source, embedded, 100, 0)
+    write_page(workdir / "report.html", run, source, embedded, 100)
     return Page((workdir / "report.html").read_text()), images, features
 
 
-def pictures_on(page) -> list[Image.Image]:
-    """Those of single images, in order; the curves are not among them."""
-    sources = [a["src"] for t, a in page.elements if t == "img" and "Training" not in a["alt"]]
+def pictures_on(page, section=("neighbours", "views")) -> list[Image.Image]:
+    """Those of single images in some sections, in order; the curves are not among them."""
+    sources, inside = [], ""
+    for tag, a in page.elements:
+        inside = a.get("id", "") if tag == "section" else inside
+        if tag == "img" and inside in section:
+            sources.append(a["src"])
     return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
 
 
@@ -271,7 +282,7 @@ def test_page_of_large_images_shows_small_ones(tmp_path):
     assert [(p.format, p.size) for p in found] == [("JPEG", (224, 224))] * (8 * 8 + 4 * 3)
     (sheet,) = re.findall(r"url\(data:([^)]*)", (tmp_path / "run" / "report.html").read_text())
     sheet = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
-    assert sheet.size == (3 * 48, 3 * 48)
+    assert sheet.size == (3 * 96, 3 * 96)
 
 
 def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
@@ -301,7 +312,7 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
         assert [os.fsencode(n) for n in found["names"]] == [b"a.png", b"b.png", b"\xff.png"]
         assert found["class_names"].size == 0
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "without labels" in text and "one colour" in text
+    assert "without labels" in text and "one colour" in text and "--mode=suggest" in text
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(tmp_path / "run" / "features-photos-train-untrained.parquet")
     assert table["label"].to_pylist() == [None] * 3
@@ -347,8 +358,12 @@ def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"embed__format": "csv"}, "'csv' is unknown, choose npz or npz,parquet"),
-        ({"embed__points": 0}, "embed.points=0: expected"),
+        ({"embed__format": "npz,xls"}, "'xls' is unknown, choose one or more of npz,parquet,csv"),
+        ({"embed__points": 0}, "embed.points=0 and eval.embed.clusters=0: expected"),
+        ({"embed__clusters": -1}, "embed.clusters=-1: expected"),
+        ({"embed__query": "/no/such.jpg"}, "embed.query: there is no file /no/such.jpg; expected"),
+        ({"embed__query": "/"}, "embed.query=/ is a folder; expected an image file"),
+        ({"embed__query": __file__}, "embed.query: cannot decode .*test_embed.py .*not an image"),
         ({"embed__split": "tset"}, "no split 'tset'.*--eval.embed.split=NAME"),
         ({"test_split": "other"}, "no split 'other'.*--eval.embed.split=NAME"),
     ],
@@ -387,8 +402,16 @@ def test_no_name_leaves_the_workdir():
     assert feature_files.shortened("folder:gs://bucket/photos") == "folder:photos"
     assert feature_files.shortened("gs://bucket/a/b") == "b"
     assert feature_files.shortened("tfds:cifar10") == "tfds:cifar10"
-    shown = build._shown_names(np.array(["/home/me/a/b.png", "/home/me/a/bc/d.png"]))
-    assert shown == ["b.png", "bc/d.png"]
+
+
+def test_names_on_the_page():
+    shown = names.below(np.array(["/home/me/a/b.png", "/home/me/a/bc/d.png"]))
+    assert shown == ("", ["b.png", "bc/d.png"])  # an absolute path is nobody's business
+    assert names.below(np.array(["a/b/c.png", "a/b/cd/e.png"])) == ("a/b/", ["c.png", "cd/e.png"])
+    assert names.below(np.array(["12", "13"])) == ("", ["12", "13"])
+    assert names.middle("short.jpg") == "short.jpg"
+    long = names.middle("IMG_20240131_120000_HDR_0001.jpg")
+    assert long == "IMG_202…0_HDR_0001.jpg" and len(long) == 22
 
 
 def test_map_keeps_groups_together():
