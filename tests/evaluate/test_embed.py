@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html.parser
 import io
 import json
 import os
@@ -13,51 +12,27 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from embed_page import (
+    Page,
+    eval_settings,
+    make_run,
+    pictures_on,
+    reopened,
+    write_images,
+    write_page,
+)
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from PIL import Image
 
-from common import config as configs
 from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, findings, pretrained
+from common.evaluate import embed_mode, feature_files, pretrained
 from common.evaluate.page import build, feature_map, history, inline, names
-from common.evaluate.pretrained import Pretrained
 
 HOSTILE = "<script>alert(1)<_script> & \"'"
 CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
-
-
-def eval_settings(**changes) -> ConfigDict:
-    c = configs.eval_config()
-    c.features = "untrained"
-    for name, value in changes.items():
-        section, _, last = name.rpartition("__")
-        (c[section] if section else c)[last] = value
-    return c
-
-
-def make_run(workdir, **changes) -> None:
-    """A workdir as a run leaves it, except for the checkpoint."""
-    workdir.mkdir()
-    c = tiny.config("simclr", **changes)
-    (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
-    lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
-    lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
-    (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")
-
-
-def write_images(folder, names, seed=0) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for name in names:
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
-            Image.fromarray(pixels).save(file, "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +48,6 @@ def labelled(tmp_path_factory):
         patch.setattr(pretrained, "load", lambda *_: opened)  # one compilation for all tests
         record = modes.run("embed", str(root / "run"), s, tiny.METHODS)
     return root / "run", record, opened
-
-
-def reopened(opened, workdir, s) -> Pretrained:
-    """The same encoder with other settings, as `pretrained.load` would open it."""
-    c = opened.config.copy_and_resolve_references()
-    with c.unlocked():
-        c.data.source = s.source or c.data.source
-        c.data.test_split = s.test_split or c.data.test_split
-        c.data.on_corrupt = s.on_corrupt or c.data.on_corrupt
-    return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
 
 
 def test_npz_holds_the_features_in_order(labelled):
@@ -113,30 +78,6 @@ def test_parquet_holds_the_same(labelled):
         assert table["label"].to_pylist() == want["labels"].tolist()
         classes = want["class_names"][want["labels"]]
         assert table["class_name"].to_pylist() == classes.tolist()
-
-
-class Page(html.parser.HTMLParser):
-    """The elements of a page: `(tag, attributes)` and the text of scripts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements, self.scripts, self.text, self._inside = [], [], "", False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag == "script"
-        if self._inside:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = False
-
-    def handle_data(self, data):
-        if self._inside:
-            self.scripts[-1] += data
-        else:
-            self.text += data
 
 
 def test_page_escapes_and_is_self_contained(labelled):
@@ -179,13 +120,6 @@ def test_page_reports_the_numbers(labelled):
     ]
     shown = history._score("data_sets", nested)
     assert shown == "source folder:photos, top1 50.00 %; source embedded, top1 100.00 %"
-
-
-def write_page(path, run, source, embedded, points, clusters=0, queries=()) -> findings.Findings:
-    found = findings.find(source, embedded, run.image_size, 0, clusters, list(queries))
-    drawn = build.draw(source, embedded, found, points, 0)
-    build.write(path, run, source, embedded, found, drawn)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -239,16 +173,6 @@ def page_of(workdir, n, classes, size=8, kind="pixels"):
     run = build.Run("an encoder", workdir, size, (ids, views))
     write_page(workdir / "report.html", run, source, embedded, 100)
     return Page((workdir / "report.html").read_text()), images, features
-
-
-def pictures_on(page, section=("neighbours", "views")) -> list[Image.Image]:
-    """Those of single images in some sections, in order; the curves are not among them."""
-    sources, inside = [], ""
-    for tag, a in page.elements:
-        inside = a.get("id", "") if tag == "section" else inside
-        if tag == "img" and inside in section:
-            sources.append(a["src"])
-    return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
 
 
 def test_page_shows_the_nearest_and_the_views_of_each_image(tmp_path):
