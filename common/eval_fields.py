@@ -118,6 +118,20 @@ EVAL: dict[str, dict[str, Field]] = {
         "query": Field("",
             "image files with commas between them; the report shows what is most like each"),
     },
+    "suggest": {
+        "number": Field(50, "images to label; the list begins with the most useful ones"),
+        "by": Field("clusters",
+            "clusters (spread over all images) | margin (over those of which a classifier trained "
+            "on label.csv is least sure)"),
+        "split": Field("", "empty = all images: train, or the split of which train is a slice"),
+    },
+    "label": {
+        "csv": Field("",
+            "table with the columns file,label, e.g. a filled-in label_these.csv; several with "
+            "commas between"),
+        "l2": Field(0.1, "L2 penalty of the classifier, on features of variance 1 / d"),
+        "split": Field("", "as suggest.split"),
+    },
     "export": {
         "format": Field("safetensors,npz,stablehlo", "one or more of safetensors,npz,stablehlo"),
         "dir": Field("", "empty = <workdir>/export"),

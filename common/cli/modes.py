@@ -19,8 +19,10 @@ from common.evaluate import (
     embed_mode,
     finetune_mode,
     knn_mode,
+    label_mode,
     linear_mode,
     pretrained,
+    suggest_mode,
     transfer_mode,
 )
 from common.evaluate.pretrained import Pretrained
@@ -34,6 +36,8 @@ MODES: dict[str, Callable[[Pretrained], tuple[dict[str, Any], str]]] = {
     "finetune": finetune_mode.run,
     "classify": classify_mode.run,
     "transfer": transfer_mode.run,
+    "suggest": suggest_mode.run,
+    "label": label_mode.run,
     "export": export_mode.run,
 }
 

@@ -23,6 +23,8 @@ _EVALUATIONS = {
     "finetune": "train the whole network on a fraction of the labels",
     "classify": "score a network that finetune or distil has left in the workdir",
     "transfer": "logistic regression on the features of other datasets",
+    "suggest": "a list of the images to label first, and a page that shows them",
+    "label": "label all images from a table of a few labels",
     "export": "write the encoder for other programs (docs/export.md)",
 }
 _SECOND = "augment_view2."  # has the same fields as `augment`

@@ -7,15 +7,16 @@ import numpy as np
 from etils import epath
 
 from common.data.feed.recipe import FeedRecipe
+from common.data.sources import slices
 from common.data.sources.base import Source, listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
-from common.evaluate import feature_files, query, spreadsheet
+from common.evaluate import everything, feature_files, query, spreadsheet
+from common.evaluate.everything import check_finite, damaged
 from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
 from common.evaluate.pretrained import Pretrained
-from common.sharding import any_process_of
 from common.train import summary
 
 _PAIRS = 8  # augmented pairs on the page
@@ -41,10 +42,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         source.on_corrupt = "leave out"  # `common.data.feed.corrupt.LEAVE_OUT`, without TensorFlow
     features, labels, ids = opened.extract(source, c.examples)
     names = source.names(ids)
-    damaged = _damaged(source, ids)
-    left_out = names[damaged]
-    features, labels, ids, names = (x[~damaged] for x in (features, labels, ids, names))
-    _check_finite(features)
+    gone = damaged(source, ids)
+    left_out = names[gone]
+    features, labels, ids, names = (x[~gone] for x in (features, labels, ids, names))
+    check_finite(features)
     embedded = Embedded(
         features, labels, ids, names,
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
@@ -128,7 +129,18 @@ def _found(q: query.Query, names: np.ndarray) -> str:
 
 
 def _open(opened: Pretrained) -> Source:
-    """Opens the split named, else test, else train (a folder of photos has no other)."""
+    """Opens the split named, else test, else train (a folder of photos has no other).
+
+    Of images without labels of which the test split is a part held out, all are opened.
+    """
+    source = _named(opened)
+    named = opened.settings.embed.split or opened.settings.test_split
+    if named or source.num_classes or slices.parse(source.split)[1] is None:
+        return source
+    return everything.open_all(opened)
+
+
+def _named(opened: Pretrained) -> Source:
     split = opened.settings.embed.split
     try:
         if split:  # opened as a test split, so that its classes are numbered as those of train
@@ -139,20 +151,6 @@ def _open(opened: Pretrained) -> Source:
         if not split and not opened.settings.test_split:
             return opened.open("train")
         raise UserError(f"{error} (Here: --eval.embed.split=NAME.)") from error
-
-
-def _damaged(source: Source, ids: np.ndarray) -> np.ndarray:
-    """Which of `ids` were replaced by another image, as found by any process."""
-    return any_process_of(np.isin(ids, list(source.replaced)))
-
-
-def _check_finite(features: np.ndarray) -> None:
-    bad = int((~np.isfinite(features).all(1)).sum())
-    if bad:
-        raise UserError(
-            f"the features of {bad:,} of {len(features):,} images are NaN or infinite: the run "
-            "has diverged, so evaluate an earlier checkpoint with --eval.step=STEP"
-        )
 
 
 def _page_run(opened: Pretrained, source: Source, tables: tuple[str, ...] = ()) -> build.Run:

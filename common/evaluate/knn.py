@@ -158,20 +158,52 @@ def knn_scores(
     Raises:
         UserError: if either set has no labelled row, or k or the temperature is out of range.
     """
-    if temperature <= 0:
-        raise UserError(f"kNN temperature={temperature}: it must be above 0 (0.1 is usual)")
+    _check_temperature(temperature)
     train_features, train_labels = labelled("training", train_features, train_labels)
     test_features, test_labels = labelled("test", test_features, test_labels)
     k = default_k(len(train_labels)) if k is None else k
-    indices, similarities = neighbours(
-        train_features, test_features, k, center, chunk, metric, mesh
-    )
+    counted = votes(
+        train_features, train_labels, test_features, num_classes,
+        k, temperature, center, chunk, metric, mesh,
+    )  # fmt: skip
+    sizes = {"num_train": len(train_labels), "num_test": len(test_labels)}
+    return top_k(counted, test_labels, least=0.0) | {"k": k} | sizes
+
+
+def votes(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    queries: np.ndarray,
+    num_classes: int,
+    k: int,
+    temperature: float = 0.1,
+    center: bool = False,
+    chunk: int = 1024,
+    metric: str = "cosine",
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """The weight of the votes for each class, float64 `[m, num_classes]`; see `knn_scores`.
+
+    Args:
+        train_features: `[n, d]`.
+        train_labels: int `[n]`, all labelled.
+        queries: `[m, d]`.
+        num_classes: classes.
+        k, temperature, center: as in `knn_scores`.
+        chunk, metric, mesh: as in `neighbours`.
+    """
+    _check_temperature(temperature)
+    indices, similarities = neighbours(train_features, queries, k, center, chunk, metric, mesh)
     # Subtracting the nearest changes no argmax and prevents overflow at a small temperature.
     weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
-    votes = np.zeros((len(test_labels), num_classes))
-    np.add.at(votes, (np.arange(len(votes))[:, None], train_labels[indices]), weights)
-    sizes = {"num_train": len(train_labels), "num_test": len(test_labels)}
-    return top_k(votes, test_labels, least=0.0) | {"k": k} | sizes
+    counted = np.zeros((len(queries), num_classes))
+    np.add.at(counted, (np.arange(len(counted))[:, None], train_labels[indices]), weights)
+    return counted
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise UserError(f"kNN temperature={temperature}: it must be above 0 (0.1 is usual)")
 
 
 def _rows(features: np.ndarray) -> np.ndarray:

@@ -96,6 +96,7 @@ def fit(
     values: Sequence[float] | np.ndarray,
     max_iterations: int,
     quiet: bool = False,
+    statistics: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Fit]:
     """Fits one classifier for each l2, each starting from the one before.
 
@@ -110,6 +111,7 @@ def fit(
         values: of l2; strong to weak is the fastest order.
         max_iterations: of each.
         quiet: no progress line.
+        statistics: `linear.standardiser` of other rows; None: of these.
 
     Raises:
         UserError: if all rows are of one class.
@@ -121,7 +123,7 @@ def fit(
 
     if len(np.unique(labels)) < 2:
         raise UserError("all labelled training images are of one class: expected two or more")
-    mean, scale = linear.standardiser(features)
+    mean, scale = statistics or linear.standardiser(features)
     inputs = np.concatenate(
         [((x - mean) * scale).astype(np.float32) for x in linear.parts(features)]
     )

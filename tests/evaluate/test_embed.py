@@ -28,7 +28,7 @@ from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
-from common.evaluate import embed_mode, feature_files, pretrained
+from common.evaluate import embed_mode, everything, feature_files, pretrained
 from common.evaluate.page import build, feature_map, history, inline, names
 
 HOSTILE = "<script>alert(1)<_script> & \"'"
@@ -307,16 +307,16 @@ def test_parquet_without_pyarrow(monkeypatch):
 
 def test_a_process_learns_what_the_others_found_damaged(monkeypatch):
     source = Source("x", "test", "encoded", 5, 0, (), None, replaced={1: 2})
-    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
+    assert everything.damaged(source, np.arange(5)).tolist() == [0, 1, 0, 0, 0]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     others = np.array([False, False, False, True, False])
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([others, mine]))
-    assert embed_mode._damaged(source, np.arange(5)).tolist() == [0, 1, 0, 1, 0]
+    assert everything.damaged(source, np.arange(5)).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_features_that_are_no_numbers():
     with pytest.raises(UserError, match="1 of 2 images are NaN"):
-        embed_mode._check_finite(np.array([[1.0, 2.0], [np.nan, 0.0]]))
+        everything.check_finite(np.array([[1.0, 2.0], [np.nan, 0.0]]))
 
 
 def test_no_name_leaves_the_workdir():

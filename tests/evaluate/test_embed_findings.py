@@ -289,3 +289,22 @@ def test_files_beside_the_npz(folder):
     s = eval_settings(batch_size=8, embed__report=False)
     embed_mode.run(reopened(opened, root / "run", s))
     assert list(rows_of(root / "run" / f"{stem}.csv")[0]) == ["id", "file", "label", "class"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "n"),
+    [
+        ({}, "train", 12),
+        ({"embed__split": "train[75%:]"}, "train[75%:]", 3),
+        ({"test_split": "train[:25%]"}, "train[:25%]", 3),
+    ],
+)
+def test_of_images_without_labels_a_held_out_part_is_shown_with_the_rest(folder, changes, split, n):
+    root, opened = folder
+    s = eval_settings(batch_size=8, embed__report=False, **changes)
+    run = reopened(opened, root / "run", s)
+    with run.config.unlocked():
+        run.config.data.train_split = "train[:75%]"
+        run.config.data.test_split = s.test_split or "train[75%:]"
+    metrics, _ = embed_mode.run(run)
+    assert (metrics["embedded_split"], metrics["examples"]) == (split, n)

@@ -1,0 +1,140 @@
+"""Tables of image files and labels that a person types: CSV as Excel, LibreOffice or R write it."""
+
+import csv
+import dataclasses
+import io
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from common.data.sources.folder_source import shown
+from common.errors import UserError
+from common.run import files
+
+FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
+_SEPARATORS = ("\t", ";", ",")  # Excel writes semicolons where the comma is the decimal sign
+_WORKBOOK = b"PK\x03\x04"  # .xlsx and .ods are zip files
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row with a label, and the table and the line, from 1, that it is in."""
+
+    table: str
+    line: int
+    file: str
+    label: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.file)!r} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a message."""
+        return f"line {self.line} of {shown(self.table)}"
+
+
+def read_all(paths: str, flag: str) -> list[Row]:
+    """The rows of one table, or of several with commas between their paths; see `read`."""
+    whole = files.path(paths)
+    if "," not in paths or whole.exists():
+        return read(whole, flag)
+    parts = [part.strip() for part in paths.split(",") if part.strip()]
+    return [row for part in parts for row in read(files.path(part), flag)]
+
+
+def read(path: epath.Path, flag: str) -> list[Row]:
+    """The rows of a table that have a label.
+
+    Columns are separated by commas, semicolons or tabs. If the first line names the columns "file"
+    and "label", others may stand beside them, in any order; without such a line they are the first
+    two. A row without a label is skipped, and so is one whose column "given" says "no": a label
+    that `--mode=label` predicted. The text is UTF-8 or UTF-16, else taken for Windows-1252.
+
+    Args:
+        path: of the file, local or remote.
+        flag: that names it, for the messages.
+
+    Raises:
+        UserError: no such file, or not text, or without two columns.
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(
+            f"no file {shown(path)}; --{flag} takes a table with the columns file,label, such as "
+            "the label_these.csv that --mode=suggest writes"
+        ) from error
+    if data.startswith(_WORKBOOK):
+        raise UserError(
+            f"{shown(path)} is a workbook and not text: save the sheet as CSV (UTF-8) and give that"
+        )
+    table = _table(_decoded(data))
+    head = [cell.strip().lower() for cell in table[0][1]] if table else []
+    named = FILE in head and LABEL in head
+    columns = [head.index(FILE), head.index(LABEL)] if named else [0, 1]
+    given = head.index(GIVEN) if named and GIVEN in head else None
+    if not named and any(len(cells) < 2 for _, cells in table):
+        line = next(line for line, cells in table if len(cells) < 2)
+        raise UserError(
+            f"line {line} of {shown(path)} has no second column: expected a file name and a label "
+            "in each line, separated by a comma, a semicolon or a tab"
+        )
+    rows = []
+    for line, cells in table[named:]:
+        cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells] + [""] * len(head)
+        file, label = cells[columns[0]], cells[columns[1]]
+        predicted = given is not None and cells[given].lower() == "no"
+        if label and not predicted:
+            rows.append(Row(str(path), line, file, label))
+    return rows
+
+
+def _decoded(data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # "Unicode text" of Excel
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def _table(text: str) -> list[tuple[int, list[str]]]:
+    """(line, cells) of each row that is not empty, with the separator that fits best."""
+    found: list[tuple[tuple[bool, int], list[tuple[int, list[str]]]]] = []
+    for separator in _SEPARATORS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        table = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        head = [cell.strip().lower() for cell in table[0][1]] if table else []
+        fits = FILE in head and LABEL in head, sum(len(cells) > 1 for _, cells in table)
+        found.append((fits, table))
+    return max(found, key=lambda pair: pair[0])[1]  # of equal ones the first
+
+
+def write(path: epath.Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table, separated by commas.
+
+    It begins with a byte order mark if it is not all ASCII: Excel then knows that it is UTF-8.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    encoding = "utf-8" if text.getvalue().isascii() else "utf-8-sig"
+    files.write_bytes(path, text.getvalue().encode(encoding))
+
+
+def free(path: epath.Path, spare: Callable[[epath.Path], bool]) -> epath.Path:
+    """The first of NAME.csv, NAME_2.csv, ... that is not there, or that need not be kept.
+
+    Args:
+        path: the first.
+        spare: whether an existing one may be replaced.
+    """
+    number, found = 1, path
+    while found.exists() and not spare(found):
+        number += 1
+        found = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return found

@@ -1,0 +1,163 @@
+"""Tables of labels as people and their spreadsheets write them."""
+
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+
+from common.errors import UserError
+from common.evaluate import label_file, label_match
+from common.evaluate.everything import Images
+
+NAMES = ["a/1.jpg", "a/2.JPG", "b/1.jpg", "b/Blüte rot.jpg", "c/x,y.png", "\\udcff.png", "B/3.JPG"]
+RED = "Blüte rot.jpg"
+
+
+def read(tmp_path, data):
+    path = epath.Path(tmp_path / "labels.csv")
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return label_file.read(path, "eval.label.csv")
+
+
+def pairs(rows):
+    return [(row.file, row.label) for row in rows]
+
+
+WANTED = [(RED, "Rosé"), ("1.jpg", "x; y")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'file,label\n{RED},Rosé\n1.jpg,"x; y"\n',
+        f'file;label\r\n{RED};Rosé\r\n1.jpg;"x; y"\r\n',
+        f"file\tlabel\n{RED}\tRosé\n\n1.jpg\tx; y",
+        f'{RED},Rosé\n1.jpg,"x; y"\n',  # without a line that names the columns
+        f'{RED};Rosé\n1.jpg;"x; y"',
+        f" cluster_size,Label , FILE\n7,Rosé,{RED}\n8,,2.JPG\n9,x; y, 1.jpg \n",
+        f"file,label,cluster_size\n{RED},Rosé,\n2.JPG,  ,4\n1.jpg,x; y\n3.jpg\n",
+        f'file,label,given\n{RED},Rosé,yes\n2.JPG,no rose,no\n1.jpg,"x; y",\n',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_separators_headers_and_encodings(tmp_path, text, encoding):
+    assert pairs(read(tmp_path, text.encode(encoding))) == WANTED
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path, rows = epath.Path(tmp_path / "x.csv"), [['ü "1",\n;.jpg', "=a,b", 3], ["2", "ß", 4]]
+    label_file.write(path, ("file", "label", "size"), rows)
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")  # which tells Excel that it is UTF-8
+    assert pairs(label_file.read(path, "")) == [tuple(row[:2]) for row in rows]
+    label_file.write(path, ("file", "label"), [["a", "b"]])
+    assert path.read_bytes() == b"file,label\na,b\n"
+
+
+def test_several_tables_are_one(tmp_path):
+    for name, text in (("a,b.csv", "1.jpg,x"), ("c.csv", "file;label\n2.jpg;y"), ("d.csv", "")):
+        (tmp_path / name).write_text(text)
+    one = label_file.read_all(f"{tmp_path}/a,b.csv", "")
+    assert pairs(one) == [("1.jpg", "x")]
+    (tmp_path / "a.csv").write_text("3.jpg,z")
+    rows = label_file.read_all(f"{tmp_path}/a.csv, {tmp_path}/c.csv,{tmp_path}/d.csv", "")
+    assert pairs(rows) == [("3.jpg", "z"), ("2.jpg", "y")]
+    assert rows[1].place == f"line 2 of {tmp_path}/c.csv"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("1.jpg\n2.jpg\n", "line 1 of .*labels.csv has no second column"),
+        ("a.jpg,rose\n\nb.jpg\n", "line 3 of .*: expected a file name and a label in each line"),
+        (b"PK\x03\x04\x14", "is a workbook and not text: save the sheet as CSV"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, data)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(UserError, match=r"no file .*--eval.label.csv takes a table with the"):
+            label_file.read(epath.Path(path), "eval.label.csv")
+
+
+def rows_of(*cells):
+    return [label_file.Row("t.csv", i, *cell) for i, cell in enumerate(cells, 2)]
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("a/1.jpg", 0),
+        ("./a/1.jpg", 0),
+        ("2.JPG", 1),  # the only one of that name
+        ("2.jpg", 1),  # nor is there another in upper or lower case
+        ("A/2.jpg", 1),
+        ("Blu\u0308te rot.jpg", 3),  # decomposed, as macOS writes it
+        ("BLÜTE ROT.JPG", 3),
+        ("x,y.png", 4),
+        ("\\udcff.png", 5),  # a byte that is no UTF-8, as it is shown
+        ("B/3.JPG", 6),
+    ],
+)
+def test_names_that_fit_one_image(file, found):
+    assert label_match.match(rows_of((file, "x")), NAMES) == {found: "x"}
+
+
+def test_rows_that_agree_and_order():
+    rows = rows_of(("b/1.jpg", "x"), ("a/1.jpg", "y"), ("B/1.jpg", "x"))
+    assert list(label_match.match(rows, NAMES).items()) == [(0, "y"), (2, "x")]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([("9.jpg", "x")], "'9.jpg' (line 2 of t.csv) is not among the 7 images, whose names are "
+         "like 'a/1.jpg': give the path below the folder"),
+        ([("1.jpg", "x")], "'1.jpg' (line 2 of t.csv) fits several images, a/1.jpg, b/1.jpg: give"),
+        ([("c/1.jpg", "x")], "'c/1.jpg' (line 2 of t.csv) is not among"),
+        ([("a/1.jpg", "x"), ("./a/1.jpg", "y")],
+         "'./a/1.jpg' has two labels, 'x' in line 2 of t.csv and 'y' in line 3 of t.csv: keep one"),
+        ([(f"{i}.x", "x") for i in range(5)], "'0.x' (line 2 of t.csv), '1.x' (line 3 of t.csv), "
+         "'2.x' (line 4 of t.csv) and 2 more are not among the 7 images"),
+    ],
+)  # fmt: skip
+def test_rows_that_fit_no_image_or_too_many(cells, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        label_match.match(rows_of(*cells), NAMES)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_damaged_images_are_counted():
+    images = Images(
+        np.zeros((2, 1)), np.full(2, -1), np.array([0, 2]),
+        np.array(["1.png", "3.png"]), np.array(["2.png"]),
+    )  # fmt: skip
+    rows = rows_of(("3.png", "y"), ("2.png", "z"), ("1.png", "x"))
+    found, words = label_match.given(rows, images)
+    assert found == {0: "x", 1: "y"}
+    assert words == "; 1 label of a damaged image unused: 2.png"
+
+
+def test_names_of_shards_lose_the_folder_that_they_share():
+    shown = label_match.shown_names(["/home/me/a/b.png", "/home/me/a/bc/d.png"])
+    assert shown == ["b.png", "bc/d.png"]
+    assert label_match.shown_names(["a/b.png", "\udcff.png"]) == ["a/b.png", "\\udcff.png"]
+
+
+def test_a_table_that_must_be_kept_gets_a_successor(tmp_path):
+    first = epath.Path(tmp_path / "t.csv")
+    assert label_file.free(first, lambda _: False) == first
+    first.touch()
+    (tmp_path / "t_2.csv").touch()
+    assert label_file.free(first, lambda _: True) == first
+    assert label_file.free(first, lambda old: old.name == "t_2.csv").name == "t_2.csv"
+    assert label_file.free(first, lambda _: False).name == "t_3.csv"
+
+
+def test_classes_are_sorted():
+    classes, numbers = label_match.classes_of(["b", "a", "b", "ü"])
+    assert classes == ("a", "b", "ü") and numbers.tolist() == [1, 0, 1, 2]
