@@ -79,11 +79,13 @@ class Trainer:
         Args:
             rows: int `[m]`.
             labels: int `[m]`, in [0, c), of two classes at least.
-            queries: int `[q]`, rows too.
+            queries: int `[q]`, rows too; q may be 0.
 
         Raises:
             UserError: one class only, or a setting out of range.
         """
+        if not len(queries):
+            return Predictions(np.zeros((0, self.num_classes)), np.zeros(0, np.int64))
         s, d = self.settings, self.features.shape[1]
         trained, asked = self.features[rows], self.features[queries]
         (fit,) = logistic.fit(

@@ -23,7 +23,7 @@ _COLUMNS = (
     label_file.FILE, label_file.LABEL, label_file.GIVEN,
     "probability", "second", "second_probability", "knn",
 )  # fmt: skip
-_UNSURE = 5  # images named in the sentence
+_UNSURE, _CLASSES = 5, 12  # images and classes named in the sentence
 _FLAG = "eval.label.csv"
 
 
@@ -175,7 +175,10 @@ def _sentence(
     unsure: Sequence[str],
 ) -> str:
     """All that was found, for the terminal."""
-    counts = ", ".join(f"{name} {count:,}" for name, count in metrics["predicted"].items())
+    predicted = collections.Counter(metrics["predicted"]).most_common()
+    counts = ", ".join(f"{shown(name)} {count:,}" for name, count in predicted[:_CLASSES])
+    if len(predicted) > _CLASSES:
+        counts += f", {len(predicted) - _CLASSES:,} more classes in results.jsonl"
     text = (
         f"{metrics['images']:,} images of {source.name} ({source.split}) labelled by "
         f"{opened.subject} from {metrics['given']:,} labels of {len(classes)} classes: {path}. "
@@ -186,9 +189,8 @@ def _sentence(
             f" By the folders' own labels: {100 * metrics['folders_top1']:.2f} % right of the "
             f"{metrics['folders_images']:,} images not in the table."
         )
-    text += f" Predicted: {counts}."
     if unsure:
-        text += f" Least sure of: {', '.join(map(shown, unsure))}."
+        text += f" Predicted: {counts}. Least sure of: {', '.join(map(shown, unsure))}."
     return text
 
 

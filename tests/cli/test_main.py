@@ -83,7 +83,7 @@ from main import METHODS
 for mode, changes in {
     "linear_eval": {"linear.variant": "augmented", "linear.epochs": 1},
     "finetune": {"finetune.fraction": 0.1, "finetune.epochs": 1},
-    "classify": {}, "knn": {}, "embed": {}, "export": {},
+    "classify": {}, "knn": {}, "embed": {}, "suggest": {}, "export": {},
     "transfer": {"logistic.num_values": 2, "logistic.max_iterations": 5},
 }.items():
     c = eval_config()
@@ -107,7 +107,8 @@ def test_a_run_on_the_device_is_evaluated_without_tensorflow(tmp_path):
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
     assert [record["mode"] for record in records] == [
-        "linear_eval", "finetune", "classify", "knn", "embed", "export", "transfer"
+        "linear_eval", "finetune", "classify", "knn", "embed", "suggest", "export",
+        "transfer",
     ]  # fmt: skip
     assert records[0]["variant"] == "augmented"
 

@@ -176,6 +176,30 @@ def test_labels_that_were_corrected_by_hand_are_kept(run, go, capsys):
     assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels.csv"])
 
 
+def test_labels_of_all_images_are_checked(run, go, capsys):
+    """A mistyped one has a low probability, by classifiers that did not see it."""
+    workdir, truth = run
+    wrong = dict(truth)
+    name = list(truth)[7]
+    wrong[name] = next(colour for colour in COLOURS if colour != truth[name])
+    target = workdir / "labels_typed.csv"
+    target.write_text("".join(f"{n},{label}\n" for n, label in wrong.items()))
+    record = go("label", label__csv=str(target))
+    assert record["predicted"] == dict.fromkeys(sorted(COLOURS), 0) and record["given"] == 40
+    assert "Predicted" not in capsys.readouterr().out
+    rows = {row["file"]: float(row["probability"]) for row in table(workdir / "labels.csv")}
+    assert min(rows, key=rows.get) == name
+    assert record["cv_accuracy"] == pytest.approx(39 / 40)
+
+
+def test_many_classes_are_counted_in_short(run, go, capsys):
+    workdir, truth = run
+    target = workdir / "labels_typed.csv"
+    target.write_text("".join(f"{n},{i // 2}\n" for i, n in enumerate(list(truth)[:30])))
+    assert len(go("label", label__csv=str(target))["predicted"]) == 15
+    assert ", 3 more classes in results.jsonl. Least sure" in capsys.readouterr().out
+
+
 def test_margin_suggests_what_the_classifier_is_least_sure_of(run, go):
     workdir, truth = run
     names, target = list(truth), workdir / "labels_typed.csv"
@@ -306,7 +330,11 @@ def test_mistakes(run, go, tmp_path):
         f"{name},red\n" for name in names[:2]))  # fmt: skip
     fails("'x.png' .line 1 of .*typed.csv. is not among the 40", text="x.png,red\n" + good)
     fails("eval.label.l2=0: expected a number above 0", text=good, label__l2=0.0)
-    fails("no split 'tset'.*--eval.label.split=NAME", text=good, label__split="tset")
+    fails(
+        "no split 'tset'.*.Another split of these data: --eval.label.split=NAME",
+        text=good,
+        label__split="tset",
+    )
     fails("kNN temperature=0.0: it must be above 0", text=good[:300].rpartition("\n")[0],
           knn__temperature=0.0)  # fmt: skip
     fails("eval.suggest.number=0: expected at least one image", "suggest", suggest__number=0)

@@ -37,7 +37,7 @@ def curves(workdir: epath.Path) -> dict[str, Any]:
 
 
 def results(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `results.jsonl` with scores, which those of `--mode=embed` do not have."""
+    """The lines of `results.jsonl` with scores, which `embed` and `suggest` do not have."""
     path = workdir / jsonl.RESULTS
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
@@ -46,7 +46,7 @@ def results(workdir: epath.Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # truncated by a full disk
             continue
-        if not isinstance(record, dict) or record.get("mode") == "embed":
+        if not isinstance(record, dict) or record.get("mode") in ("embed", "suggest"):
             continue
         measured = {k: v for k, v in record.items() if k not in _PROTOCOL and v is not None}
         rows.append(
