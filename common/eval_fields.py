@@ -109,10 +109,14 @@ EVAL: dict[str, dict[str, Field]] = {
     },
     "embed": {
         "split": Field("", "empty = the test split, or train where there is none"),
-        "format": Field("npz", "npz | npz,parquet"),
+        "format": Field("npz",
+            "one or more of npz,parquet,csv; csv = the features also in the table of the images"),
         "examples": Field(0, "limit on the number of images; 0 = all"),
         "report": Field(True, "also write report.html"),
         "points": Field(3000, "number of points in the map of the report"),
+        "clusters": Field(0, "number of clusters in the report; 0 = chosen by the silhouette"),
+        "query": Field("",
+            "image files with commas between them; the report shows what is most like each"),
     },
     "suggest": {
         "number": Field(50, "images to label; the list begins with the most useful ones"),

@@ -4,19 +4,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from common.data.feed.recipe import FeedRecipe
+from common.data.sources import slices
 from common.data.sources.base import Source, listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
-from common.evaluate import feature_files
+from common.evaluate import everything, feature_files, query, spreadsheet
 from common.evaluate.everything import check_finite, damaged
 from common.evaluate.feature_files import Embedded
+from common.evaluate.findings import find
 from common.evaluate.page import build
 from common.evaluate.pretrained import Pretrained
 from common.train import summary
 
 _PAIRS = 8  # augmented pairs on the page
+_NEAREST = 5  # images that the sentence names for a query
 
 
 def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
@@ -25,14 +29,15 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     An image that cannot be decoded gets no row: with `on_corrupt="replace"`, which substitutes
     another image everywhere else, it is left out here.
     """
-    c, s = opened.settings.embed, opened.settings
+    c = opened.settings.embed
     formats = feature_files.formats_of(c.format)
-    if c.examples < 0 or c.points < 1:
+    if c.examples < 0 or c.points < 1 or c.clusters < 0:
         raise UserError(
-            f"eval.embed.examples={c.examples} and eval.embed.points={c.points}: expected at "
-            "least 0 and 1"
+            f"eval.embed.examples={c.examples}, eval.embed.points={c.points} and "
+            f"eval.embed.clusters={c.clusters}: expected at least 0, 1 and 0"
         )
     source = _open(opened)
+    queries = query.read(c.query, source)
     if source.on_corrupt == "replace":
         source.on_corrupt = "leave out"  # `common.data.feed.corrupt.LEAVE_OUT`, without TensorFlow
     features, labels, ids = opened.extract(source, c.examples)
@@ -46,15 +51,15 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
         _about(opened, source), left_out,
     )  # fmt: skip
-    written = [opened.workdir / f"{_stem(embedded.about)}.{kind}" for kind in formats]
-    page = opened.workdir / "report.html"
-    if jax.process_index() == 0:
-        for path, kind in zip(written, formats, strict=True):
-            feature_files.WRITERS[kind](path, embedded)
-        if c.report:
-            build.write(page, _page_run(opened, source), source, embedded, c.points, s.seed)
+    searched = query.search(opened, queries, features)
+    written = [
+        opened.workdir / f"{_stem(embedded.about)}.{kind}"
+        for kind in dict.fromkeys([*formats, "csv"])
+    ]
     if c.report:
-        written.append(page)
+        written += [opened.workdir / name for name in ("duplicates.csv", "report.html")]
+    if jax.process_index() == 0:
+        _write(opened, source, embedded, searched, formats, written)
     n, d = features.shape
     metrics = {
         "examples": n,
@@ -65,15 +70,77 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "embedded_split": source.split,
         "files": [path.name for path in written],
     }
+    if searched:
+        metrics["query"] = {
+            q.name: {
+                feature_files.printable(str(names[i])): round(float(cosine), 4)
+                for i, cosine in zip(q.rows, q.cosines, strict=True)
+            }
+            for q in searched
+        }
     return metrics, (
         f"{d:,} features of {n:,} images of {source.name} ({source.split}) by "
         f"{opened.subject}: {', '.join(str(path) for path in written)}"
         + listed([shown(name) for name in left_out], "damaged image", "left out")
+        + "".join(_found(q, names) for q in searched)
     )
 
 
+def _write(
+    opened: Pretrained,
+    source: Source,
+    embedded: Embedded,
+    searched: list[query.Query],
+    formats: list[str],
+    written: list[epath.Path],
+) -> None:
+    """Writes the files of features, and with `eval.embed.report` the page and its tables."""
+    c, s = opened.settings.embed, opened.settings
+    found, groups, places = None, None, {}
+    if c.report:
+        findings = find(source, embedded, opened.image_size, s.seed, c.clusters, searched)
+        found, groups = findings.structure, findings.duplicates
+        chosen, drawn = build.draw(source, embedded, findings, c.points, s.seed)
+        places = {int(row): point[:2] for row, point in zip(chosen, drawn.points, strict=True)}
+        tables = tuple(path.name for path in written if path.suffix == ".csv")
+        page = _page_run(opened, source, tables)
+        build.write(
+            opened.workdir / "report.html", page, source, embedded, findings, (chosen, drawn)
+        )
+    for path in written:
+        if path.name == "duplicates.csv":
+            spreadsheet.write(path, *spreadsheet.duplicates(embedded, groups or []))
+        elif path.suffix == ".csv":
+            table = spreadsheet.images(
+                embedded, found, groups or (), places, features="csv" in formats
+            )
+            spreadsheet.write(path, *table)
+        elif path.suffix[1:] in feature_files.WRITERS:
+            feature_files.WRITERS[path.suffix[1:]](path, embedded)
+
+
+def _found(q: query.Query, names: np.ndarray) -> str:
+    """The nearest images of a query, for the sentence."""
+    near = ", ".join(
+        f"{shown(str(names[i]))} ({cosine:.3f})"
+        for i, cosine in zip(q.rows[:_NEAREST], q.cosines, strict=False)
+    )
+    return f"; most like {shown(q.name)}: {near}"
+
+
 def _open(opened: Pretrained) -> Source:
-    """Opens the split named, else test, else train (a folder of photos has no other)."""
+    """Opens the split named, else test, else train (a folder of photos has no other).
+
+    Of images without labels of which the test split is a part held out, all are opened.
+    """
+    source = _named(opened)
+    named = opened.settings.embed.split or opened.settings.test_split
+    if named or source.num_classes or slices.parse(source.split)[1] is None:
+        return source
+    return everything.open_all(opened)
+
+
+def _named(opened: Pretrained) -> Source:
     split = opened.settings.embed.split
     try:
         if split:  # opened as a test split, so that its classes are numbered as those of train
@@ -86,12 +153,12 @@ def _open(opened: Pretrained) -> Source:
         raise UserError(f"{error} (Here: --eval.embed.split=NAME.)") from error
 
 
-def _page_run(opened: Pretrained, source: Source) -> build.Run:
+def _page_run(opened: Pretrained, source: Source, tables: tuple[str, ...] = ()) -> build.Run:
     pairs = np.zeros(0, np.int64), np.zeros((0, 2, 1, 1, 3), np.uint8)
     if source.kind != "stream":  # which has no random access
         n = min(_PAIRS, source.num_examples)
         pairs = summary.some_pairs(FeedRecipe.of(opened.config), source, n)
-    return build.Run(opened.subject, opened.workdir, opened.image_size, pairs)
+    return build.Run(opened.subject, opened.workdir, opened.image_size, pairs, tables)
 
 
 def _about(opened: Pretrained, source: Source) -> dict[str, Any]:

@@ -36,16 +36,17 @@ class Embedded:
 
 
 def formats_of(text: str) -> list[str]:
-    """Parses `eval.embed.format`; npz is always among them.
+    """Parses `eval.embed.format`; npz is always among them, and csv means features in the table.
 
     Raises:
         UserError: an unknown format, or Parquet without pyarrow.
     """
     formats = [name.strip() for name in text.split(",") if name.strip()]
     for name in formats:
-        if name not in WRITERS:
+        if name not in (*WRITERS, "csv"):
             raise UserError(
-                f"eval.embed.format={text!r}: {name!r} is unknown, choose npz or npz,parquet"
+                f"eval.embed.format={text!r}: {name!r} is unknown, choose one or more of "
+                "npz,parquet,csv"
             )
     if "parquet" in formats:
         _pyarrow()

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html.parser
 import io
 import json
 import os
@@ -13,51 +12,27 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from embed_page import (
+    Page,
+    eval_settings,
+    make_run,
+    pictures_on,
+    reopened,
+    write_images,
+    write_page,
+)
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from PIL import Image
 
-from common import config as configs
 from common import version
 from common.cli import modes
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
 from common.evaluate import embed_mode, everything, feature_files, pretrained
-from common.evaluate.page import build, feature_map, history, inline
-from common.evaluate.pretrained import Pretrained
+from common.evaluate.page import build, feature_map, history, inline, names
 
 HOSTILE = "<script>alert(1)<_script> & \"'"
 CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
-
-
-def eval_settings(**changes) -> ConfigDict:
-    c = configs.eval_config()
-    c.features = "untrained"
-    for name, value in changes.items():
-        section, _, last = name.rpartition("__")
-        (c[section] if section else c)[last] = value
-    return c
-
-
-def make_run(workdir, **changes) -> None:
-    """A workdir as a run leaves it, except for the checkpoint."""
-    workdir.mkdir()
-    c = tiny.config("simclr", **changes)
-    (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
-    lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
-    lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
-    (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")
-
-
-def write_images(folder, names, seed=0) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for name in names:
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
-            Image.fromarray(pixels).save(file, "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +48,6 @@ def labelled(tmp_path_factory):
         patch.setattr(pretrained, "load", lambda *_: opened)  # one compilation for all tests
         record = modes.run("embed", str(root / "run"), s, tiny.METHODS)
     return root / "run", record, opened
-
-
-def reopened(opened, workdir, s) -> Pretrained:
-    """The same encoder with other settings, as `pretrained.load` would open it."""
-    c = opened.config.copy_and_resolve_references()
-    with c.unlocked():
-        c.data.source = s.source or c.data.source
-        c.data.test_split = s.test_split or c.data.test_split
-        c.data.on_corrupt = s.on_corrupt or c.data.on_corrupt
-    return Pretrained(c, s, workdir, opened.mesh, opened.method, opened.state, 0)
 
 
 def test_npz_holds_the_features_in_order(labelled):
@@ -115,41 +80,16 @@ def test_parquet_holds_the_same(labelled):
         assert table["class_name"].to_pylist() == classes.tolist()
 
 
-class Page(html.parser.HTMLParser):
-    """The elements of a page: `(tag, attributes)` and the text of scripts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements, self.scripts, self.text, self._inside = [], [], "", False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag == "script"
-        if self._inside:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = False
-
-    def handle_data(self, data):
-        if self._inside:
-            self.scripts[-1] += data
-        else:
-            self.text += data
-
-
 def test_page_escapes_and_is_self_contained(labelled):
     workdir, _, _ = labelled
     text = (workdir / "report.html").read_text()
     page = Page(text)
     data, script = page.scripts  # no third one out of a name
     found = json.loads(data)
-    assert sorted(found["names"]) == sorted(
-        f"test/{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc"
-    )
+    assert sorted(found["names"]) == sorted(f"{c}/{n}{HOSTILE}.png" for c in CLASSES for n in "abc")
     assert found["classes"] == list(CLASSES)
     assert CLASSES[0] in page.text  # shown as text
+    assert "begin with test/" in " ".join(page.text.split())
     policy = next(a["content"] for t, a in page.elements if "http-equiv" in a)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
@@ -193,7 +133,8 @@ def rebuild(labelled):
 
     def write(path, class_names=source.class_names):
         embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
-        build.write(path, embed_mode._page_run(opened, source), source, embedded, 3000, 0)
+        tables = ("features-data-test-untrained.csv", "duplicates.csv")
+        write_page(path, embed_mode._page_run(opened, source, tables), source, embedded, 3000)
         return path.read_text()
 
     return write
@@ -230,14 +171,8 @@ def page_of(workdir, n, classes, size=8, kind="pixels"):
     ids = np.arange(1, n if kind == "pixels" else 0, 2)
     views = np.stack([images[ids] // 2, images[ids] // 3], axis=1)
     run = build.Run("an encoder", workdir, size, (ids, views))
-    build.write(workdir / "report.html", run, source, embedded, 100, 0)
+    write_page(workdir / "report.html", run, source, embedded, 100)
     return Page((workdir / "report.html").read_text()), images, features
-
-
-def pictures_on(page) -> list[Image.Image]:
-    """Those of single images, in order; the curves are not among them."""
-    sources = [a["src"] for t, a in page.elements if t == "img" and "Training" not in a["alt"]]
-    return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
 
 
 def test_page_shows_the_nearest_and_the_views_of_each_image(tmp_path):
@@ -271,7 +206,7 @@ def test_page_of_large_images_shows_small_ones(tmp_path):
     assert [(p.format, p.size) for p in found] == [("JPEG", (224, 224))] * (8 * 8 + 4 * 3)
     (sheet,) = re.findall(r"url\(data:([^)]*)", (tmp_path / "run" / "report.html").read_text())
     sheet = Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2])))
-    assert sheet.size == (3 * 48, 3 * 48)
+    assert sheet.size == (3 * 96, 3 * 96)
 
 
 def test_page_of_many_classes_has_a_scale_and_no_legend(tmp_path):
@@ -301,7 +236,7 @@ def test_unlabelled_folder_of_odd_names(labelled, tmp_path):
         assert [os.fsencode(n) for n in found["names"]] == [b"a.png", b"b.png", b"\xff.png"]
         assert found["class_names"].size == 0
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "without labels" in text and "one colour" in text
+    assert "without labels" in text and "one colour" in text and "--mode=suggest" in text
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(tmp_path / "run" / "features-photos-train-untrained.parquet")
     assert table["label"].to_pylist() == [None] * 3
@@ -347,8 +282,12 @@ def test_a_damaged_file_gets_no_features_of_another(labelled, tmp_path, caplog):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"embed__format": "csv"}, "'csv' is unknown, choose npz or npz,parquet"),
-        ({"embed__points": 0}, "embed.points=0: expected"),
+        ({"embed__format": "npz,xls"}, "'xls' is unknown, choose one or more of npz,parquet,csv"),
+        ({"embed__points": 0}, "embed.points=0 and eval.embed.clusters=0: expected"),
+        ({"embed__clusters": -1}, "embed.clusters=-1: expected"),
+        ({"embed__query": "/no/such.jpg"}, "embed.query: there is no file /no/such.jpg; expected"),
+        ({"embed__query": "/"}, "embed.query=/ is a folder; expected an image file"),
+        ({"embed__query": __file__}, "embed.query: cannot decode .*test_embed.py .*not an image"),
         ({"embed__split": "tset"}, "no split 'tset'.*--eval.embed.split=NAME"),
         ({"test_split": "other"}, "no split 'other'.*--eval.embed.split=NAME"),
     ],
@@ -387,8 +326,16 @@ def test_no_name_leaves_the_workdir():
     assert feature_files.shortened("folder:gs://bucket/photos") == "folder:photos"
     assert feature_files.shortened("gs://bucket/a/b") == "b"
     assert feature_files.shortened("tfds:cifar10") == "tfds:cifar10"
-    shown = build._shown_names(np.array(["/home/me/a/b.png", "/home/me/a/bc/d.png"]))
-    assert shown == ["b.png", "bc/d.png"]
+
+
+def test_names_on_the_page():
+    shown = names.below(np.array(["/home/me/a/b.png", "/home/me/a/bc/d.png"]))
+    assert shown == ("", ["b.png", "bc/d.png"])  # an absolute path is nobody's business
+    assert names.below(np.array(["a/b/c.png", "a/b/cd/e.png"])) == ("a/b/", ["c.png", "cd/e.png"])
+    assert names.below(np.array(["12", "13"])) == ("", ["12", "13"])
+    assert names.middle("short.jpg") == "short.jpg"
+    long = names.middle("IMG_20240131_120000_HDR_0001.jpg")
+    assert long == "IMG_202…0_HDR_0001.jpg" and len(long) == 22
 
 
 def test_map_keeps_groups_together():

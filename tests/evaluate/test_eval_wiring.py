@@ -229,7 +229,7 @@ def test_embed_of_another_encoder_or_layer_has_files_of_its_own(opened, changes,
     if "features" in changes:
         run.__dict__.pop("encoder")  # it is of the backbone
     metrics, _ = embed_mode.run(run)
-    assert metrics["files"] == [f"features-fake-test{stem}.npz"]
+    assert metrics["files"] == [f"features-fake-test{stem}.{kind}" for kind in ("npz", "csv")]
     with np.load(tmp_path / metrics["files"][0]) as found:
         if "layer" in changes:
             np.testing.assert_allclose(found["features"], table("test", WIDTH)[0])

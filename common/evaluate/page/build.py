@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import hashlib
-import os
 import pathlib
 from typing import Any
 
@@ -14,14 +13,14 @@ from etils import epath
 from common import version
 from common.data.feed.pipeline import images_of
 from common.data.sources.base import Source
-from common.evaluate import knn
+from common.evaluate import duplicates, structure
 from common.evaluate.feature_files import Embedded, printable
-from common.evaluate.page import feature_map, history, inline
+from common.evaluate.findings import Findings
+from common.evaluate.page import feature_map, gallery, history, inline
+from common.evaluate.page.gallery import Gallery
 from common.run import files
 
 _HERE = pathlib.Path(__file__).parent
-_QUERIES, _NEIGHBOURS = 8, 7
-_CHUNK = 256  # images decoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +33,53 @@ class Run:
         image_size: side of the images that the encoder sees, in pixels.
         pairs: int ids `[m]` of some examples of the source, and the augmented views of each,
             uint8 `[m, 2, h, w, 3]`; m may be 0.
+        tables: names of the files beside the page.
     """
 
     subject: str
     workdir: epath.Path
     image_size: int
     pairs: tuple[np.ndarray, np.ndarray]
+    tables: tuple[str, ...] = ()
+
+
+def draw(
+    source: Source, embedded: Embedded, findings: Findings, points: int, seed: int
+) -> tuple[np.ndarray, feature_map.Map]:
+    """The map of at most `points` images, chosen at random: their rows, and what is drawn.
+
+    Colours are those of classes, or of clusters where nothing is labelled.
+
+    Args:
+        source: the images.
+        embedded: their features.
+        findings: their clusters.
+        points: at most this many.
+        seed: of their choice, and of t-SNE.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(embedded.ids))[:points]
+    show = Gallery(source, embedded, 0)
+    names = show.folder_and_names[1]
+    features, labels = embedded.features[chosen], embedded.labels[chosen]
+    classes, nearest = show.classes, None
+    if (embedded.labels < 0).all():
+        found = findings.structure
+        clusters = found.spread_out(found.clusters.labels, len(embedded.ids), -1)
+        labels = clusters[chosen]
+        classes = tuple(f"cluster {i + 1}" for i in range(len(found.clusters.centres)))
+    elif len(chosen) > 1:
+        nearest = structure.nearest_others(features, 1)[0][:, 0]
+    shown = [names[i] for i in chosen]
+    return chosen, feature_map.make(features, labels, nearest, shown, classes, seed)
 
 
 def write(
-    path: epath.Path, run: Run, source: Source, embedded: Embedded, points: int, seed: int
+    path: epath.Path,
+    run: Run,
+    source: Source,
+    embedded: Embedded,
+    findings: Findings,
+    drawn: tuple[np.ndarray, feature_map.Map],
 ) -> None:
     """Writes the page.
 
@@ -52,29 +88,39 @@ def write(
         run: whose encoder made the features.
         source: the images.
         embedded: their features.
-        points: at most this many images in the map.
-        seed: of their choice, and of t-SNE.
+        findings: what was found in them.
+        drawn: of `draw`.
     """
-    n, size = len(embedded.ids), run.image_size
-    chosen = np.random.default_rng(seed).permutation(n)[:points]
-    names = _shown_names(embedded.names)
-    classes = tuple(printable(str(name)) for name in embedded.class_names)
+    chosen, drawn_map = drawn
+    show = Gallery(source, embedded, run.image_size)
     pictured = source.kind != "stream"  # which has no random access
-    atlas, cells = _atlas(source, embedded.ids[chosen], size) if pictured else ("", {})
+    atlas, cells = show.atlas(chosen) if pictured else ("", {})
+    folder, names = show.folder_and_names
+    found = findings.structure
     text = _render(
         subject=run.subject,
         about=embedded.about,
         workdir=printable(run.workdir.name),
         data=printable(source.name),
         split=printable(source.split),
-        n=n,
+        folder=folder,
+        tables=run.tables,
+        n=len(embedded.ids),
+        compared=len(found.rows),
         dimensions=embedded.features.shape[1],
-        classes=len(classes),
+        classes=len(show.classes),
         labelled=bool((embedded.labels >= 0).any()),
-        map=_map(embedded, chosen, names, classes, seed),
+        map=drawn_map,
         atlas=atlas,
         cells=cells,
-        rows=_neighbours(source, embedded, names, classes, size) if pictured else [],
+        found=gallery.found(show, findings.queries) if pictured else [],
+        structure=found,
+        clusters=gallery.clusters(show, found) if pictured else [],
+        groups=findings.duplicates,
+        limit=duplicates.DIFFERENCE,
+        duplicates=gallery.duplicates(show, findings.duplicates or []),
+        odd=gallery.odd(show, found) if pictured else [],
+        rows=gallery.neighbours(show) if pictured else [],
         pairs=_pairs(run, source, dict(zip(embedded.ids.tolist(), names, strict=True))),
         **history.curves(run.workdir),
         label_free=history.label_free(run.workdir),
@@ -84,63 +130,6 @@ def write(
         jax=jax.__version__,
     )
     files.write_text(path, text)
-
-
-def _map(
-    embedded: Embedded,
-    chosen: np.ndarray,
-    names: list[str],
-    classes: tuple[str, ...],
-    seed: int,
-) -> feature_map.Map:
-    """Of some rows; `names` and `classes` are those of `Embedded`, as they are shown."""
-    features, labels = embedded.features[chosen], embedded.labels[chosen]
-    nearest = None
-    if len(chosen) > 1:
-        found = knn.neighbours(features, features, 2)[0]
-        itself = found[:, 0] == np.arange(len(chosen))
-        nearest = np.where(itself, found[:, 1], found[:, 0])
-    shown = [names[i] for i in chosen]
-    return feature_map.make(features, labels, nearest, shown, classes, seed)
-
-
-def _atlas(source: Source, ids: np.ndarray, image_size: int) -> tuple[str, dict[str, int]]:
-    """Thumbnails of the images of the map; see `inline.atlas`."""
-    parts = [ids[i : i + _CHUNK] for i in range(0, len(ids), _CHUNK)]
-    small = [inline.thumbnails(images_of(source, part, image_size)) for part in parts]
-    return inline.atlas(np.concatenate(small))
-
-
-def _neighbours(
-    source: Source, embedded: Embedded, names: list[str], classes: tuple[str, ...], size: int
-) -> list[list[dict]]:
-    """Rows of a query and the images nearest to it in the same split."""
-    n = len(embedded.ids)
-    k = min(_NEIGHBOURS, n - 1)
-    if k < 1:
-        return []
-    # evenly spaced, so that sorted splits show several classes
-    queries = np.unique(np.linspace(0, n - 1, min(_QUERIES, n)).astype(int))
-    found, similarity = knn.neighbours(embedded.features, embedded.features[queries], k + 1)
-    rows = []
-    for query, nearest, cosines in zip(queries, found, similarity, strict=True):
-        others = [(i, s) for i, s in zip(nearest, cosines, strict=True) if i != query][:k]
-        row_ids, row_cosines = zip((query, 1.0), *others, strict=True)
-        images = images_of(source, embedded.ids[list(row_ids)], size)
-        row = []
-        for i, image, cosine in zip(row_ids, images, row_cosines, strict=True):
-            label, wanted = int(embedded.labels[i]), int(embedded.labels[query])
-            row.append(
-                {
-                    "uri": inline.image_uri(image),
-                    "name": names[i],
-                    "class": classes[label] if label >= 0 else "",
-                    "same": None if min(label, wanted) < 0 else label == wanted,
-                    "cosine": float(cosine),
-                }
-            )
-        rows.append(row)
-    return rows
 
 
 def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
@@ -156,16 +145,6 @@ def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
         }
         for i, original, pair in zip(ids, originals, views, strict=True)
     ]
-
-
-def _shown_names(names: np.ndarray) -> list[str]:
-    """Names for the page: absolute paths (shards keep them) without their common prefix."""
-    shown = [printable(str(name)) for name in names]
-    if shown and all(name.startswith("/") or "://" in name for name in shown):
-        common = os.path.commonprefix(shown)  # noqa: RUF071, the next line cuts it at a slash
-        common = common[: common.rfind("/") + 1]
-        shown = [name.removeprefix(common) for name in shown]
-    return shown
 
 
 def _render(**values: Any) -> str:

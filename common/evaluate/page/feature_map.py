@@ -15,6 +15,8 @@ UNLABELLED = "#8a8f98"
 _PCA = 50  # t-SNE gets at most this many principal components, as its authors do
 _PERPLEXITY = 30.0
 _FEW = 10  # images; t-SNE needs neighbourhoods
+_ALL_PICTURED = 300  # points; so many pictures may overlap
+_PICTURE = 40  # side of a picture on the map, of 1,000, where there are more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Map:
         class_names: of the labels 0, 1, ...
         legend: the classes that occur.
         collapsed: whether all features are equal.
+        pictured: the points that show their image at once, see `pictured`.
+        picture: the side of those images.
         spread: of the features: about 1 where they fill the sphere, 0 where they are equal; see
             `method.embedding_metrics`.
         agreement: see `same_class`.
@@ -48,6 +52,8 @@ class Map:
     names: list[str]
     class_names: tuple[str, ...]
     legend: list[Entry]
+    pictured: list[int]
+    picture: int
     collapsed: bool
     spread: float
     agreement: tuple[float, float] | None
@@ -79,6 +85,7 @@ def make(
     xy = project(features, seed)
     xy = 10 + 980 * (xy - xy.min(0) if len(xy) > 1 else xy)
     colours, legend = colour(labels, class_names)
+    side = picture_side(len(xy))
     unit = features.astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     return Map(
@@ -90,6 +97,8 @@ def make(
         names=names,
         class_names=class_names,
         legend=legend,
+        pictured=pictured(xy, side),
+        picture=side,
         collapsed=bool(len(xy) > 1 and np.ptp(xy) == 0),
         spread=float(unit.std(0).mean() * math.sqrt(unit.shape[1])),
         agreement=None if nearest is None else same_class(nearest, labels),
@@ -130,6 +139,33 @@ def project(features: np.ndarray, seed: int) -> np.ndarray:
             xy = tsne.fit_transform(rows)
     middle = (xy.max(0) + xy.min(0)) / 2
     return 0.5 + (xy - middle) / max(np.ptp(xy, axis=0).max(), 1e-12)
+
+
+def picture_side(n: int) -> int:
+    """Side of the pictures on a map of n points, of its 1,000."""
+    return max(_PICTURE, min(110, round(700 / math.sqrt(n)))) if n <= _ALL_PICTURED else _PICTURE
+
+
+def pictured(xy: np.ndarray, side: int) -> list[int]:
+    """Chooses the points that show their image instead of a dot.
+
+    Of few points all do. Of many each one does whose picture covers none that was chosen before:
+    all where points are sparse, and some where they are dense.
+
+    Args:
+        xy: `[n, 2]`, in random order.
+        side: of a picture.
+    """
+    if len(xy) <= _ALL_PICTURED:
+        return list(range(len(xy)))
+    chosen: list[int] = []
+    places = np.empty((len(xy), 2))
+    for i, place in enumerate(xy):
+        taken = places[: len(chosen)]
+        if (np.abs(taken - place).max(1, initial=0) >= side).all():
+            places[len(chosen)] = place
+            chosen.append(i)
+    return chosen
 
 
 def colour(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[list[str], list[Entry]]:

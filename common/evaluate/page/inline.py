@@ -6,8 +6,10 @@ import io
 import numpy as np
 
 _EXACT = 48  # pixels; images up to here keep every pixel (PNG)
-_SHOWN = 112  # side of an image in a grid, at most
-_THUMBNAIL = 48  # in the atlas
+LARGE = 224  # side of an image in a row of 8, at most: twice that on the page, for sharp screens
+SMALL = 160  # where there are many
+_CELLS = (96, 64, 48, 32, 16)  # sides of the images of an atlas
+_ATLAS = 8_000_000  # pixels: 30 MB in a browser, which telephones bear
 _BLOCK = 16  # JPEG's; cells of whole blocks do not bleed into each other
 
 
@@ -16,8 +18,8 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def image_uri(image: np.ndarray) -> str:
-    """A uint8 image `[h, w, 3]` as the `src` of an `<img>`."""
+def image_uri(image: np.ndarray, most: int = LARGE) -> str:
+    """A uint8 image `[h, w, 3]`, of a side of at most `most`, as the `src` of an `<img>`."""
     from PIL import Image
 
     picture, buffer = Image.fromarray(image), io.BytesIO()
@@ -25,20 +27,25 @@ def image_uri(image: np.ndarray) -> str:
         picture.save(buffer, "PNG", optimize=True)
         kind = "png"
     else:
-        picture.thumbnail((_SHOWN * 2, _SHOWN * 2))  # twice, for sharp screens
+        picture.thumbnail((most, most))
         picture.save(buffer, "JPEG", quality=85)
         kind = "jpeg"
     return data_uri(buffer.getvalue(), kind)
 
 
-def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Shrinks uint8 images `[n, h, w, 3]` to the size they have in an atlas."""
+def cell_side(n: int) -> int:
+    """The largest side of the images of an atlas of n, in pixels: the fewer, the larger."""
+    return next((side for side in _CELLS if n * side**2 <= _ATLAS), _CELLS[-1])
+
+
+def thumbnails(images: np.ndarray, side: int) -> np.ndarray:
+    """Shrinks uint8 images `[n, h, w, 3]` to the size they have in an atlas, at most `side`."""
     from PIL import Image
 
     h, w = images.shape[1:3]
-    if max(h, w) <= _THUMBNAIL:
+    if max(h, w) <= side:
         return images
-    size = (_THUMBNAIL, _THUMBNAIL)
+    size = (side, side)
     return np.stack([np.asarray(Image.fromarray(x).resize(size)) for x in images])
 
 

@@ -1,0 +1,107 @@
+"""Search by image: which images of a split are most like a file of the user's."""
+
+import dataclasses
+
+import numpy as np
+
+from common.data.feed.pipeline import images_of
+from common.data.sources.base import ArraySource, Source
+from common.data.sources.folder_source import shown
+from common.errors import UserError
+from common.evaluate import knn
+from common.evaluate.pretrained import Pretrained
+from common.run import files
+
+_FOUND = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One image and what was found for it.
+
+    Attributes:
+        name: of its file, without directories.
+        image: uint8 `[h, w, 3]`, as the encoder saw it.
+        rows: int32 `[k]`, of the features, nearest first.
+        cosines: float32 `[k]`, theirs.
+    """
+
+    name: str
+    image: np.ndarray
+    rows: np.ndarray
+    cosines: np.ndarray
+
+
+@dataclasses.dataclass(kw_only=True)
+class Files(ArraySource):
+    """Image files of the user's, to be decoded as those of another source are.
+
+    Attributes:
+        file_names: of each, without directories.
+    """
+
+    file_names: list[str]
+
+
+def read(text: str, like: Source) -> Files | None:
+    """The files of `eval.embed.query`, to be decoded as those of a source; None for "".
+
+    Args:
+        text: a path, or several with commas between them.
+        like: the source to search.
+
+    Raises:
+        UserError: a file that is not there, or that is no whole image.
+    """
+    one = bool(text.strip()) and files.path(text.strip()).exists()  # its name may have a comma
+    paths = [part.strip() for part in ([text] if one else text.split(",")) if part.strip()]
+    if not paths:
+        return None
+    data = np.empty(len(paths), object)
+    data[:] = [_bytes(path) for path in paths]
+    return Files(
+        name="eval.embed.query", split="files", kind="encoded", num_examples=len(paths),
+        num_classes=0, class_names=(), labels=np.full(len(paths), -1, np.int32),
+        decoding=like.decoding, images=data,
+        file_names=[path.rpartition("/")[2] for path in paths],
+    )  # fmt: skip
+
+
+def _bytes(text: str) -> bytes:
+    from common.data.images import decode  # TensorFlow, only where it is used
+
+    path = files.path(text)
+    if path.is_dir():
+        raise UserError(f"eval.embed.query={shown(text)} is a folder; expected an image file")
+    if not path.exists():
+        raise UserError(
+            f"eval.embed.query: there is no file {shown(text)}; expected the path of an image, or "
+            "several with commas between them"
+        )
+    data = path.read_bytes()
+    fault = decode.fault_of(data)
+    if fault:
+        raise UserError(
+            f"eval.embed.query: cannot decode {shown(text)} ({fault}); expected an image file, "
+            "such as a JPEG"
+        )
+    return bytes(data)
+
+
+def search(opened: Pretrained, queries: Files | None, features: np.ndarray) -> list[Query]:
+    """Finds the images nearest to each query, by the cosine of the features of `opened`.
+
+    Every process must call it.
+
+    Args:
+        opened: whose encoder made the features.
+        queries: of `read`.
+        features: `[n, d]`, n at least 1.
+    """
+    if queries is None:
+        return []
+    own = opened.extract(queries).features
+    found, cosines = knn.neighbours(features, own, min(_FOUND, len(features)))
+    images = images_of(queries, np.arange(len(own)), opened.image_size)
+    parts = zip(queries.file_names, images, found, cosines, strict=True)
+    return [Query(*fields) for fields in parts]
