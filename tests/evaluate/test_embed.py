@@ -45,7 +45,9 @@ def make_run(workdir, **changes) -> None:
     c = tiny.config("simclr", **changes)
     (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
     lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
+    lines[0] |= {"rankme": 4.25, "rankme_at_init": 4.25, "rankme_raw_pixels": 187.0}
     lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
+    lines[-1] |= {"rankme": 60.5, "view_agreement": 0.125}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
     (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")
@@ -164,10 +166,13 @@ def test_page_escapes_and_is_self_contained(labelled):
 
 
 def test_page_reports_the_numbers(labelled):
-    page = Page((labelled[0] / "report.html").read_text())
+    html = (labelled[0] / "report.html").read_text()
+    page = Page(html)
     text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
     assert "loss went from 3.00 to 1.00" in text
+    cells = "<td>RankMe</td><td><b>60.5</b></td><td>4.25</td><td>187</td>"
+    assert cells in html and "<td>view agreement</td><td><b>12.5 %</b></td><td>-</td>" in html
     assert "from 25.0 % to 30.0 % right; on raw pixels it reaches 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
     (curves,) = (a["src"] for t, a in page.elements if a.get("alt", "").startswith("Training loss"))
