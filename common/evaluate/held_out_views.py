@@ -17,6 +17,18 @@ from common.train import dispatch
 _SEED = 0  # of the draws: runs of every seed are measured on the same views
 
 
+def obstacle(test: Source | None) -> str:
+    """Why no views of held-out images can be compared, in words; "" if they can."""
+    if test is None:
+        return (
+            "no images are held out from training; --config.data.test_split=auto holds out a tenth "
+            "of a folder"
+        )
+    if test.kind == "stream":
+        return f"{test.name} ({test.split}) is streamed, and its images cannot be read again"
+    return "" if test.num_examples > 1 else f"{test.name} ({test.split}) has a single image"
+
+
 class HeldOutViews:
     """The views of up to `limit` test images, evenly spaced, by a run's own augmentation.
 
@@ -25,7 +37,7 @@ class HeldOutViews:
     uint8, each process those of its own devices.
 
     Args:
-        source: the test split; not a streamed one, which has no random access.
+        source: the test split, without an `obstacle`.
         recipe: of the run. Where it makes one view, a second is drawn from the same augmentation.
         mesh: the device mesh.
         batch_size: views encoded at a time, at most.

@@ -16,7 +16,7 @@ from common.data.feed import pipeline
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import Source
 from common.errors import UserError
-from common.evaluate import accuracy, features, knn, label_free
+from common.evaluate import accuracy, features, held_out_views, knn, label_free
 from common.evaluate.features import Features
 from common.evaluate.held_out_views import HeldOutViews
 from common.method import Classification, Method
@@ -67,12 +67,7 @@ class Evaluator:
         self._pixels = features.jit_encoder(features.flatten_pixels, mesh)
         self._views = None
         most = settings.label_free_examples
-        if (
-            recipe
-            and test is not None
-            and test.kind != "stream"
-            and min(most, test.num_examples) > 1
-        ):
+        if recipe and test is not None and most > 1 and not held_out_views.obstacle(test):
             self._views = HeldOutViews(test, recipe, mesh, self.batch_size, most)
 
     @staticmethod
@@ -238,25 +233,13 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
         UserError: for settings that cannot work.
     """
     Evaluator.check(run.config.evaluate, bank, test)
-    if run.config.evaluate.label_free_examples and (reason := _nothing_to_view(test)):
+    if run.config.evaluate.label_free_examples and (reason := held_out_views.obstacle(test)):
         console.say(f"no figures without labels (docs/evaluation.md): {reason}")
     return Evaluator(
         run.config.evaluate, run.mesh, run.method, run.setup.probe, bank, test,
         batch_size=run.config.batch_size, image_size=run.config.data.image_size,
         recipe=run.recipe,
     )  # fmt: skip
-
-
-def _nothing_to_view(test: Source | None) -> str:
-    """Why no views of held-out images can be compared; "" if they can."""
-    if test is None:
-        return (
-            "no images are held out from training; --config.data.test_split=auto holds out a tenth "
-            "of a folder"
-        )
-    if test.kind == "stream":
-        return f"{test.name} ({test.split}) is streamed, and its images cannot be read again"
-    return "" if test.num_examples > 1 else f"{test.name} ({test.split}) has a single image"
 
 
 def _scorable(method: Method, test: Source | None) -> Classification | None:

@@ -89,7 +89,7 @@ def words(summary: Mapping[str, Any], too_few: int) -> list[str]:
     if any(abs(trained.get(n, bound)) < abs(bound) for n, bound in _ONE_POINT.items()):
         return [
             "The features are nearly the same for every image: they have COLLAPSED, and are of no "
-            "use. Train again with a lower learning rate; docs/recipes.md says what else to try."
+            "use. Train again with a lower learning rate; see docs/troubleshooting.md."
         ]
     if not all(name in side for name in _TRUSTED for side in (trained, init, raw)):
         return []

@@ -12,7 +12,7 @@ from PIL import Image
 from common.data.feed import pipeline
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources.base import ArraySource
-from common.evaluate import features, label_free
+from common.evaluate import features, held_out_views, label_free
 from common.evaluate.held_out_views import HeldOutViews
 from common.models import probe as probes
 from common.sharding import make_mesh
@@ -139,3 +139,23 @@ def test_no_figures_where_there_is_nothing_to_compare(left_out):
         test.kind = "stream"
     score = evaluator(test, evaluate__label_free_examples=0 if left_out == "off" else 50)
     assert score(test_online.State(None)) == score.raw_pixels() == {}
+    if left_out != "off":
+        assert held_out_views.obstacle(test)
+
+
+@pytest.mark.parametrize(
+    ("examples", "test", "said"),
+    [
+        (9, None, "no images are held out from training; --config.data.test_split=auto"),
+        (9, textured(1), "colours (test) has a single image"),
+        (9, textured(), ""),
+        (0, None, ""),
+    ],
+)
+def test_a_run_says_once_why_it_has_no_figures(examples, test, said, capsys):
+    c = tiny.config("simclr", evaluate__label_free_examples=examples)
+    run = tiny.prepared(c, 1)
+    made = test_online.online.make_evaluator(run, one_colour(9, split="train"), test)
+    err = capsys.readouterr().err
+    assert err.count("no figures without labels") == bool(said) and said in err
+    assert (made._views is not None) == (not said and examples > 0)
