@@ -32,7 +32,9 @@ def make_run(workdir, **changes) -> None:
     c = tiny.config("simclr", **changes)
     (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
     lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
+    lines[0] |= {"rankme": 4.25, "rankme_at_init": 4.25, "rankme_raw_pixels": 187.0}
     lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
+    lines[-1] |= {"rankme": 60.5, "view_agreement": 0.125}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
     (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")

@@ -35,41 +35,6 @@ HOSTILE = "<script>alert(1)<_script> & \"'"
 CLASSES = ("a <b onclick='alert(2)'> & <!--", "plain")
 
 
-<<<<<<< HEAD
-=======
-def eval_settings(**changes) -> ConfigDict:
-    c = configs.eval_config()
-    c.features = "untrained"
-    for name, value in changes.items():
-        section, _, last = name.rpartition("__")
-        (c[section] if section else c)[last] = value
-    return c
-
-
-def make_run(workdir, **changes) -> None:
-    """A workdir as a run leaves it, except for the checkpoint."""
-    workdir.mkdir()
-    c = tiny.config("simclr", **changes)
-    (workdir / "config.json").write_text(json.dumps(configs.as_dict(c)))
-    lines = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top1_raw_pixels": 0.5}]
-    lines[0] |= {"rankme": 4.25, "rankme_at_init": 4.25, "rankme_raw_pixels": 187.0}
-    lines += [{"step": s, "epoch": s / 4, "loss": 3 / s, "knn_top1": s / 10} for s in (1, 2, 3)]
-    lines[-1] |= {"rankme": 60.5, "view_agreement": 0.125}
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    results = {"mode": "knn", "top1": 0.125, "k": 3, "source": f"folder:{workdir}/x", "seed": 5}
-    (workdir / "results.jsonl").write_text(json.dumps(results) + "\n{torn")
-
-
-def write_images(folder, names, seed=0) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for name in names:
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
-            Image.fromarray(pixels).save(file, "PNG")
-
-
->>>>>>> 85307e95ca71b48a932224e15774b134d5ceeea2
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """Folder of two classes, embedded: `(workdir, record, Pretrained)`."""
