@@ -1,10 +1,13 @@
 """Runs, settings and pages for the tests of `--mode=embed`."""
 
 import base64
+import csv
+import html
 import html.parser
 import io
 import json
 import os
+import re
 
 import numpy as np
 import tiny
@@ -98,3 +101,19 @@ def pictures_on(page, section=("neighbours", "views")) -> list[Image.Image]:
         if tag == "img" and inside in section:
             sources.append(a["src"])
     return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
+
+
+def shown(text, section):
+    """`(name, note)` of the cards of a section, in order."""
+    part = re.search(rf'<section id="{section}">.*?</section>', text, re.S)[0]
+    cards = re.findall(r"<figure.*?</figure>", part, re.S)
+    names = [html.unescape(re.search(r'<span title="([^"]*)"', card)[1]) for card in cards]
+    return [
+        (n, (re.findall("<b>(.*?)</b>", c) or [""])[0]) for n, c in zip(names, cards, strict=True)
+    ]
+
+
+def rows_of(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf")  # for Excel
+    return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
