@@ -142,10 +142,8 @@ def main() -> None:
         for w in workdirs
         if w.name in runs
     }
-    lines = over_steps(runs)
-    if len(runs) > 2:
-        lines += ["", *over_runs(runs, augmentations)]
-    print("\n".join(lines))
+    tables = [over_steps(runs), over_runs(runs, augmentations) if len(runs) > 2 else []]
+    print("\n\n".join("\n".join(lines) for lines in tables if lines))
 
 
 if __name__ == "__main__":
