@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.evaluate import duplicates, structure
+from common.evaluate import clusters, duplicates, structure
 
 
 def unit_rows(n, d, seed=0):
@@ -140,3 +140,15 @@ def test_components_by_hand():
     found = sorted(part.tolist() for part in duplicates.connected(edges))
     assert found == [[1, 2, 4], [5, 7, 9]]
     assert duplicates.connected(np.zeros((0, 2), int)) == []
+
+
+def test_many_images_are_in_six_clusters_or_more():
+    """Three blobs: of few images the three, of many the best of six and more, and any that is given."""
+    rows = np.eye(3, 8)[np.arange(240) % 3] + unit_rows(240, 8) * 0.1
+    assert len(structure.of_features(rows[:90], 0).clusters.centres) == 3
+    many = structure.of_features(rows, 0)
+    assert len(many.clusters.centres) >= 6
+    np.testing.assert_array_equal(
+        many.clusters.labels, clusters.cluster(rows, 0, ks=(6, 8, 10, 12, 16, 20)).labels
+    )
+    assert len(structure.of_features(rows, 0, k=3).clusters.centres) == 3
