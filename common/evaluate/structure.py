@@ -10,8 +10,7 @@ from common.evaluate.clusters import Clusters
 NEIGHBOURS = 10  # of each image
 # The work grows with the square of the images: minutes on two cores at this many.
 MOST = 50_000
-# Of some hundred images two or three clusters, which silhouettes often prefer, tell a person little:
-# bright ones and dark ones.
+# Of some hundred images two or three clusters, which silhouettes often prefer, tell a person little.
 MANY = 200
 SEVERAL = tuple(k for k in clusters.NUMBERS if k >= 6)
 _EQUAL = 1e-5  # cosine distances below are rounding
@@ -56,7 +55,7 @@ def of_features(features: np.ndarray, seed: int, k: int = 0, most: int = MOST) -
     Args:
         features: `[n, d]`, any real type, n at least 1.
         seed: of the clusters.
-        k: clusters wanted; 0 lets `clusters.cluster` choose, among `SEVERAL` where images are `MANY`.
+        k: clusters wanted; 0 lets `clusters.cluster` choose, from `SEVERAL` of `MANY` images.
         most: at most this many images are compared.
     """
     n = len(features)

@@ -143,7 +143,7 @@ def test_components_by_hand():
 
 
 def test_many_images_are_in_six_clusters_or_more():
-    """Three blobs: of few images the three, of many the best of six and more, and any that is given."""
+    """Three blobs: of few images the three, of many the best of six and more, or what is given."""
     rows = np.eye(3, 8)[np.arange(240) % 3] + unit_rows(240, 8) * 0.1
     assert len(structure.of_features(rows[:90], 0).clusters.centres) == 3
     many = structure.of_features(rows, 0)
