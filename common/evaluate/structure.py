@@ -10,7 +10,7 @@ from common.evaluate.clusters import Clusters
 NEIGHBOURS = 10  # of each image
 # The work grows with the square of the images: minutes on two cores at this many.
 MOST = 50_000
-# Of some hundred images two or three clusters, which silhouettes often prefer, tell a person little.
+# Of many images two or three clusters, which silhouettes often prefer, tell a person little.
 MANY = 200
 SEVERAL = tuple(k for k in clusters.NUMBERS if k >= 6)
 _EQUAL = 1e-5  # cosine distances below are rounding
