@@ -109,6 +109,12 @@ def check(config: ConfigDict) -> None:
             f"init_from={config.init_from} and resume_from={config.resume_from}: a run starts from "
             "one of them, leave the other out"
         )
+    largest = max(config.data.image_size, config.augment.size or 0)
+    if 0 < config.data.shrink < largest:
+        raise UserError(
+            f"data.shrink={config.data.shrink} makes photographs smaller than the {largest} pixels "
+            f"of what is made of them: set it to {largest} or more (twice is enough), or to 0"
+        )
     b, groups = config.batch_size, config.model.bn_groups
     if b % groups:
         divisors = [g for g in range(1, b + 1) if b % g == 0]

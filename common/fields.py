@@ -149,7 +149,8 @@ CONFIG: dict[str, dict[str, Field]] = {
             auto=AUTO),
         "test_split": Field("test",
             "split to score by; empty = no scores; auto = the test or validation split if there is "
-            "one, else a tenth of train is held out (at least 100 images, at most 2,000)",
+            "one, else a tenth of train is held out (at least 100 images, at most 2,000 or a "
+            "quarter)",
             auto=AUTO),
         "bank_split": Field("", "split whose images vote in kNN; empty = data.train_split"),
         "labels": Field("auto",

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from common import config as configs
 from common.data.feed import survey
 from common.data.images.decoding import AUTO, UPPER_8
+from common.data.sources import held_out
 from common.data.sources.base import Source
 from common.data.sources.opening import open_source, with_splits
 from common.errors import UserError
@@ -181,6 +182,12 @@ def load(
         other = set_source(settings, d, settings.source or d.source)
         d.on_corrupt = settings.on_corrupt or d.on_corrupt
         d.dir = settings.data_dir or d.dir
+        if other and held_out.decided(d.train_split, d.test_split):
+            d.train_split, d.test_split = (
+                AUTO,
+                AUTO,
+            )  # by the number of images of the run's own data
+        d.shrink = max(d.shrink, settings.image_size) if d.shrink else 0
         d.train_split = settings.train_split or d.bank_split or d.train_split
         d.bank_split = ""  # "train" is the split that votes here
         # that a run had no test split means nothing for other data

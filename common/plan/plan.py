@@ -64,7 +64,7 @@ def plan(
     """
     configs.check(config)
     n, classes = data_of(config)
-    config = by_number.decide(config, n)
+    config = by_number.decide(config, n, 1 if topologies else make_mesh().size)
     if config.batch_size > n:
         raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
     per_epoch = n // config.batch_size

@@ -6,7 +6,7 @@ from PIL import Image
 from test_folder_layout import CLASSES, below, make
 
 from common.config import section
-from common.data.sources import held_out, shard_writer
+from common.data.sources import held_out, opening, shard_writer
 from common.data.sources.opening import open_source, with_splits
 from common.errors import UserError
 
@@ -63,11 +63,39 @@ def test_what_is_given_is_kept(tmp_path):
     root = f"folder:{make(tmp_path / 'x', {'a': 40})}"
     assert splits(root, test="") == ("train", "")
     assert splits(root, "train[:80%]") == ("train[:80%]", "")
+    assert splits(root, test="train[90%:]") == ("train[:90%]", "train[90%:]")
+    assert splits(root, test="train[:7]") == ("train[7:]", "train[:7]")
+    assert splits(root, test="other") == ("train", "other")
+    with pytest.raises(UserError, match="what is left of the split is not one piece"):
+        splits(root, test="train[5:9]")
     c = data(root, "train[:80%]", "train[80%:]")
     assert with_splits(c) is c
     assert splits("embedded") == splits("fake") == ("train", "test")
     with pytest.raises(UserError, match="no folder"):
         splits(f"folder:{tmp_path / 'none'}")
+
+
+def test_one_image_is_trained_on(tmp_path):
+    assert splits(f"folder:{make(tmp_path / 'x', {'a': 1})}") == ("train", "")
+
+
+def test_splits_that_were_decided_are_known():
+    assert held_out.decided("train[:-36]", "train[-36:]")
+    for train, test in (
+        ("train", "test"), ("train[:90%]", "train[90%:]"), ("train[:-9]", "train[-8:]"),
+        ("train[:-9%]", "train[-9%:]"), ("train[:-9]", "val[-9:]"), ("train", ""),
+    ):  # fmt: skip
+        assert not held_out.decided(train, test)
+
+
+def test_a_set_that_says_its_size_is_not_read_to_be_counted(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    for i in range(8):
+        Image.new("RGB", (6, 5), (i, 2 * i, 9)).save(tmp_path / "x" / f"{i:02}.png")
+    c = data(f"folder:{tmp_path / 'x'}", "train", "")
+    shard_writer.write(c, tmp_path / "shards")
+    monkeypatch.setattr(opening, "_open", None)
+    assert splits(f"shards:{tmp_path / 'shards'}") == ("train[:-2]", "train[-2:]")
 
 
 def test_of_shards(tmp_path):

@@ -1,15 +1,20 @@
 """`data.shrink`: what is made smaller, what is left alone, and that it is the same picture."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
+from common import config as configs
 from common.config import section
 from common.data.feed import pipeline
 from common.data.sources import shrunk, slices, subset
 from common.data.sources.opening import open_source
+from common.errors import UserError
 
 
 def picture(height, width, seed=0):
@@ -25,11 +30,26 @@ def encoded(image, kind="JPEG", **options):
     return out.getvalue()
 
 
+def deep_rgb_png(height, width):
+    """A PNG of 3 x 16 bits, which Pillow reads as 8 bits."""
+    row = b"\0" + np.full((width, 3), 4000, ">u2").tobytes()
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(row * height),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def opened(data):
     return Image.open(io.BytesIO(data))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (97, 64), (400, 130), (256, 256)])
 def test_the_shorter_side_is_between_once_and_twice_the_length_asked_for(kind, height, width):
     image = picture(height, width)
@@ -48,11 +68,16 @@ def test_the_shorter_side_is_between_once_and_twice_the_length_asked_for(kind, h
         encoded(picture(200, 300))[:900],
         b"", b"text",
         encoded(Image.fromarray(np.full((200, 200), 4000, np.uint16)), "PNG"),
+        deep_rgb_png(200, 200),
+        encoded(picture(200, 200), "TIFF"),
         encoded(picture(200, 200).convert("RGBA"), "PNG"),
         encoded(picture(200, 200).convert("P"), "PNG"),
         encoded(picture(200, 200), "GIF", save_all=True, append_images=[picture(200, 200, 1)]),
     ],
-    ids=["small", "damaged", "empty", "text", "deep", "alpha", "palette", "animation"],
+    ids=[
+        "small", "damaged", "empty", "text", "deep", "deep_rgb", "tiff", "alpha", "palette",
+        "animation",
+    ],
 )  # fmt: skip
 def test_what_is_left_as_it_is(data):
     assert shrunk.smaller(data, 32) is None
@@ -128,3 +153,22 @@ def test_a_damaged_or_missing_file_is_named_as_ever(folder):
 def test_pixels_are_left_alone():
     source = open_source(section("data", source="embedded", shrink=8), "train")
     assert source.kind == "pixels"
+
+
+def test_classes_are_those_of_the_training_split_by_name(tmp_path):
+    """A test split that lacks the first class: its labels are not 0 and 1."""
+    for split, classes in (("train", "abc"), ("test", "bc")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.jpg").write_bytes(encoded(picture(90, 90)))
+    for shrink in (0, 32):
+        source = open_source(section("data", source=f"folder:{tmp_path}", shrink=shrink), "test")
+        assert source.read(np.arange(2))[1].tolist() == [1, 2] == source.labels.tolist()
+
+
+def test_views_larger_than_what_is_kept_are_refused():
+    c = tiny.config("simclr", data__shrink=31, data__image_size=16, augment__size=32)
+    with pytest.raises(UserError, match=r"data\.shrink=31 makes photographs smaller than the 32"):
+        configs.check(c)
+    c.data.shrink = 32
+    configs.check(c)

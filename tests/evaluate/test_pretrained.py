@@ -207,3 +207,21 @@ def test_a_vit_takes_images_of_another_size_with_its_positions_resized(tmp_path)
 def test_a_resnet_takes_images_of_any_size(runs):
     opened = opened_run.load(runs[0], image_size=11)
     assert opened.encoder(np.zeros((2, 11, 11, 3), np.uint8)).shape == (2, 4)
+
+
+def test_splits_that_were_decided_for_the_runs_data_say_nothing_of_other_data(tmp_path):
+    """60 images less 15 held out, of which neither number is of the other folder."""
+    run = opened_run.write(
+        tmp_path / "run", data__train_split="train[:-15]", data__test_split="train[-15:]",
+        data__shrink=8,
+    )  # fmt: skip
+    own = opened_run.load(run, features="pixels").config.data
+    assert (own.train_split, own.test_split) == ("train[:-15]", "train[-15:]")
+    (tmp_path / "x").mkdir()
+    for i in range(8):
+        Image.new("RGB", (6, 5), (i, 2 * i, 9)).save(tmp_path / "x" / f"{i:02}.png")
+    source = f"folder:{tmp_path / 'x'}"
+    other = opened_run.load(run, features="pixels", source=source, image_size=24).config.data
+    assert (other.train_split, other.test_split, other.shrink) == ("train[:-2]", "train[-2:]", 24)
+    named = opened_run.load(run, features="pixels", source=source, test_split="train").config.data
+    assert named.test_split == "train"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from common.data.sources import folder_source, shards, slices
-from common.data.sources.base import Source
+from common.errors import UserError
 from common.fields import AUTO
 
 _LEAST, _MOST = 100, 2_000  # images held out, but never more than a quarter of all
@@ -19,32 +19,54 @@ _TESTS = ("test", "validation", "val")
 
 
 def splits(
-    config: ConfigDict, kind: str, path: str, open_split: Callable[[str], Source]
+    config: ConfigDict, kind: str, path: str, count: Callable[[str], int]
 ) -> tuple[str, str]:
     """The training split and the test split of a config that leaves one of them, or both, open.
 
     Args:
         config: the config's `data` section.
         kind, path: of its source.
-        open_split: opens a split of the source by its name.
+        count: how many images a split of the source has, by its name.
 
     Returns:
         Their names, or slices such as "train[:-367]" and "train[-367:]".
 
     Raises:
-        UserError: as `open_split`.
+        UserError: as `count`, or a test split is given that is the middle of another split.
     """
     train = "train" if config.train_split == AUTO else config.train_split
     if config.test_split != AUTO:  # a test set is given, or none is wanted
-        return train, config.test_split
+        return _train_beside(config.test_split) or train, config.test_split
     if config.train_split == AUTO and (prepared := _prepared(kind, path)):
         return prepared
     if slices.parse(train)[1] is not None:
         return train, ""  # whoever trains on a slice knows what the rest of the split is for
     if test := _test_split(config, kind, path):
         return train, test
-    count = size(open_split(train).num_examples)
-    return f"{train}[:-{count}]", f"{train}[-{count}:]"
+    images = count(train)
+    held_out = size(images)
+    if held_out >= images:  # one image
+        return train, ""
+    return f"{train}[:-{held_out}]", f"{train}[-{held_out}:]"
+
+
+def decided(train: str, test: str) -> bool:
+    """Whether these splits were decided here, and so say nothing of other data."""
+    name, bounds = slices.parse(test)
+    counted = bounds is not None and bounds[0].startswith("-") and "%" not in bounds[0]
+    return counted and slices.rest(test) == train and slices.parse(train)[0] == name
+
+
+def _train_beside(test: str) -> str | None:
+    """The rest of the split of which the test split is a slice; None where it is no slice."""
+    if slices.parse(test)[1] is None:
+        return None
+    if (rest := slices.rest(test)) is None:
+        raise UserError(
+            f"data.train_split=auto and data.test_split={test}: what is left of the split is not "
+            "one piece, so name the part to train on in data.train_split"
+        )
+    return rest
 
 
 def size(images: int) -> int:
@@ -59,7 +81,7 @@ def _test_split(config: ConfigDict, kind: str, path: str) -> str:
     if kind == "tfds":
         from common.data.sources import tfds_source  # TensorFlow, only where it is used
 
-        known = tfds_source.split_names(path, config)
+        known = tfds_source.counts(path, config)
         return next((name for name in _TESTS if name in known), "")
     if kind == "shards":
         return next((name for name in _TESTS if shards.holds(path, name)), "")

@@ -96,12 +96,25 @@ def with_splits(config: ConfigDict) -> ConfigDict:
         return config
     kind, path = kind_of(config.source)
     train, test = held_out.splits(
-        config, kind, path, lambda split: _open(kind, path, split, config, compared=False)
+        config, kind, path, lambda split: _count(kind, path, split, config)
     )
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.train_split, config.test_split = train, test
     return config
+
+
+def _count(kind: str, path: str, split: str, config: ConfigDict) -> int:
+    """Images of a split, without reading a set that says how many it has."""
+    if kind == "shards" and shards.holds(path, split):
+        return shards.counts(path)[split]
+    if kind == "tfds":
+        from common.data.sources import tfds_source  # TensorFlow, only where it is used
+
+        counts = tfds_source.counts(path, config)
+        if split in counts:
+            return counts[split]
+    return _open(kind, path, split, config, compared=False).num_examples
 
 
 def part_of(kind: str, path: str, split: str) -> tuple[str, tuple[str, str] | None]:

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.run import console, files
 
 SHARD_BYTES = 60_000_000
+_PIECE = 256  # images read at a time to see their sizes
 _USUAL = {"train": "train", "test": "test", "bank": ""}  # the splits that a config names itself
 
 
@@ -105,7 +106,9 @@ def _sizes(source: Source) -> Iterator[np.ndarray]:
         paths = map(os.fsdecode, source.read(ids)[0])
         sizes = np.array([_length(epath.Path(path)) for path in paths])
     else:
-        sizes = np.array([len(source.read(ids[i : i + 1])[0][0]) for i in ids])
+        # several at a time: a source that makes them smaller does so in parallel
+        parts = np.array_split(ids, -(-len(ids) // _PIECE))
+        sizes = np.array([len(data) for part in parts for data in source.read(part)[0]])
     shard = (np.cumsum(sizes) - sizes) // SHARD_BYTES
     for number in np.unique(shard):
         yield ids[shard == number]

@@ -48,6 +48,18 @@ def ids(split: str, bounds: tuple[str, str], n: int) -> np.ndarray:
     return np.sort(order[first:last])
 
 
+def rest(split: str) -> str | None:
+    """What a slice leaves of its split, as a slice; None where that is not one piece.
+
+    Of a split that is no slice nothing is left: None too.
+    """
+    name, bounds = parse(split)
+    if bounds is None or ("" not in (bounds[0].strip(), bounds[1].strip())) or not any(bounds):
+        return None
+    first, last = (bound.strip() for bound in bounds)
+    return f"{name}[{last}:]" if last else f"{name}[:{first}]"
+
+
 def overlap(a: str, b: str) -> bool:
     """Whether two splits share examples, as far as their names tell.
 

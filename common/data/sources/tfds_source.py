@@ -122,9 +122,10 @@ def open_tfds(name: str, split: str, config: ConfigDict, sure: bool = False) -> 
     return _in_memory(_read(shards, features), shape, common, features, how, sure)
 
 
-def split_names(name: str, config: ConfigDict) -> tuple[str, ...]:
-    """The splits of a prepared dataset."""
-    return tuple(_builder(name, config.dir).info.splits)
+def counts(name: str, config: ConfigDict) -> dict[str, int]:
+    """The splits of a prepared dataset, and how many images each has."""
+    splits = _builder(name, config.dir).info.splits
+    return {split: splits[split].num_examples for split in splits}
 
 
 def class_names(name: str, split: str, config: ConfigDict) -> tuple[str, ...]:
