@@ -108,7 +108,9 @@ EVAL: dict[str, dict[str, Field]] = {
             "<workdir>/finetuned"),
     },
     "embed": {
-        "split": Field("", "empty = the test split, or train where there is none"),
+        "split": Field("",
+            "empty = the test split, or train where there is none; where nothing is labelled and "
+            "the test split is a slice, all images"),
         "format": Field("npz",
             "one or more of npz,parquet,csv; csv = the features also in the table of the images"),
         "examples": Field(0, "limit on the number of images; 0 = all"),

@@ -13,6 +13,8 @@ import pytest
 import tiny
 from mutants.checkout import copy_checkout
 
+from common.train import summary
+
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
@@ -39,6 +41,19 @@ def test_the_files_that_a_page_names_are_there():
     named -= {"configs/CONFIG.py", "configs/nope.py", "tests/test_NAME.py"}
     assert len(named) > 30
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_the_table_to_fill_in_is_named_where_suggest_writes_it():
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md"]
+    named = [x for page in pages for x in re.findall(r"label\.csv=([^\s`]+)", page.read_text())]
+    paths = [path for text in named for path in text.split(",") if "label_these" in path]
+    assert len(paths) >= 5 and all(path.startswith("runs/mine/") for path in paths)
+
+
+def test_the_pictures_that_are_sent_are_named():
+    text = (DOCS / "evaluation.md").read_text().partition("**Weights & Biases** gets")[2]
+    named = re.findall(r"`(\w+\.png)`", text.partition("What it is called")[0])
+    assert named == list(summary.PICTURES)
 
 
 def blocks(page, language):

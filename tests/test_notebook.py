@@ -4,6 +4,9 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
+import types
+import zipfile
 
 import pytest
 
@@ -67,6 +70,69 @@ def test_the_jax_that_a_gpu_needs(driver, extra, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if not any(pathlib.Path("/dev").glob("accel[0-9]*")):
         assert names["accelerator"]() == extra
+
+
+def cell(part):
+    """The code of the cell in which that occurs."""
+    cells = [
+        "".join(c["source"])
+        for c in json.loads(PATH.read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
+    (code,) = (code for code in cells if part in code)
+    return code
+
+
+def test_photos_are_asked_for_until_there_are_some(tmp_path, monkeypatch):
+    uploads = [{}, {"a (1).jpg": b"x"}]
+    files = types.SimpleNamespace(upload=lambda: uploads.pop(0))
+    monkeypatch.setitem(sys.modules, "google", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
+    photos = tmp_path / "content" / "photos"
+    names = setup_cell() | {
+        "SMOKE": False, "COLAB": True, "DATA": "photos", "PHOTOS": str(photos),
+    }  # fmt: skip
+    code = cell("photos = pathlib.Path(PHOTOS)")
+    with pytest.raises(SystemExit, match="No images in"):  # the upload was cancelled
+        exec(code, names)
+    exec(code, names)
+    assert names["data"] == [f"--config.data.source=folder:{photos}"] and not uploads
+    exec(code, names)  # and are not asked for again
+
+
+def test_archives_are_unpacked_and_those_that_were_there_stay(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "mine.zip").write_bytes(b"of the user")
+    with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
+        archive.writestr("b/c.png", b"x")
+    files = types.SimpleNamespace(upload=lambda: {"up.zip": (tmp_path / "up.zip").read_bytes()})
+    monkeypatch.setitem(sys.modules, "google", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
+    names = setup_cell() | {
+        "SMOKE": False, "COLAB": True, "DATA": "photos", "PHOTOS": str(photos),
+    }  # fmt: skip
+    exec(cell("photos = pathlib.Path(PHOTOS)"), names)
+    assert sorted(path.name for path in photos.glob("**/*")) == ["b", "c.png", "mine.zip"]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_summary_has_figures_for_photos_without_labels(labelled, tmp_path, capsys):
+    figures = {"trained": {"view_agreement": 0.625, "rankme": 31.25}, "raw_pixels": {"rankme": 9.5}}
+    scores = {"knn_top1": 0.75} if labelled else {"knn_top1": None, "label_free": figures}
+    (tmp_path / "summary.json").write_text(json.dumps(scores))
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    exec(cell("knn_top1_at_init"), {"workdir": tmp_path, "run": run})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    if labelled:
+        assert lines == [["knn_top1", "75.0%"]]
+    else:
+        assert ["view", "agreement", "62.5", "%", "-"] in lines
+        assert ["RankMe", "31.2", "9.5"] in lines
 
 
 @pytest.mark.notebook

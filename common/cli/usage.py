@@ -18,7 +18,8 @@ _LINES = (
 )
 # The modes that evaluate a run.
 _EVALUATIONS = {
-    "embed": "features of a split, and a report with pictures of it (docs/embed.md)",
+    "embed": "features of the test split (without labels: of all images), and a report with "
+    "pictures (docs/embed.md)",
     "knn": "classify the test images by their nearest training images",
     "linear_eval": "train a linear classifier on the features",
     "finetune": "train the whole network on a fraction of the labels",

@@ -8,11 +8,10 @@ from etils import epath
 
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources import slices
-from common.data.sources.base import Source, listed
+from common.data.sources.base import Source
 from common.data.sources.folder_source import shown
 from common.errors import UserError
 from common.evaluate import everything, feature_files, query, spreadsheet
-from common.evaluate.everything import check_finite, damaged
 from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
@@ -37,19 +36,13 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             f"eval.embed.clusters={c.clusters}: expected at least 0, 1 and 0"
         )
     source = _open(opened)
-    queries = query.read(c.query, source)
-    if source.on_corrupt == "replace":
-        source.on_corrupt = "leave out"  # `common.data.feed.corrupt.LEAVE_OUT`, without TensorFlow
-    features, labels, ids = opened.extract(source, c.examples)
-    names = source.names(ids)
-    gone = damaged(source, ids)
-    left_out = names[gone]
-    features, labels, ids, names = (x[~gone] for x in (features, labels, ids, names))
-    check_finite(features)
+    queries = query.read(c.query, source, opened.config.data.get("shrink", 0))
+    images = everything.features_of(opened, source, c.examples)
+    features, labels, names = images.features, images.labels, images.names
     embedded = Embedded(
-        features, labels, ids, names,
+        features, labels, images.ids, names,
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
-        _about(opened, source), left_out,
+        _about(opened, source), images.left_out,
     )  # fmt: skip
     searched = query.search(opened, queries, features)
     written = [
@@ -65,7 +58,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "examples": n,
         "dimensions": d,
         "labelled": int((labels >= 0).sum()),
-        "left_out": len(left_out),
+        "left_out": len(images.left_out),
         "embedded_source": opened.config.data.source,
         "embedded_split": source.split,
         "files": [path.name for path in written],
@@ -81,7 +74,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     return metrics, (
         f"{d:,} features of {n:,} images of {source.name} ({source.split}) by "
         f"{opened.subject}: {', '.join(str(path) for path in written)}"
-        + listed([shown(name) for name in left_out], "damaged image", "left out")
+        + images.damage
         + "".join(_found(q, names) for q in searched)
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,22 @@ def formats_of(text: str) -> list[str]:
 def printable(name: str) -> str:
     r"""A name as valid UTF-8: invalid bytes of a file name become `\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def below(names: Iterable[object]) -> tuple[str, list[str]]:
+    """The folder that all names share, and the names below it, as `printable` gives them.
+
+    The folder ends in a slash, or is "" where they share none.
+    """
+    found = [printable(str(name)) for name in names]
+    common = os.path.commonprefix(found)  # noqa: RUF071, the next line cuts it at a slash
+    folder = common[: common.rfind("/") + 1]
+    return folder, [name.removeprefix(folder) for name in found]
+
+
+def rooted(folder: str) -> bool:
+    """Whether a path tells where on a disk or in a bucket it is (shards keep such names)."""
+    return folder.startswith("/") or "://" in folder
 
 
 def write_npz(path: epath.Path, embedded: Embedded) -> None:

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import io
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from etils import epath
 
 from common.data.sources.folder_source import shown
 from common.errors import UserError
+from common.evaluate import spreadsheet
 from common.run import files
 
 FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
@@ -20,7 +20,10 @@ _WORKBOOK = b"PK\x03\x04"  # .xlsx and .ods are zip files
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row with a label, and the table and the line, from 1, that it is in."""
+    """A row with a label, and the table and the line, from 1, that it is in.
+
+    `file` is what the cell says, space around it included, which may be part of a name.
+    """
 
     table: str
     line: int
@@ -84,9 +87,9 @@ def read(path: epath.Path, flag: str) -> list[Row]:
         )
     rows = []
     for line, cells in table[named:]:
-        cells = [unicodedata.normalize("NFC", cell.strip()) for cell in cells] + [""] * len(head)
-        file, label = cells[columns[0]], cells[columns[1]]
-        predicted = given is not None and cells[given].lower() == "no"
+        cells = [unicodedata.normalize("NFC", cell) for cell in cells] + [""] * len(head)
+        file, label = cells[columns[0]], spreadsheet.content(cells[columns[1]].strip())
+        predicted = given is not None and cells[given].strip().lower() == "no"
         if label and not predicted:
             rows.append(Row(str(path), line, file, label))
     return rows
@@ -111,19 +114,6 @@ def _table(text: str) -> list[tuple[int, list[str]]]:
         fits = FILE in head and LABEL in head, sum(len(cells) > 1 for _, cells in table)
         found.append((fits, table))
     return max(found, key=lambda pair: pair[0])[1]  # of equal ones the first
-
-
-def write(path: epath.Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table, separated by commas.
-
-    It begins with a byte order mark if it is not all ASCII: Excel then knows that it is UTF-8.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    encoding = "utf-8" if text.getvalue().isascii() else "utf-8-sig"
-    files.write_bytes(path, text.getvalue().encode(encoding))
 
 
 def free(path: epath.Path, spare: Callable[[epath.Path], bool]) -> epath.Path:

@@ -1,17 +1,16 @@
 """Which images the rows of a table of labels mean."""
 
 import collections
-import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from common.data.sources.base import listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
+from common.evaluate import feature_files, spreadsheet
 from common.evaluate.everything import Images
-from common.evaluate.feature_files import printable
 from common.evaluate.label_file import Row
 
 _MOST = 3  # offenders that a message names
@@ -22,11 +21,12 @@ def match(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
 
     A row names an image by its name in `names`, or by the part behind the last slash where only
     one image has it; in upper or lower case where only one image fits. Characters may be composed
-    (Windows, Linux) or decomposed (macOS).
+    (Windows, Linux) or decomposed (macOS). Space around a name, and the apostrophe of
+    `spreadsheet.cell`, count only where an image has them.
 
     Args:
         rows: from `read`.
-        names: of all images, as `shown_names` gives them.
+        names: of all images, damaged ones among them, as `names_of` gives them.
 
     Returns:
         {index into `names`: label}, ascending.
@@ -38,7 +38,8 @@ def match(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
     found: dict[int, Row] = {}
     unknown, ambiguous, disagree = [], [], []
     for row in rows:
-        fits = next((hits for step in steps if (hits := step(row.file))), [])
+        tries = (step(text) for text in _spellings(row.file) for step in steps)
+        fits = next(filter(None, tries), [])
         if len(fits) > 1:
             ambiguous.append((row, [names[i] for i in fits]))
         elif not fits:
@@ -73,12 +74,28 @@ def given(rows: Sequence[Row], images: Images) -> tuple[dict[int, str], str]:
         {row of the features: label}, ascending, and how many labels are of damaged images, in
         words to end a sentence with.
     """
-    names = shown_names([*images.names, *images.left_out])
+    names = names_of(images)
     found = match(rows, names)
     n = len(images.names)
     lost = [names[i] for i in found if i >= n]
     kept = {i: label for i, label in found.items() if i < n}
     return kept, listed([shown(name) for name in lost], "label", "of a damaged image unused")
+
+
+def names_of(images: Images) -> list[str]:
+    """`shown_names` of all images: of the rows of the features, and behind them of damaged ones.
+
+    What a table calls an image must not change with the images that are damaged.
+    """
+    return shown_names([*images.names, *images.left_out])
+
+
+def _spellings(text: str) -> Iterator[str]:
+    """What a cell of a table may mean: exactly what it says, or what is left without additions."""
+    yield text
+    yield text.strip()
+    yield spreadsheet.content(text)
+    yield spreadsheet.content(text.strip())
 
 
 def _lookups(names: Sequence[str]) -> list[Callable[[str], list[int]]]:
@@ -118,12 +135,8 @@ def _first(rows: Sequence[Row]) -> str:
 
 def shown_names(names: Iterable[str]) -> list[str]:
     """Names for people: valid UTF-8; absolute paths (shards keep them) without what they share."""
-    found = [printable(str(name)) for name in names]
-    if found and all(name.startswith("/") or "://" in name for name in found):
-        common = os.path.commonprefix(found)  # noqa: RUF071, the next line cuts it at a slash
-        common = common[: common.rfind("/") + 1]
-        found = [name.removeprefix(common) for name in found]
-    return found
+    folder, below = feature_files.below(names)
+    return below if feature_files.rooted(folder) else [folder + name for name in below]
 
 
 def classes_of(labels: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -12,7 +12,7 @@ from etils import epath
 from common.data.sources.base import Source
 from common.data.sources.folder_source import shown
 from common.errors import UserError
-from common.evaluate import everything, few_labels, label_file, label_match
+from common.evaluate import everything, few_labels, label_file, label_match, spreadsheet
 from common.evaluate.everything import Images
 from common.evaluate.few_labels import Estimate, Predictions
 from common.evaluate.pretrained import Pretrained
@@ -43,6 +43,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     table = label_file.read_all(s.label.csv, _FLAG)
     source = everything.open_all(opened, s.label.split, "eval.label.split")
     images = everything.features_of(opened, source)
+    names = label_match.names_of(images)
     given, damaged = label_match.given(table, images)
     classes, labels = label_match.classes_of(given.values())
     _check(given, classes, shown(s.label.csv))
@@ -51,9 +52,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     estimate = few_labels.cross_validate(trainer, rows, labels, s.seed)
     rest = np.setdiff1d(np.arange(len(images.ids)), rows)
     found = _together(estimate.predictions, rows, trainer.predict(rows, labels, rest), rest)
-    path = label_file.free(opened.workdir / _NAME, lambda old: _covered(old, table))
+    path = label_file.free(opened.workdir / _NAME, lambda old: _covered(old, table, names))
     if jax.process_index() == 0:
-        label_file.write(path, _COLUMNS, _lines(images, given, classes, found))
+        lines = _lines(names[: len(images.names)], given, classes, found)
+        spreadsheet.write(path, _COLUMNS, lines)
     if path.name != _NAME:
         console.say(
             f"{shown(opened.workdir / _NAME)} has labels that {s.label.csv} lacks: it is kept."
@@ -62,7 +64,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     counts = collections.Counter({name: 0 for name in classes})
     counts.update(classes[i] for i in predicted)
     order = rest[np.argsort(few_labels.margins(found.probabilities[rest]), kind="stable")]
-    unsure = [label_match.shown_names(images.names)[i] for i in order[:_UNSURE]]
+    unsure = [names[i] for i in order[:_UNSURE]]
     own = _by_folders(source, images, rest, [classes[i] for i in predicted], classes)
     metrics = {
         "protocol": "logistic regression on frozen features of un-augmented images",
@@ -113,11 +115,11 @@ def _together(
 
 
 def _lines(
-    images: Images, given: dict[int, str], classes: Sequence[str], found: Predictions
+    names: Sequence[str], given: dict[int, str], classes: Sequence[str], found: Predictions
 ) -> list[tuple[str, ...]]:
-    """The rows of `labels.csv`, in the order of the source."""
+    """The rows of `labels.csv`, in the order of the source, `names` being those of its images."""
     lines: list[tuple[str, ...]] = []
-    for i, name in enumerate(label_match.shown_names(images.names)):
+    for i, name in enumerate(names):
         p = found.probabilities[i]
         label = classes.index(given[i]) if i in given else int(p.argmax())
         others = [int(j) for j in np.argsort(-p, kind="stable") if j != label]
@@ -128,14 +130,16 @@ def _lines(
     return lines
 
 
-def _covered(old: epath.Path, table: Sequence[label_file.Row]) -> bool:
-    """Whether all labels that were given in an older `labels.csv` are in the table too."""
-    known = {(row.file.rpartition("/")[2].casefold(), row.label) for row in table}
+def _covered(old: epath.Path, table: Sequence[label_file.Row], names: Sequence[str]) -> bool:
+    """Whether the table has all labels that were given in an older `labels.csv`, image by image.
+
+    Not if the older one cannot be read, or names images that are not there any more.
+    """
     try:
-        before = label_file.read(old, _FLAG)
+        before = label_match.match(label_file.read(old, _FLAG), names)
     except UserError:
         return False
-    return {(row.file.rpartition("/")[2].casefold(), row.label) for row in before} <= known
+    return before.items() <= label_match.match(table, names).items()
 
 
 def _by_folders(

@@ -21,6 +21,11 @@ def cell(text: str) -> str:
     return "'" + text if text.startswith(_FORMULA) else text
 
 
+def content(cell: str) -> str:
+    """The text that `cell` made this of: without the apostrophe before a formula."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+
+
 def write(path: epath.Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a table: text by `cell`, numbers as they are, None and nan as nothing."""
     out = io.StringIO(newline="")

@@ -67,11 +67,14 @@ def of_features(features: np.ndarray, seed: int, k: int = 0, most: int = MOST) -
         neighbours=rows[near],
         cosines=cosines,
         oddness=oddness(cosines),
-        clusters=clusters.cluster(
-            features, seed, k or None, SEVERAL if len(rows) >= MANY else None
-        ),
+        clusters=clusters.cluster(features, seed, k or None, numbers(len(rows))),
         distance=mean_distance(features),
     )
+
+
+def numbers(n: int) -> tuple[int, ...]:
+    """Of how many clusters one number is chosen for n images: `SEVERAL` of `MANY` or more."""
+    return SEVERAL if n >= MANY else clusters.NUMBERS
 
 
 def nearest_others(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from etils import epath
 
 from common.data.sources.folder_source import shown
 from common.errors import UserError, one_of
-from common.evaluate import everything, few_labels, label_file, label_match
+from common.evaluate import everything, few_labels, label_file, label_match, spreadsheet
 from common.evaluate.page import label_page
 from common.evaluate.pretrained import Pretrained
 from common.evaluate.suggest import suggest
@@ -36,7 +36,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         )
     source = everything.open_all(opened, c.split, "eval.suggest.split")
     images = everything.features_of(opened, source)
-    names = label_match.shown_names(images.names)
+    names = label_match.names_of(images)[: len(images.names)]
     given, damaged = label_match.given(table, images)
     rows = np.array(list(given), np.int64)
     pool = np.arange(len(names))
@@ -54,7 +54,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     chosen = [names[i] for i in found.rows]
     sizes = found.sizes.tolist()
     if jax.process_index() == 0:
-        label_file.write(path, _COLUMNS, zip(chosen, [""] * len(chosen), sizes, strict=True))
+        spreadsheet.write(path, _COLUMNS, zip(chosen, [""] * len(chosen), sizes, strict=True))
         known = sorted(set(given.values()))
         ids = images.ids[found.rows]
         label_page.write(page, opened, source, ids, chosen, sizes, known, path.name)

@@ -41,7 +41,7 @@ def say(text: str, indent: int = 0) -> None:
         indent: spaces before what does not fit in a line.
     """
     if jax.process_index() == 0:
-        print(_wrapped(text, indent), file=sys.stderr, flush=True)
+        print(_encodable(_wrapped(text, indent)), file=sys.stderr, flush=True)
 
 
 def _wrapped(text: str, indent: int) -> str:
@@ -60,7 +60,12 @@ def _wrapped(text: str, indent: int) -> str:
 def result(text: str) -> None:
     """Prints on stdout, on process 0: what a program that calls this one may want to read."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(_encodable(text), flush=True)
+
+
+def _encodable(text: str) -> str:
+    r"""Text without the invalid bytes that names of files may have: they become `\udcXX`."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Progress:

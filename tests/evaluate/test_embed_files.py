@@ -1,6 +1,7 @@
 """`--mode=embed` of a folder without labels: search by an image, which files, which images."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from embed_page import (
 )
 from PIL import Image
 
+from common.cli import usage
+from common.data.feed.pipeline import images_of
 from common.evaluate import embed_mode, pretrained, query
 
 
@@ -55,6 +58,42 @@ def test_search_finds_the_image_itself_first(folder, tmp_path):
     searched = query.search(opened, found, features)
     assert [int(q.rows[0]) for q in searched] == [2, 11]
     assert query.read("", found) is None and query.search(opened, None, features) == []
+
+
+def test_queries_with_one_name_are_told_apart(folder, tmp_path):
+    root, opened = folder
+    for sub, file in (("a", "03"), ("b/c", "05")):
+        (tmp_path / sub).mkdir(parents=True)
+        shutil.copy(root / "photos" / f"{file}.png", tmp_path / sub / "mine.png")
+    shutil.copy(root / "photos" / "08.png", tmp_path / "other.png")
+    paths = [f"{tmp_path}/{name}" for name in ("a/mine.png", "other.png", "b/c/mine.png")]
+    s = eval_settings(batch_size=8, embed__query=",".join([*paths, paths[0]]))
+    metrics, sentence = embed_mode.run(reopened(opened, root / "run", s))
+    first = {name: next(iter(near)) for name, near in metrics["query"].items()}
+    assert first == {"a/mine.png": "03.png", "other.png": "08.png", "b/c/mine.png": "05.png"}
+    assert "; most like b/c/mine.png: 05.png (1.000), " in sentence
+    text = (root / "run" / "report.html").read_text()
+    assert "<h2>Most like a/mine.png</h2>" in text and str(tmp_path) not in text
+
+
+def test_a_file_of_data_that_are_made_smaller_finds_itself(tmp_path):
+    """As everything else of the query, its pixels are those that the data have after `shrink`."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        pixels = rng.integers(0, 256, (50, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    changes = {"data__labels": "none", "data__test_split": "", "data__shrink": 9}
+    make_run(tmp_path / "run", data__source=f"folder:{tmp_path}/photos", **changes)
+    path = f"{tmp_path}/photos/4.png"
+    s = eval_settings(batch_size=8, features="pixels", embed__query=path, embed__report=False)
+    opened = pretrained.load(tmp_path / "run", s, tiny.METHODS)
+    near = embed_mode.run(opened)[0]["query"]["4.png"]
+    assert next(iter(near)) == "4.png" and near["4.png"] == 1
+    source = opened.open("train")
+    image, plain = (images_of(query.read(path, source, side), np.array([0]), 8) for side in (9, 0))
+    np.testing.assert_array_equal(image, images_of(source, np.array([4]), 8))
+    assert (image != plain).any()
 
 
 def test_files_beside_the_npz(folder):
@@ -97,3 +136,11 @@ def test_of_images_without_labels_a_held_out_part_is_shown_with_the_rest(folder,
         run.config.data.test_split = s.test_split or "train[75%:]"
     metrics, _ = embed_mode.run(run)
     assert (metrics["embedded_split"], metrics["examples"]) == (split, n)
+
+
+def test_the_help_says_that_all_images_are_taken_where_nothing_is_labelled():
+    meanings = {name: meaning for name, _, meaning in usage.of_eval()}
+    assert (
+        "where nothing is labelled and the test split is a slice, all images"
+        in (meanings["embed.split"])
+    )

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from embed_page import (
 from PIL import Image
 
 from common.data.sources.base import ArraySource
-from common.evaluate import feature_files, spreadsheet
+from common.evaluate import clusters, feature_files, spreadsheet, structure
 from common.evaluate.page import build, feature_map, gallery
 
 N, CLUSTERS = 30, 3
@@ -103,6 +104,17 @@ def test_each_section_shows_the_images_it_names(labelled, tmp_path):
         assert (np.diff(distance) > -1e-6).all() and part[0] == found.structure.clusters.centres[
             cluster
         ]
+
+
+@pytest.mark.parametrize(("many", "lowest"), [(N + 1, 2), (N, 6)])
+def test_the_page_says_from_which_numbers_of_clusters_one_was_chosen(
+    many, lowest, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(structure, "MANY", many)
+    monkeypatch.setattr(sys.modules[__name__], "CLUSTERS", 0)
+    monkeypatch.setattr(clusters, "_LEAST", 3)
+    *_, text = made(tmp_path / "run", False)
+    assert f"Of {lowest} to 30 clusters this number" in " ".join(text.split())
 
 
 def test_the_map_of_unlabelled_images_has_the_colours_of_clusters(tmp_path):
@@ -191,6 +203,8 @@ def test_tables_agree_with_the_features_and_start_no_formula(tmp_path):
 def test_a_cell_that_would_be_a_formula(start, tmp_path):
     assert spreadsheet.cell(f"{start}1") == f"'{start}1"
     assert spreadsheet.cell(f"a{start}1") == f"a{start}1"
+    assert spreadsheet.content(f"'{start}1") == f"{start}1"
+    assert spreadsheet.content(f"'a{start}1") == f"'a{start}1"
     spreadsheet.write(tmp_path / "x.csv", ["file"], [[f'{start}1, "a"\nb']])
     (row,) = rows_of(tmp_path / "x.csv")
     assert row["file"] == f'\'{start}1, "a"\nb'

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from common.errors import UserError
-from common.evaluate import label_file, label_match
+from common.evaluate import label_file, label_match, spreadsheet
 from common.evaluate.everything import Images
 
 NAMES = ["a/1.jpg", "a/2.JPG", "b/1.jpg", "b/Blüte rot.jpg", "c/x,y.png", "\\udcff.png", "B/3.JPG"]
@@ -21,7 +21,7 @@ def read(tmp_path, data):
 
 
 def pairs(rows):
-    return [(row.file, row.label) for row in rows]
+    return [(row.file.strip(), row.label) for row in rows]
 
 
 WANTED = [(RED, "Rosé"), ("1.jpg", "x; y")]
@@ -46,12 +46,15 @@ def test_separators_headers_and_encodings(tmp_path, text, encoding):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    path, rows = epath.Path(tmp_path / "x.csv"), [['ü "1",\n;.jpg', "=a,b", 3], ["2", "ß", 4]]
-    label_file.write(path, ("file", "label", "size"), rows)
+    path = epath.Path(tmp_path / "x.csv")
+    written = [('ü "1",\n;.jpg', "=a,b"), ("2", "ß"), ("=1+2.jpg", "+"), (" 3.jpg", "'t")]
+    spreadsheet.write(path, ("file", "label", "size"), [(*row, 3) for row in written])
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")  # which tells Excel that it is UTF-8
-    assert pairs(label_file.read(path, "")) == [tuple(row[:2]) for row in rows]
-    label_file.write(path, ("file", "label"), [["a", "b"]])
-    assert path.read_bytes() == b"file,label\na,b\n"
+    assert b"\n'=1+2.jpg,'+,3" in path.read_bytes()  # no formulas
+    rows = label_file.read(path, "")
+    assert [row.label for row in rows] == [label for _, label in written]
+    names = [file for file, _ in written]
+    assert label_match.match(rows, names) == dict(enumerate(label for _, label in written))
 
 
 def test_several_tables_are_one(tmp_path):
@@ -107,6 +110,29 @@ def test_names_that_fit_one_image(file, found):
     assert label_match.match(rows_of((file, "x")), NAMES) == {found: "x"}
 
 
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        (" a.jpg", 0),  # exactly
+        ("a.jpg", 1),
+        (" b.jpg ", 2),
+        ("'=x.jpg", 3),  # of `spreadsheet.cell`
+        (" '=X.jpg", 3),
+        ("=x.jpg", 3),
+        ("'-y.jpg", 4),  # exactly
+        ("-y.jpg", 5),
+        ("'b.jpg", None),
+    ],
+)
+def test_names_with_space_or_an_apostrophe(file, found):
+    names = [" a.jpg", "a.jpg", "b.jpg", "=x.jpg", "'-y.jpg", "-y.jpg"]
+    if found is None:
+        with pytest.raises(UserError, match="is not among the 6 images"):
+            label_match.match(rows_of((file, "x")), names)
+    else:
+        assert label_match.match(rows_of((file, "x")), names) == {found: "x"}
+
+
 def test_rows_that_agree_and_order():
     rows = rows_of(("b/1.jpg", "x"), ("a/1.jpg", "y"), ("B/1.jpg", "x"))
     assert list(label_match.match(rows, NAMES).items()) == [(0, "y"), (2, "x")]
@@ -146,6 +172,15 @@ def test_names_of_shards_lose_the_folder_that_they_share():
     shown = label_match.shown_names(["/home/me/a/b.png", "/home/me/a/bc/d.png"])
     assert shown == ["b.png", "bc/d.png"]
     assert label_match.shown_names(["a/b.png", "\udcff.png"]) == ["a/b.png", "\\udcff.png"]
+
+
+def test_names_do_not_change_with_the_images_that_are_damaged():
+    root, none = "/home/me/photos", np.zeros(2)
+    kept, damaged = np.array([f"{root}/a/1.png", f"{root}/a/2.png"]), np.array([f"{root}/b/3.png"])
+    images = Images(none, none, none, kept, damaged)
+    assert label_match.names_of(images) == ["a/1.png", "a/2.png", "b/3.png"]
+    rows = rows_of(*((name, "x") for name in label_match.names_of(images)))
+    assert label_match.given(rows, images)[0] == {0: "x", 1: "x"}
 
 
 def test_a_table_that_must_be_kept_gets_a_successor(tmp_path):

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import opened_run
@@ -12,7 +17,8 @@ from test_embed import Page, write_images
 
 from common.cli import modes
 from common.errors import UserError
-from common.evaluate import everything, few_labels
+from common.evaluate import everything, few_labels, label_file, label_mode, spreadsheet
+from common.evaluate.page import label_page
 
 COLOURS = {"red": (220, 30, 40), "green": (30, 200, 60), "blue": (20, 60, 230)}
 
@@ -176,6 +182,73 @@ def test_labels_that_were_corrected_by_hand_are_kept(run, go, capsys):
     assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels.csv"])
 
 
+@pytest.mark.parametrize(
+    ("typed", "covered"),
+    [
+        ("a/1.jpg,cat\n", False),  # another image has the same name
+        ("a/1.jpg,cat\nb/1.jpg,dog\n", False),
+        ("B/1.JPG,cat\n./a/1.jpg,cat\n2.jpg,dog\n", True),
+    ],
+    ids=["one", "another label", "both"],
+)
+def test_labels_of_files_with_one_name_are_told_apart(tmp_path, typed, covered):
+    names = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
+    old, table = tmp_path / "labels.csv", tmp_path / "typed.csv"
+    old.write_text("file,label,given\na/1.jpg,cat,yes\nb/1.jpg,cat,yes\na/2.jpg,dog,no\n")
+    table.write_text(typed)
+    rows = label_file.read(table, "")
+    assert label_mode._covered(old, rows, names) is covered
+    assert not label_mode._covered(old, rows, names[:2])  # has a label of an image that is gone
+
+
+def test_names_and_labels_that_are_formulas(go, tmp_path):
+    rng = np.random.default_rng(3)
+    truth = {f"{'=+ '[i % 3]}{i:02d}.png": list(COLOURS)[i % 3] for i in range(12)}
+    labels = {"red": "+", "green": "-", "blue": "=B1"}
+    for name, colour in truth.items():
+        paint(tmp_path / "photos" / name, colour, rng)
+    workdir = opened_run.write(
+        tmp_path / "run", data__source=f"folder:{tmp_path}/photos", data__test_split=""
+    )
+    go("suggest", workdir)
+    written = [row["file"] for row in table(workdir / "label_these.csv")]
+    assert {name[0] for name in written} == {"'", " "}
+    typed = {spreadsheet.cell(name): labels[colour] for name, colour in truth.items()}
+    fill(workdir / "label_these.csv", typed)
+    assert go("label", workdir, label__csv=str(workdir / "label_these.csv"))["given"] == 6
+    found = table(workdir / "labels.csv")
+    assert {row["file"]: row["label"] for row in found} == {
+        name: f"'{label}" for name, label in typed.items()
+    }
+    record = go("label", workdir, label__csv=str(workdir / "labels.csv"))
+    assert (record["given"], record["files"]) == (6, ["labels.csv"])
+    assert list(record["predicted"]) == ["+", "-", "=B1"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script")
+def test_the_page_saves_the_table_that_the_mode_writes():
+    script = pathlib.Path(label_page.__file__).with_name("label_page.js").read_text()
+    (code,) = re.findall(r"^  const plain = .*?^  const cell = .*?$", script, re.M | re.S)
+    texts = ["=x.jpg", "+", "-1", "@a", "\ta", 'a,"b"', "=a,b", "a=b", " c.jpg", "'t", "ü"]
+    call = f"{code}; console.log(JSON.stringify({json.dumps(texts)}.map(cell)))"
+    out = subprocess.run(["node", "-e", call], check=True, capture_output=True, text=True).stdout
+    read = [row[0] for row in csv.reader(json.loads(out))]
+    assert read == [spreadsheet.cell(text) for text in texts]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_the_name_of_the_folder_is_not_utf_8(go, tmp_path, capsys):
+    write_images(tmp_path / "photos\udcff", ["a.png", "b.png", "c.png"])
+    workdir = opened_run.write(
+        tmp_path / "run", data__source=f"folder:{tmp_path}/photos\udcff", data__test_split=""
+    )
+    assert go("suggest", workdir)["suggested"] == 3
+    assert "photos\\udcff" in (workdir / "label_these.html").read_text()
+    assert "3 of 3 images of photos\\udcff (train) to label" in capsys.readouterr().out
+    (tmp_path / "typed.csv").write_text("a.png,x\nb.png,y\n")
+    assert go("label", workdir, label__csv=str(tmp_path / "typed.csv"))["images"] == 3
+
+
 def test_labels_of_all_images_are_checked(run, go, capsys):
     """A mistyped one has a low probability, by classifiers that did not see it."""
     workdir, truth = run
@@ -228,6 +301,7 @@ def test_page_shows_the_images_and_escapes_names(tmp_path, go):
     inputs = [a for t, a in page.elements if t == "input"]
     rows = table(workdir / "label_these.csv")
     assert [a["data-name"] for a in inputs] == [row["file"] for row in rows]
+    assert "--eval.label.csv=FILE" in text  # the table is in the workdir, or among the downloads
     assert [a["data-size"] for a in inputs] == [row["cluster_size"] for row in rows]
     assert {a["data-name"] for a in inputs} == {hostile.replace("\udcff", "\\udcff"), "b.png"}
     assert sum(t == "img" and a["src"].startswith("data:image/") for t, a in page.elements) == 2

@@ -1,10 +1,6 @@
 """`report.html`: a run at a glance, in one self-contained file that needs no network."""
 
-import base64
 import dataclasses
-import hashlib
-import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +12,9 @@ from common.data.sources.base import Source
 from common.evaluate import duplicates, structure
 from common.evaluate.feature_files import Embedded, printable
 from common.evaluate.findings import Findings
-from common.evaluate.page import feature_map, gallery, history, inline
+from common.evaluate.page import feature_map, gallery, history, inline, template
 from common.evaluate.page.gallery import Gallery
 from common.run import files
-
-_HERE = pathlib.Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +91,9 @@ def write(
     atlas, cells = show.atlas(chosen) if pictured else ("", {})
     folder, names = show.folder_and_names
     found = findings.structure
-    text = _render(
+    text = template.render(
+        "page.html",
+        "page.js",
         subject=run.subject,
         about=embedded.about,
         workdir=printable(run.workdir.name),
@@ -115,6 +111,7 @@ def write(
         cells=cells,
         found=gallery.found(show, findings.queries) if pictured else [],
         structure=found,
+        numbers=structure.numbers(len(found.rows)),
         clusters=gallery.clusters(show, found) if pictured else [],
         groups=findings.duplicates,
         limit=duplicates.DIFFERENCE,
@@ -145,21 +142,3 @@ def _pairs(run: Run, source: Source, names: dict[int, str]) -> list[dict]:
         }
         for i, original, pair in zip(ids, originals, views, strict=True)
     ]
-
-
-def _render(**values: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,  # names come from users' disks
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script, style = ((_HERE / name).read_text() for name in ("page.js", "page.css"))
-    # The browser runs this script and no other, whatever else gets into the page.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
-        script=script, style=style, digest=digest, **values
-    )

@@ -9,7 +9,10 @@
   document.documentElement.classList.add("live");
 
   const label = (input) => input.value.trim();
-  const cell = (text) => /[",;\t\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  // as `spreadsheet.cell`: an apostrophe before what a spreadsheet would run as a formula
+  const plain = (text) => /^[=+\-@\t\r]/.test(text) ? "'" + text : text;
+  const quoted = (text) => /[",;\t\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  const cell = (text) => quoted(plain(text));
 
   function show() {
     const labels = inputs.map(label).filter(Boolean);

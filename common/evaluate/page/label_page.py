@@ -1,8 +1,5 @@
 """`label_these.html`: the images to label, each with a place to type into; one file, no network."""
 
-import base64
-import hashlib
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +9,11 @@ from common import version
 from common.data.feed.pipeline import images_of
 from common.data.sources import subset
 from common.data.sources.base import Source
-from common.evaluate.page import inline
+from common.evaluate.feature_files import printable
+from common.evaluate.page import inline, template
 from common.evaluate.pretrained import Pretrained
 from common.run import files
 
-_HERE = pathlib.Path(__file__).parent
 _SIDE = 224  # pixels, at least, of files: more than many encoders see
 
 
@@ -42,32 +39,19 @@ def write(
         classes: labels in use already, for the browser to offer.
         table: name of the CSV file that is to be filled in.
     """
-    import jinja2
-
     part = subset.select(source, ids)
     side = opened.image_size if part.kind in ("pixels", "views") else max(opened.image_size, _SIDE)
     pictures = [images_of(part, np.array([i]), side)[0] for i in range(len(ids))]
-    script, style = ((_HERE / name).read_text() for name in ("label_page.js", "page.css"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,  # names come from users' disks
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # The browser runs this script and no other, whatever else gets into the page.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = [
         {"uri": inline.image_uri(image), "name": name, "size": size}
         for image, name, size in zip(pictures, names, sizes, strict=True)
     ]
-    text = environment.get_template("label_page.html").render(
-        style=style,
-        script=script,
-        digest=digest,
+    text = template.render(
+        "label_page.html",
+        "label_page.js",
         images=shown,
         table=table,
-        data=source.name,
+        data=printable(source.name),
         subject=opened.subject,
         classes=list(classes),
         code=version.in_words(),
