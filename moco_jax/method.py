@@ -23,7 +23,8 @@ class MoCo(MomentumMethod):
 
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it; 0.2 in v2, 0.07 in v1",
-        "queue_length": "keys in the queue, which are the negatives",
+        "queue_length": "keys in the queue, which are the negatives; 0 = by the number of images, at "
+        "most half of them",
         "momentum": "of the key encoder's parameters; with momentum_end that of the first step",
         "momentum_end": "its value at the end of the run, reached on a cosine; 0 = it is constant",
         "symmetric": "both views are queries once and keys once, and the two losses are added",

@@ -311,7 +311,7 @@ def bad(tmp_path, words, method="simclr", devices=2, **changes):
         ({"optimizer__warmup": "8 steps"}, ["optimizer.warmup", "8 steps", "7"]),
         ({"optimizer__name": "adam"}, ["optimizer.name", "adamw"]),
         ({"head__kind": "mlp"}, ["mlp", "simclr"]),
-        ({"method": "moco", "moco__queue_length": 0}, ["queue of length 0", "65536"]),
+        ({"method": "moco", "moco__queue_length": -1}, ["queue of length -1", "65536"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_trained(changes, words, tmp_path, monkeypatch):
