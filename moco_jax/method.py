@@ -23,8 +23,8 @@ class MoCo(MomentumMethod):
 
     MEANINGS: ClassVar = {
         "temperature": "of the loss: similarities are divided by it; 0.2 in v2, 0.07 in v1",
-        "queue_length": "keys in the queue, which are the negatives; 0 = by the number of images, at "
-        "most half of them",
+        "queue_length": "keys in the queue, which are the negatives; 0 = by the number of images, "
+        "at most half of them",
         "momentum": "of the key encoder's parameters; with momentum_end that of the first step",
         "momentum_end": "its value at the end of the run, reached on a cosine; 0 = it is constant",
         "symmetric": "both views are queries once and keys once, and the two losses are added",
@@ -73,6 +73,7 @@ class MoCo(MomentumMethod):
                 "sum of the directions or 0.5 for the mean of two"
             )
         self.loss_scale = moco.loss_scale
+        queues.slots(moco.queue_length, setup.batch_size)  # refuses a length below 1
         self.chance = 1 / (1 + moco.queue_length)  # of guessing a query's key
         if moco.symmetric:
             self.pairs, self.key_views = ((0, 1), (1, 0)), (1, 0)
