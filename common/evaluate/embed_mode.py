@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -17,6 +16,7 @@ from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
 from common.evaluate.pretrained import Pretrained
+from common.sharding import of_first_process
 from common.train import summary
 
 _PAIRS = 8  # augmented pairs on the page
@@ -37,7 +37,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             f"eval.embed.clusters={c.clusters}: expected at least 0, 1 and 0"
         )
     source = _open(opened)
-    queries = query.read(c.query, source)
+    queries = of_first_process(query.read, c.query, source)
     if source.on_corrupt == "replace":
         source.on_corrupt = "leave out"  # `common.data.feed.corrupt.LEAVE_OUT`, without TensorFlow
     features, labels, ids = opened.extract(source, c.examples)
@@ -58,8 +58,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     ]
     if c.report:
         written += [opened.workdir / name for name in ("duplicates.csv", "report.html")]
-    if jax.process_index() == 0:
-        _write(opened, source, embedded, searched, formats, written)
+    of_first_process(_write, opened, source, embedded, searched, formats, written)
     n, d = features.shape
     metrics = {
         "examples": n,
