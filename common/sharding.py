@@ -6,8 +6,9 @@ One mesh axis, "data". Arrays are replicated unless a state dataclass says other
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import flax
 import jax
@@ -18,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from common.errors import UserError
 
 AXIS = "data"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -106,6 +109,41 @@ def first_process(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
+
+
+def of_first_process(act: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """What `act(*args, **kwargs)` returns on process 0, the only one to call it, on every process.
+
+    For files that only one host may have, such as a table in somebody's home, and for long work of
+    one process. All processes must call this, and leave it together, also where `act` raises.
+
+    Raises:
+        UserError: on every process, if `act` raises on process 0; there it is the error itself.
+    """
+    if jax.process_count() == 1:
+        return act(*args, **kwargs)
+    found, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            found = act(*args, **kwargs)
+        except Exception as error:
+            failure = error
+    message = "" if failure is None else str(failure) or repr(failure)
+    value, message = pickle.loads(_broadcast(pickle.dumps((found, message))))
+    if failure is not None:
+        raise failure
+    if message:
+        raise UserError(message)
+    return value
+
+
+def _broadcast(data: bytes) -> bytes:
+    """The bytes of process 0."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    words = np.zeros(-(-size // 4), np.int32)
+    if jax.process_index() == 0:
+        words = np.frombuffer(data.ljust(4 * len(words), b"\0"), np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(words), np.int32).tobytes()[:size]
 
 
 def any_process_of(here: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from common.evaluate import (
 from common.evaluate.pretrained import Pretrained
 from common.export import export_mode
 from common.run import console, files, jsonl
+from common.sharding import of_first_process
 
 MODES: dict[str, Callable[[Pretrained], tuple[dict[str, Any], str]]] = {
     "embed": embed_mode.run,
@@ -83,7 +84,7 @@ def run(
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     record |= metrics  # a mode with datasets of its own records those
-    if jax.process_index() == 0:
-        jsonl.append(files.path(workdir) / jsonl.RESULTS, record)
+    # The others wait: JAX ends all processes 5 minutes after the first of them has left.
+    of_first_process(jsonl.append, files.path(workdir) / jsonl.RESULTS, record)
     console.result(sentence)
     return record

@@ -20,8 +20,8 @@ def warn_of_overlap(votes: str, scored: str) -> None:
     """
     if slices.overlap(votes, scored):
         logging.warning(
-            "the splits %s and %s share images: what is scored was seen, so accuracies are too "
-            "high; name other splits, e.g. train[:80%%] and train[80%%:]", votes, scored,
+            "the splits %s and %s share images: what is scored was seen, so scores are too "
+            "good; name other splits, e.g. train[:80%%] and train[80%%:]", votes, scored,
         )  # fmt: skip
 
 

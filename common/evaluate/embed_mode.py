@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -16,6 +15,7 @@ from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
 from common.evaluate.pretrained import Pretrained
+from common.sharding import of_first_process
 from common.train import summary
 
 _PAIRS = 8  # augmented pairs on the page
@@ -36,7 +36,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             f"eval.embed.clusters={c.clusters}: expected at least 0, 1 and 0"
         )
     source = _open(opened)
-    queries = query.read(c.query, source, opened.config.data.get("shrink", 0))
+    shrink = opened.config.data.get("shrink", 0)
+    queries = of_first_process(query.read, c.query, source, shrink)
     images = everything.features_of(opened, source, c.examples)
     features, labels, names = images.features, images.labels, images.names
     embedded = Embedded(
@@ -51,8 +52,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     ]
     if c.report:
         written += [opened.workdir / name for name in ("duplicates.csv", "report.html")]
-    if jax.process_index() == 0:
-        _write(opened, source, embedded, searched, formats, written)
+    of_first_process(_write, opened, source, embedded, searched, formats, written)
     n, d = features.shape
     metrics = {
         "examples": n,

@@ -41,7 +41,9 @@ def open_all(opened: Pretrained, split: str = "", flag: str = "") -> Source:
     """Opens all images of the run's data: the split of which train is a part, or train.
 
     A run that trained on "train[:90%]", and was tested on "train[90%:]" or on nothing, has all of
-    "train". A split that is named, here or by `--eval.train_split`, is opened as it is.
+    "train"; of shards that hold these two parts, both. Where `data.bank_split` voted, train is
+    still the split of the training. A split that is named, here or by `--eval.train_split`, is
+    opened as it is.
 
     Args:
         opened: the run; its `train_split` becomes the split opened.
@@ -62,16 +64,19 @@ def open_all(opened: Pretrained, split: str = "", flag: str = "") -> Source:
 def _whole(opened: Pretrained) -> str:
     """The split that has all images, as far as the names of train and test tell."""
     data = opened.config.data
-    name, bounds = slices.parse(data.train_split)
+    train = str(opened.trained_on or data.train_split)
+    name, bounds = slices.parse(train)
     kind, path = kind_of(data.source)
     if bounds is None or opened.settings.train_split:
-        return str(data.train_split)
-    if set("[+") & set(name):  # a sum of TFDS
-        return str(data.train_split)
-    if kind == "shards" and shards.holds(path, data.train_split):  # "train" may not be there
-        return str(data.train_split)
+        return train
+    if set("[+") & set(name):  # a sum
+        return train
     held_out = slices.parse(data.test_split)[0] if data.test_split else name
-    return name if held_out == name else str(data.train_split)
+    if held_out != name:
+        return train
+    if kind == "shards" and shards.holds(path, train):  # "train" may not be there
+        return shards.with_rest(path, train)
+    return name
 
 
 def features_of(opened: Pretrained, source: Source, limit: int = 0) -> Images:

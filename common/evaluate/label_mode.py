@@ -17,6 +17,7 @@ from common.evaluate.everything import Images
 from common.evaluate.few_labels import Estimate, Predictions
 from common.evaluate.pretrained import Pretrained
 from common.run import console
+from common.sharding import of_first_process
 
 _NAME = "labels.csv"
 _COLUMNS = (
@@ -40,7 +41,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         )
     if s.label.l2 <= 0:
         raise UserError(f"eval.label.l2={s.label.l2:g}: expected a number above 0")
-    table = label_file.read_all(s.label.csv, _FLAG)
+    table = of_first_process(label_file.read_all, s.label.csv, _FLAG)
     source = everything.open_all(opened, s.label.split, "eval.label.split")
     images = everything.features_of(opened, source)
     names = label_match.names_of(images)

@@ -66,6 +66,7 @@ class Evaluator:
         self._encode = features.jit_encoder(method.encode, mesh)
         self._pixels = features.jit_encoder(features.flatten_pixels, mesh)
         self._views = None
+        self._kept: tuple[Features, Features] | None = None
         most = settings.label_free_examples
         if recipe and test is not None and most > 1 and not held_out_views.obstacle(test):
             self._views = HeldOutViews(test, recipe, mesh, self.batch_size, most)
@@ -82,9 +83,11 @@ class Evaluator:
         Raises:
             UserError: if more neighbours are asked for than there are images.
         """
-        if test is None or not bank.num_classes:  # nobody votes
+        if test is None:
             return
         accuracy.warn_of_overlap(bank.split, test.split)
+        if not bank.num_classes:  # nobody votes
+            return
         n = bank.num_examples
         n = min(n, settings.knn_examples or n)
         if settings.knn_k > n:
@@ -93,17 +96,21 @@ class Evaluator:
                 f"that vote: expected at most {n}, or 0 for a tenth of them up to 200"
             )
 
-    def __call__(self, state: Any) -> dict[str, float]:
+    def __call__(self, state: Any, keep: bool = False) -> dict[str, float]:
         """Returns scores on the test split by name; {} without one.
 
         With labels `knn_top1`; `probe_test_top1` when there is a probe; of a network that learns to
         classify `student_top1`, and before its first step `teacher_top1`, which no step changes.
         With or without them those of `label_free.figures`.
+
+        Args:
+            state: of the encoder.
+            keep: keeps the features for one `draw_neighbours` of the same state, which must follow.
         """
         encode = functools.partial(self._encode, state)
-        return self._with_labels(state, encode) | self._label_free(encode)
+        return self._with_labels(state, encode, keep) | self._label_free(encode)
 
-    def _with_labels(self, state: Any, encode: Callable) -> dict[str, float]:
+    def _with_labels(self, state: Any, encode: Callable, keep: bool) -> dict[str, float]:
         test = self._scored()
         if test is None:
             if self.classification is None:
@@ -111,6 +118,7 @@ class Evaluator:
             assert self.test is not None
             return self._classified(state, self._features(encode, self.test))
         bank, queries = self._both(encode, test)
+        self._kept = (bank, queries) if keep else None
         metrics = self._classified(state, queries)
         if not _labelled(bank, queries):
             return metrics
@@ -147,6 +155,8 @@ class Evaluator:
     ) -> bool:
         """Draws test images with their nearest in the bank.
 
+        It takes the features that a call with `keep` has left, and lets go of them.
+
         Args:
             state: of the encoder.
             path: of the PNG.
@@ -157,10 +167,11 @@ class Evaluator:
             False, and nothing is drawn, without a test split or where one of the two is streamed
             and has no random access.
         """
-        test = self.test
+        test, kept = self.test, self._kept
+        self._kept = None
         if test is None or "stream" in (self.bank.kind, test.kind):
             return False
-        bank, queries = self._both(functools.partial(self._encode, state), test)
+        bank, queries = kept or self._both(functools.partial(self._encode, state), test)
         # evenly spaced, so that sorted test splits show several classes
         chosen = np.linspace(0, len(queries.ids) - 1, min(rows, len(queries.ids))).astype(int)
         k = min(columns, len(bank.ids))
@@ -233,6 +244,8 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
         UserError: for settings that cannot work.
     """
     Evaluator.check(run.config.evaluate, bank, test)
+    if test is not None and bank.split != run.source.split:
+        accuracy.warn_of_overlap(run.source.split, test.split)
     if run.config.evaluate.label_free_examples and (reason := held_out_views.obstacle(test)):
         console.say(f"no figures without labels (docs/evaluation.md): {reason}")
     return Evaluator(

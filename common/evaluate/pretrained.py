@@ -44,6 +44,8 @@ class Pretrained:
         state: of the checkpoint; only `step`, `params` and `batch_stats` are filled.
         step: of the checkpoint; 0 for an untrained encoder and for raw pixels.
         value_range: of the run's own data.
+        trained_on: the split of the run's training where the train split here is its
+            `data.bank_split`; else "".
     """
 
     config: ConfigDict
@@ -54,6 +56,7 @@ class Pretrained:
     state: Any
     step: int
     value_range: str = UPPER_8
+    trained_on: str = ""
 
     @property
     def subject(self) -> str:
@@ -183,11 +186,11 @@ def load(
         d.on_corrupt = settings.on_corrupt or d.on_corrupt
         d.dir = settings.data_dir or d.dir
         if other and held_out.decided(d.train_split, d.test_split):
-            d.train_split, d.test_split = (
-                AUTO,
-                AUTO,
-            )  # by the number of images of the run's own data
+            # by the number of images of the run's own data
+            d.train_split = d.test_split = AUTO
         d.shrink = max(d.shrink, settings.image_size) if d.shrink else 0
+        own = bool(d.bank_split) and not (settings.train_split or other)
+        trained_on = str(d.train_split) if own else ""
         d.train_split = settings.train_split or d.bank_split or d.train_split
         d.bank_split = ""  # "train" is the split that votes here
         # that a run had no test split means nothing for other data
@@ -201,7 +204,9 @@ def load(
         state, step = _restore(workdir, method, mesh, settings.step)
     elif settings.features == "untrained":
         state = untrained(method, config.seed, mesh)
-    opened = Pretrained(config, settings, workdir, mesh, method, state, step, value_range)
+    opened = Pretrained(
+        config, settings, workdir, mesh, method, state, step, value_range, trained_on
+    )
     _check_image_size(opened)
     return opened
 

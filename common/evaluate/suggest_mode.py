@@ -13,6 +13,7 @@ from common.evaluate.page import label_page
 from common.evaluate.pretrained import Pretrained
 from common.evaluate.suggest import suggest
 from common.run import console
+from common.sharding import of_first_process
 
 NAME = "label_these"
 _COLUMNS = (label_file.FILE, label_file.LABEL, "cluster_size")
@@ -28,7 +29,9 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     one_of("eval.suggest.by", c.by, ("clusters", "margin"))
     if c.number < 1:
         raise UserError(f"eval.suggest.number={c.number}: expected at least one image")
-    table = label_file.read_all(s.label.csv, "eval.label.csv") if s.label.csv else []
+    table = (
+        of_first_process(label_file.read_all, s.label.csv, "eval.label.csv") if s.label.csv else []
+    )
     if c.by == "margin" and len({row.label for row in table}) < 2:
         raise UserError(
             "eval.suggest.by=margin asks for what a classifier is least sure of, which needs "

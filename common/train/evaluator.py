@@ -12,8 +12,13 @@ from common.train.prepare import Prepared
 class Evaluator(Protocol):
     """What scores a run while it trains, e.g. `common.evaluate.online.Evaluator`."""
 
-    def __call__(self, state: Any) -> dict[str, float]:
-        """Scores of a state by name, "knn_top1" among them; {} without labels."""
+    def __call__(self, state: Any, keep: bool = False) -> dict[str, float]:
+        """Scores of a state by name, "knn_top1" among them; {} without labels.
+
+        Args:
+            state: of the encoder.
+            keep: whether `draw_neighbours` of the same state follows, and can use its features.
+        """
         ...
 
     def raw_pixels(self) -> dict[str, float]:

@@ -115,8 +115,9 @@ class Milestones:
         scores were due gets those.
         """
         if not self._start:
+            pictures = self._run.config.evaluate.pictures
             with self._writer.pause():
-                self._results = results = summary.baselines(self._evaluator, state)
+                self._results = results = summary.baselines(self._evaluator, state, keep=pictures)
                 if results:
                     at_init = {
                         name.removesuffix(verdict.AT_INIT): value
@@ -124,7 +125,7 @@ class Milestones:
                         if name.endswith(verdict.AT_INIT)
                     }
                     self._writer.write_now(0, at_init | results)
-                if self._run.config.evaluate.pictures:
+                if pictures:
                     summary.draw_pairs(self._run.recipe, self._run.source, self._workdir)
                     self._evaluator.draw_neighbours(
                         state, self._workdir / summary.BEFORE, "before training"

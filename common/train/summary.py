@@ -81,9 +81,15 @@ def start_up(
     console.say("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), indent=12)
 
 
-def baselines(evaluator: Evaluator, state: Any) -> dict[str, float]:
-    """What training has to beat: the scores of raw pixels and of the untrained network."""
-    results, scores = evaluator.raw_pixels(), evaluator(state)
+def baselines(evaluator: Evaluator, state: Any, keep: bool = False) -> dict[str, float]:
+    """What training has to beat: the scores of raw pixels and of the untrained network.
+
+    Args:
+        evaluator: makes the scores.
+        state: before the first step.
+        keep: whether `evaluator.draw_neighbours` of that state follows.
+    """
+    results, scores = evaluator.raw_pixels(), evaluator(state, keep)
     if "teacher_top1" in scores:
         results["teacher_top1"] = scores["teacher_top1"]
     of_encoder = ("knn_top1", *verdict.LABEL_FREE)

@@ -310,7 +310,7 @@ class FakeFirstStep:
     def __init__(self, c, on):
         self.run = SimpleRun(self.start)
 
-    def __call__(self, state):
+    def __call__(self, state, keep=False):
         w = state.params["w"]
         here = len(self.calls) == 1  # the second one is the device's
         self.calls.append("there")

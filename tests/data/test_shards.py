@@ -14,7 +14,7 @@ from test_sources import picture, write
 from common.config import section
 from common.data.feed import pipeline
 from common.data.feed.recipe import FeedRecipe
-from common.data.sources import shard_writer
+from common.data.sources import shard_writer, shards
 from common.data.sources.base import listed
 from common.data.sources.opening import open_source
 from common.errors import UserError
@@ -64,6 +64,41 @@ def test_a_folder_trains_the_same_from_its_shards(folder, tmp_path, monkeypatch)
     names = open_source(c.data, "train").names(np.arange(14))  # also of later shards
     assert train.names(np.arange(14)).tolist() == names.tolist()
     assert train.listing != test.listing != ""
+
+
+def test_slices_that_were_prepared_are_one_set_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4000)
+    c = config(f"folder:{folder}", train_split="train[:-5]", test_split="train[-5:]")
+    shard_writer.write(c.data, tmp_path / "s")
+    whole = open_source(c.data, "train[:]")
+    want = dict(zip(whole.names(np.arange(14)), whole.labels.tolist(), strict=True))
+    shards_of = f"{tmp_path / 's'}"
+    both = shards.with_rest(shards_of, "train[:-5]")
+    assert both == "train[:-5]+train[-5:]" and shards.holds(shards_of, both)
+    assert not shards.holds(shards_of, "train[:-5]+train[-4:]")
+    assert shards.with_rest(shards_of, "train[-5:]") == "train[-5:]+train[:-5]"
+    c.data.update(source=f"shards:{shards_of}", train_split=both)
+    source = open_source(c.data, "train")
+    assert (source.num_examples, source.split) == (14, both)
+    assert source.class_names == whole.class_names
+    names = source.names(np.arange(14))
+    assert dict(zip(names, source.labels.tolist(), strict=True)) == want
+    parts = [open_source(c.data, split) for split in ("train[:-5]", "train[-5:]")]
+    assert names.tolist() == [x for p in parts for x in p.names(np.arange(p.num_examples))]
+    assert list(source.images) == [x for p in parts for x in p.images]
+    assert source.listing not in {p.listing for p in parts}
+
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    splits = index["splits"]
+    splits["train[:-3]"], splits["val[:3]"] = splits["train[:-5]"], splits["train[-5:]"]
+    splits["train[-3:]"] = splits["train[-5:]"] | {"class_names": ["other"]}
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    assert shards.with_rest(shards_of, "train[:-5]") == both  # no image twice, no other split
+    with pytest.raises(UserError, match="differ in their classes: expected the same in each"):
+        open_source(c.data, "train[:-5]+train[-3:]")
+    splits["train"] = splits["train[:-5]"]
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    assert shards.with_rest(shards_of, "train[:-5]") == "train"
 
 
 def test_a_slice_that_was_prepared_and_one_of_what_was(folder, tmp_path, capsys):

@@ -16,8 +16,16 @@ from PIL import Image
 from test_embed import Page, write_images
 
 from common.cli import modes
+from common.data.sources import shard_writer
 from common.errors import UserError
-from common.evaluate import everything, few_labels, label_file, label_mode, spreadsheet
+from common.evaluate import (
+    embed_mode,
+    everything,
+    few_labels,
+    label_file,
+    label_mode,
+    spreadsheet,
+)
 from common.evaluate.page import label_page
 
 COLOURS = {"red": (220, 30, 40), "green": (30, 200, 60), "blue": (20, 60, 230)}
@@ -371,14 +379,33 @@ def test_the_split_that_holds_all_images(run, train, test, given, whole):
     assert everything._whole(opened) == whole
 
 
+def test_all_images_of_shards_are_both_parts_that_were_prepared(run, tmp_path):
+    """Those of a run without a label, a tenth of them held out, to be labelled or embedded."""
+    workdir, truth = run
+    c = opened_run.load(workdir, features="pixels").config.data
+    shard_writer.write(c, tmp_path / "shards")
+    own = opened_run.write(
+        tmp_path / "run", data__source=f"shards:{tmp_path / 'shards'}", data__labels="none",
+        data__train_split="train[:90%]", data__test_split="train[90%:]",
+    )  # fmt: skip
+    for open_it in (everything.open_all, embed_mode._open):
+        source = open_it(opened_run.load(own, features="pixels"))
+        assert source.split == "train[:90%]+train[90%:]"
+        assert sorted(source.names(np.arange(40))) == sorted(truth)
+
+
 def test_shards_and_sums_of_tfds_stay_as_they_are(run, monkeypatch):
     opened = opened_run.load(run[0], features="pixels")
     data = opened.config.data
     with opened.config.unlocked():
         data.source = "shards:x"
         monkeypatch.setattr(everything.shards, "holds", lambda path, split: split == "train[:90%]")
+        monkeypatch.setattr(everything.shards, "with_rest", lambda path, split: f"{path} {split}")
         data.train_split, data.test_split = "train[:90%]", ""
+        assert everything._whole(opened) == "x train[:90%]"
+        data.test_split = "val"
         assert everything._whole(opened) == "train[:90%]"
+        data.test_split = ""
         data.train_split = "train[:80%]"
         assert everything._whole(opened) == "train"
         data.source, data.train_split = "tfds:x", "train[:10%]+train[90%:]"

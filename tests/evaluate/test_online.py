@@ -1,6 +1,7 @@
 """The evaluator of a run: which examples it uses, and its scores against an oracle."""
 
 import logging
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -148,6 +149,34 @@ def test_the_picture_shows_the_neighbours_that_vote(center, monkeypatch):
     assert title == "Nearest neighbours by the features before training"
 
 
+def test_features_of_the_scores_are_kept_for_one_picture(monkeypatch):
+    """The picture is the same, and nothing is encoded again; after it nothing is kept."""
+    score, drawn, encoded = evaluator(source(N, 1), source(21, 2)), [], []
+    real = online.features.of_source
+
+    def counted(*args):
+        encoded.append(args[1].num_examples)
+        return real(*args)
+
+    monkeypatch.setattr(online.features, "of_source", counted)
+    monkeypatch.setattr(
+        online.pictures, "nearest_neighbours", lambda *args, title: drawn.append(args)
+    )
+    assert score(State(None)) == score(State(None), keep=True)
+    assert encoded == [N, 21] * 2
+    assert score.draw_neighbours(State(None), "here") and encoded == [N, 21] * 2
+    assert score.draw_neighbours(State(None), "here") and encoded == [N, 21] * 3
+    for got, want in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(got, want)
+    score(State(None), keep=True)
+    score.test = None
+    assert not score.draw_neighbours(State(None), "here") and score._kept is None
+    score.test = source(21, 2)
+    score(State(None), keep=True)
+    score(State(None))
+    assert score._kept is None
+
+
 @pytest.mark.parametrize("missing", ["test", "classes"])
 def test_nothing_is_scored_without_a_test_split_or_classes(missing, monkeypatch):
     bank, test = source(N, 1), source(21, 2)
@@ -200,5 +229,23 @@ def test_scores_of_images_that_vote_are_warned_of(bank, test, warned, caplog):
     Evaluator.check(c, bank, source(9, 2, split=test))
     assert ("share images: what is scored was seen" in caplog.text) == warned
     caplog.clear()
+    bank.num_classes = 0  # what is measured without labels is of the test images too
+    Evaluator.check(c, bank, source(9, 2, split=test))
+    assert ("share images: what is scored was seen" in caplog.text) == warned
+    caplog.clear()
     Evaluator.check(c, bank, None)
     assert not caplog.text
+
+
+def test_scores_of_training_images_are_warned_of_where_another_split_votes(caplog):
+    c = tiny.config("simclr", evaluate__label_free_examples=0)
+    train, bank, test = (source(9, i, split=x) for i, x in enumerate(("a[:5]", "b", "a")))
+    run = SimpleNamespace(
+        config=c, source=train, mesh=make_mesh(jax.devices()[:1]), method=Pixels(), recipe=None,
+        setup=SimpleNamespace(probe=None),
+    )  # fmt: skip
+    online.make_evaluator(run, bank, test)
+    assert "the splits a[:5] and a share images" in caplog.text
+    caplog.clear()
+    online.make_evaluator(run, train, test)
+    assert caplog.text.count("share images") == 1

@@ -13,7 +13,7 @@ from common.cli import modes
 from common.data.sources import shard_writer
 from common.data.sources.opening import open_source
 from common.errors import UserError
-from common.evaluate import transfer_mode
+from common.evaluate import everything, transfer_mode
 from common.method import root_keys
 from common.run.checkpoint import Checkpoints
 from common.run.workdir import claim
@@ -58,6 +58,19 @@ def test_splits_are_those_asked_for_or_the_runs(runs, changes, splits):
     data = opened.config.data
     assert (data.train_split, data.test_split) == splits
     assert tuple(opened.open(role).split for role in ("train", "test")) == splits
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [
+        ({}, "a"),  # and not the split that votes
+        ({"train_split": "d"}, "d"),
+        ({"source": "embedded", "train_split": "test"}, "test"),
+    ],
+)
+def test_all_images_are_those_of_the_training_where_another_split_votes(runs, changes, whole):
+    opened = opened_run.load(runs[0], features="pixels", **changes)
+    assert everything.open_all(opened).split == whole
 
 
 def test_another_source_is_opened_where_one_is_asked_for(runs):

@@ -110,14 +110,17 @@ def scored(run, bank, test):
     """An evaluator without labels whose figures are the step."""
 
     class Scored:
-        def __call__(self, state):
+        kept = ""
+
+        def __call__(self, state, keep=False):
+            self.kept = ", from features that were kept" * keep
             return {name: float(state.step) + 2 for name in verdict.LABEL_FREE}
 
         def raw_pixels(self):
             return {f"{name}_raw_pixels": 0.25 for name in verdict.LABEL_FREE}
 
         def draw_neighbours(self, state, path, when):
-            path.write_text(f"{when} {int(state.step)}")
+            path.write_text(f"{when} {int(state.step)}{self.kept}")
             return True
 
     return Scored()
@@ -150,5 +153,5 @@ def test_figures_reach_log_summary_page_and_pictures_also_of_a_resumed_run(tmp_p
     pictures = {p.name: p.read_text() for p in tmp_path.glob("nearest*.png")}
     assert pictures == {
         "nearest_neighbours.png": "after training 7",
-        "nearest_neighbours_before.png": "before training 0",
+        "nearest_neighbours_before.png": "before training 0, from features that were kept",
     }

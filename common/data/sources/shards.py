@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from common.data.sources import slices
 from common.data.sources.base import ArraySource, Source
 from common.errors import UserError
 from common.run import files
@@ -30,6 +31,7 @@ INDEX = "index.json"
 VERSION = 1
 READERS = 8  # files read at a time
 _GIB = 2**30
+_AND = "+"  # between the splits of a sum, as in TFDS
 # NumPy reads a header with `ast`, which in Python 3.11 can fail in several threads (CPython's issue
 # 106905): what takes time, the reading, is done in parallel, and this is not.
 _PARSING = threading.Lock()
@@ -40,20 +42,27 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
 
     Args:
         path: the directory.
-        split: the name it had in the source.
+        split: the name it had in the source, or those of several with "+" between them.
         config: the config's `data` section.
 
     Raises:
-        UserError: no such directory or split, or a set larger than `data.cache_gib`.
+        UserError: no such directory or split, splits of unlike classes, or a set larger than
+            `data.cache_gib`.
     """
     directory, index = files.path(path), _index(path)
-    if split not in index["splits"]:
+    parts = _parts(index, split)
+    if not parts:
         raise UserError(
             f"{path} holds no split {split!r}; expected one of {', '.join(index['splits'])}. Set "
             "data.train_split and data.test_split."
         )
-    found = index["splits"][split]
-    file_names = [shard["file"] for shard in found["shards"]]
+    found = parts[0]
+    if any(part["class_names"] != found["class_names"] for part in parts):
+        raise UserError(
+            f"the parts of {split!r} in {path} differ in their classes: expected the same in each, "
+            "so name one of them"
+        )
+    file_names = [shard["file"] for part in parts for shard in part["shards"]]
     if outside := [n for n in file_names if "/" in n or "\\" in n or n.startswith("..")]:
         raise UserError(f"{path} names the file {outside[0]!r}: expected names without a folder")
     paths = [directory / name for name in file_names]
@@ -67,7 +76,7 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
             f"{path} ({split}) has {size:.1f} GiB, more than data.cache_gib={config.cache_gib:g}: "
             "raise that if the memory is there, or prepare the set with TFDS, which is streamed"
         )
-    images, labels, names = _load_all(paths, found["num_examples"])
+    images, labels, names = _load_all(paths, sum(part["num_examples"] for part in parts))
     pixels = images.dtype == np.uint8
     return ShardSource(
         name=index["name"], split=split, kind="pixels" if pixels else "encoded",
@@ -78,8 +87,8 @@ def open_shards(path: str, split: str, config: ConfigDict) -> Source:
 
 
 def holds(path: str, split: str) -> bool:
-    """Whether a split of that name, which may be a slice of the source's, was prepared."""
-    return split in _index(path)["splits"]
+    """Whether a split of that name, which may be a slice or a sum, can be opened as it is."""
+    return bool(_parts(_index(path), split))
 
 
 def counts(path: str) -> dict[str, int]:
@@ -89,7 +98,36 @@ def counts(path: str) -> dict[str, int]:
 
 def class_names(path: str, split: str) -> tuple[str, ...]:
     """The class names of a split; () where there are none."""
-    return tuple(_index(path)["splits"].get(split, {}).get("class_names", ()))
+    return next((tuple(part["class_names"]) for part in _parts(_index(path), split)), ())
+
+
+def with_rest(path: str, split: str) -> str:
+    """The sum of a prepared slice and all others of the same split that share no image with it.
+
+    Args:
+        path: the directory.
+        split: a slice that was prepared, e.g. "train[:-50]".
+
+    Returns:
+        Such as "train[:-50]+train[-50:]"; the whole split where that was prepared too.
+    """
+    splits = _index(path)["splits"]
+    whole = slices.parse(split)[0]
+    if whole in splits:
+        return whole
+    parts = [split]
+    for other, found in splits.items():
+        fits = slices.parse(other)[0] == whole and not any(slices.overlap(p, other) for p in parts)
+        if fits and found["class_names"] == splits[split]["class_names"]:
+            parts.append(other)
+    return _AND.join(parts)
+
+
+def _parts(index: dict, split: str) -> list[dict]:
+    """What an index says of a split, or of each in a sum; [] if one is not there."""
+    splits = index["splits"]
+    names = [split] if split in splits else split.split(_AND)
+    return [splits[name] for name in names] if set(names) <= set(splits) else []
 
 
 def _index(path: str) -> dict:
