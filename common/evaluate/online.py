@@ -244,8 +244,8 @@ def make_evaluator(run: Prepared, bank: Source, test: Source | None) -> Evaluato
         UserError: for settings that cannot work.
     """
     Evaluator.check(run.config.evaluate, bank, test)
-    if test is not None and bank.split != run.source.split:
-        accuracy.warn_of_overlap(run.source.split, test.split)
+    if test is not None and run.data is not None and bank.split != run.data.split:
+        accuracy.warn_of_overlap(run.data.split, test.split)
     if run.config.evaluate.label_free_examples and (reason := held_out_views.obstacle(test)):
         console.say(f"no figures without labels (docs/evaluation.md): {reason}")
     return Evaluator(
