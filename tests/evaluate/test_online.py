@@ -241,7 +241,7 @@ def test_scores_of_training_images_are_warned_of_where_another_split_votes(caplo
     c = tiny.config("simclr", evaluate__label_free_examples=0)
     train, bank, test = (source(9, i, split=x) for i, x in enumerate(("a[:5]", "b", "a")))
     run = SimpleNamespace(
-        config=c, source=train, mesh=make_mesh(jax.devices()[:1]), method=Pixels(), recipe=None,
+        config=c, data=train, mesh=make_mesh(jax.devices()[:1]), method=Pixels(), recipe=None,
         setup=SimpleNamespace(probe=None),
     )  # fmt: skip
     online.make_evaluator(run, bank, test)
