@@ -113,7 +113,7 @@ def test_names_that_fit_one_image(file, found):
 @pytest.mark.parametrize(
     ("file", "found"),
     [
-        (" a.jpg", 0),  # exactly
+        pytest.param(" a.jpg", 0, id="space"),  # exactly
         ("a.jpg", 1),
         (" b.jpg ", 2),
         ("'=x.jpg", 3),  # of `spreadsheet.cell`
