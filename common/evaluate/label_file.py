@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import unicodedata
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from etils import epath
 from common.data.sources.folder_source import shown
 from common.errors import UserError
 from common.evaluate import spreadsheet
-from common.run import files
+from common.run import files, jsonl
 
 FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
 _SEPARATORS = ("\t", ";", ",")  # Excel writes semicolons where the comma is the decimal sign
@@ -74,7 +75,7 @@ def read(path: epath.Path, flag: str) -> list[Row]:
         raise UserError(
             f"{shown(path)} is a workbook and not text: save the sheet as CSV (UTF-8) and give that"
         )
-    table = _table(_decoded(data))
+    table = _table(_decoded(data), path)
     head = [cell.strip().lower() for cell in table[0][1]] if table else []
     named = FILE in head and LABEL in head
     columns = [head.index(FILE), head.index(LABEL)] if named else [0, 1]
@@ -104,16 +105,43 @@ def _decoded(data: bytes) -> str:
         return data.decode("cp1252", "replace")
 
 
-def _table(text: str) -> list[tuple[int, list[str]]]:
+def _table(text: str, path: epath.Path) -> list[tuple[int, list[str]]]:
     """(line, cells) of each row that is not empty, with the separator that fits best."""
     found: list[tuple[tuple[bool, int], list[tuple[int, list[str]]]]] = []
+    faults: list[str] = []
     for separator in _SEPARATORS:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        table = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        # strict: a quote that is never closed would take all rows behind it for one cell
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        try:
+            table = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        except csv.Error as error:
+            faults.append(f"{error}, line {reader.line_num}")
+            continue
         head = [cell.strip().lower() for cell in table[0][1]] if table else []
         fits = FILE in head and LABEL in head, sum(len(cells) > 1 for _, cells in table)
         found.append((fits, table))
-    return max(found, key=lambda pair: pair[0])[1]  # of equal ones the first
+    best = max(found, key=lambda pair: pair[0], default=((False, 0), []))  # of equal ones the first
+    if faults and not best[0][1]:  # nothing separates columns but where the quotes do not fit
+        raise UserError(
+            f"{shown(path)} is no table that can be read ({faults[-1]}): look for a quotation mark "
+            "that is not closed"
+        )
+    return best[1]
+
+
+def digest(path: epath.Path) -> str:
+    """Of a table's bytes, for `results.jsonl`."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def as_written(path: epath.Path) -> bool:
+    """Whether a table in a workdir is as a mode wrote it: `results.jsonl` has its digest.
+
+    Only such a one may be replaced. Whether a person has typed into another cannot be told from its
+    labels: they may be in a column of their own, or behind a quotation mark.
+    """
+    results = path.parent / jsonl.RESULTS
+    return results.exists() and digest(path) in results.read_text()
 
 
 def free(path: epath.Path, spare: Callable[[epath.Path], bool]) -> epath.Path:

@@ -53,13 +53,17 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     estimate = few_labels.cross_validate(trainer, rows, labels, s.seed)
     rest = np.setdiff1d(np.arange(len(images.ids)), rows)
     found = _together(estimate.predictions, rows, trainer.predict(rows, labels, rest), rest)
-    path = label_file.free(opened.workdir / _NAME, lambda old: _covered(old, table, names))
+    path = label_file.free(
+        opened.workdir / _NAME,
+        lambda old: label_file.as_written(old) and _covered(old, table, names),
+    )
     if jax.process_index() == 0:
         lines = _lines(names[: len(images.names)], given, classes, found)
         spreadsheet.write(path, _COLUMNS, lines)
     if path.name != _NAME:
         console.say(
-            f"{shown(opened.workdir / _NAME)} has labels that {s.label.csv} lacks: it is kept."
+            f"{shown(opened.workdir / _NAME)} was changed, or has labels that {s.label.csv} lacks: "
+            "it is kept."
         )
     predicted = found.probabilities[rest].argmax(1)
     counts = collections.Counter({name: 0 for name in classes})
@@ -71,6 +75,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "protocol": "logistic regression on frozen features of un-augmented images",
         "images": len(images.ids),
         "given": len(rows),
+        "sha256": label_file.digest(path) if jax.process_index() == 0 else "",
         "classes": len(classes),
         **_recorded(estimate),
         "predicted": dict(counts),

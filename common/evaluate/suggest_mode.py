@@ -52,7 +52,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         margins = few_labels.margins(trainer.predict(rows, labels, rest).probabilities)
         pool = np.sort(rest[np.argsort(margins, kind="stable")[: _POOL * c.number]])
     found = suggest(images.features, rows, pool, c.number, s.seed)
-    path = label_file.free(opened.workdir / f"{NAME}.csv", _untouched)
+    path = label_file.free(opened.workdir / f"{NAME}.csv", label_file.as_written)
     page = path.with_suffix(".html")
     chosen = [names[i] for i in found.rows]
     sizes = found.sizes.tolist()
@@ -64,6 +64,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     _say_kept(opened.workdir / f"{NAME}.csv", path, s.label.csv)
     metrics = {
         "suggested": len(chosen),
+        "sha256": label_file.digest(path) if jax.process_index() == 0 else "",
         "by": c.by,
         "images": len(names),
         "passed_over": found.passed_over,
@@ -75,29 +76,25 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     return metrics, (
         f"{len(chosen):,} of {len(names):,} images of {source.name} ({source.split}) to label "
         f"first, by {opened.subject}: type the labels into {path}; {page} shows the images"
-        + _fewer(c.number - len(chosen))
+        + _fewer(c.number, len(chosen), len(names) - len(given))
         + damaged
         + images.damage
     )
 
 
-def _fewer(missing: int) -> str:
-    if missing <= 0:
+def _fewer(wanted: int, found: int, left: int) -> str:
+    """Why there are fewer suggestions than were asked for."""
+    if found >= wanted:
         return ""
+    if left < wanted:
+        return f"; fewer than the {wanted:,} asked for: only {left:,} have no label yet"
+    missing = wanted - found
     return f"; {missing:,} fewer than asked for, since the others are nearly the same as these"
-
-
-def _untouched(path: epath.Path) -> bool:
-    """Whether a table has no labels; one that cannot be read may have some."""
-    try:
-        return not label_file.read(path, "eval.label.csv")
-    except UserError:
-        return False
 
 
 def _say_kept(first: epath.Path, path: epath.Path, csv: str) -> None:
     if path != first and not csv:
         console.say(
-            f"{shown(first)} has labels and stays as it is. With --eval.label.csv={shown(first)} "
-            "its images are not suggested again."
+            f"{shown(first)} was changed and stays as it is. With --eval.label.csv={shown(first)} "
+            "images that have a label there are not suggested again."
         )

@@ -196,3 +196,26 @@ def test_a_table_that_must_be_kept_gets_a_successor(tmp_path):
 def test_classes_are_sorted():
     classes, numbers = label_match.classes_of(["b", "a", "b", "ü"])
     assert classes == ("a", "b", "ü") and numbers.tolist() == [1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'file,label\n"Käfer.jpg,ant\na b.jpg,bee\n',
+        'file,label\na b.jpg,bee\nc.jpg,"ant\nd.jpg,ant\n',
+        "file;label\na.jpg;bee\nc.jpg;" + '"' + "x" * 200_000,
+    ],
+)
+def test_a_quote_that_is_not_closed_loses_no_label_unseen(tmp_path, text):
+    with pytest.raises(UserError, match="look for a quotation mark that is not closed"):
+        read(tmp_path, text)
+
+
+def test_a_table_is_as_written_while_its_digest_is_among_the_results(tmp_path):
+    path = epath.Path(tmp_path / "labels.csv")
+    path.write_text("file,label\n")
+    assert not label_file.as_written(path)
+    (tmp_path / "results.jsonl").write_text(f'{{"sha256": "{label_file.digest(path)}"}}\n')
+    assert label_file.as_written(path)
+    path.write_text("file,label\n,ant\n")
+    assert not label_file.as_written(path)

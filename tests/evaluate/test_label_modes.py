@@ -156,10 +156,15 @@ def test_a_table_with_labels_is_never_replaced(run, go, capsys):
     go("suggest")
     go("suggest", suggest__number=4)  # nobody has typed into it
     assert len(table(first)) == 4
+    elsewhere = first.read_bytes().replace(b",,", b",,ant ")  # in the wrong column
+    first.write_bytes(elsewhere)
+    go("suggest", suggest__number=4)
+    assert first.read_bytes() == elsewhere
+    (workdir / "label_these_2.csv").replace(first)
     fill(first, truth)
     typed = first.read_bytes()
     assert go("suggest")["files"] == ["label_these_2.csv", "label_these_2.html"]
-    assert "label_these.csv has labels and stays as it is" in capsys.readouterr().err
+    assert "label_these.csv was changed and stays as it is" in capsys.readouterr().err
     record = go("suggest", label__csv=str(first))
     assert record["given"] == 4 and first.read_bytes() == typed
     again = {row["file"] for row in table(workdir / "label_these_2.csv")}
@@ -184,10 +189,10 @@ def test_labels_that_were_corrected_by_hand_are_kept(run, go, capsys):
     (workdir / "labels.csv").write_text(corrected)
     assert go("label", label__csv=str(target))["files"] == ["labels_2.csv"]
     assert (workdir / "labels.csv").read_text() == corrected
-    assert "labels.csv has labels that" in capsys.readouterr().err
+    assert "labels.csv was changed, or has labels that" in capsys.readouterr().err
     # its own table counts what was given in it, and nothing that was predicted
     record = go("label", label__csv=str(workdir / "labels.csv"))
-    assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels.csv"])
+    assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels_2.csv"])
 
 
 @pytest.mark.parametrize(
