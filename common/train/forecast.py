@@ -15,8 +15,9 @@ from common.train.step import cost
 
 STEPS = 20  # measured, after the first one, which compiles and fills the pipeline
 TOO_LONG = 24 * 3600.0  # seconds
-# A train step's rate as a share of that of one large matrix product on the same device. From the
-# configs of docs/results.md: 0.3 to 0.6 on CPUs, 0.1 to 0.4 on a GPU.
+# A train step's rate as a share of that of one large matrix product on the same device. That of
+# CPUs foretold 11 minutes of a run of 12 (docs/results.md, photographs); the others are guesses,
+# which the clock puts right after `STEPS`.
 _SHARE = {"cpu": 0.4, "gpu": 0.2, "tpu": 0.3}
 _SIDE = {"cpu": 1024}  # of the matrices that are multiplied; elsewhere 4,096
 _SMALLER = {

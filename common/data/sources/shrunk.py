@@ -1,7 +1,7 @@
 """`data.shrink`: large photographs made smaller once, instead of decoded whole for every crop.
 
-A photograph of 12 megapixels takes a core about 0.1 s to decode, and training decodes it twice an
-epoch, for views of a hundred pixels. Here it is decoded once, at the moment it is first needed, and
+A photograph of 12 megapixels takes long to decode, and training decodes it twice an epoch, for
+views of a hundred pixels. Here it is decoded once, at the moment it is first needed, and
 kept in memory as a JPEG that is still larger than any view made of it.
 """
 
