@@ -74,7 +74,7 @@ class Pretrained:
         size: int = self.settings.image_size or self.config.data.image_size
         return size
 
-    def open(self, role: str) -> Source:
+    def open(self, role: str, quiet: bool = False) -> Source:
         """Opens the source of a role ("train" or "test"), and prints a summary of it.
 
         For data other than the run's own, the first split opened decides the value range.
@@ -96,8 +96,8 @@ class Pretrained:
             data.value_range, lines = survey.decide_value_range(data, source, self.value_range)
             for line in lines:
                 console.say(in_eval(line))
-        if source.account:
-            console.say("\n  ".join(source.summary()))
+        if not quiet:
+            say_summary(source)
         return source
 
     def open_labelled(self, role: str) -> Source:
@@ -150,10 +150,18 @@ class Pretrained:
         return functools.partial(features.jit_encoder(encode, self.mesh), self.state)
 
 
+def say_summary(source: Source) -> None:
+    """Says what was opened, where there is something to say of how it was read."""
+    if source.account:
+        console.say("\n  ".join(source.summary()))
+
+
 def in_eval(text: str) -> str:
     """A message about `config.data`, with the flags of an evaluation in place of its fields."""
     text = re.sub(
-        r"(?<![\w.-])data\.(source|labels|train_split|test_split|value_range)", r"--eval.\1", text
+        r"(?<![\w.-])(--config\.)?data\.(source|labels|train_split|test_split|value_range)",
+        r"--eval.\2",
+        text,
     )
     return re.sub(r"(?<![\w-])(config\.)?data\.dir\b", "--eval.data_dir", text)
 

@@ -84,5 +84,7 @@ def test_split(path: str) -> str:
 def _base(path: str) -> epath.Path:
     base = files.path(path)
     if not base.is_dir():
-        raise UserError(f"no folder {path}; expected a folder of image files. Check data.source")
+        raise UserError(
+            f"no folder {path}; expected a folder of image files: --config.data.source=folder:PATH"
+        )
     return base
