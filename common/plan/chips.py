@@ -1,6 +1,7 @@
 """Datasheet figures of the devices that a step can be planned for."""
 
 import dataclasses
+import math
 
 GIB = 2**30
 
@@ -53,6 +54,15 @@ _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 def of_topology(topology: str) -> Device | None:
     """The device of e.g. "v5e:4x8"; None for a generation that is not listed here."""
     return TPUS.get(topology.partition(":")[0])
+
+
+def devices_of(topology: str) -> int:
+    """How many devices JAX has on e.g. "v5e:4x8"; 1 where that cannot be told."""
+    device = of_topology(topology)
+    sides = topology.partition(":")[2].split("x")
+    if device is None or not all(side.isdecimal() for side in sides):
+        return 1
+    return math.prod(map(int, sides)) * device.devices_per_chip
 
 
 def of_kind(kind: str) -> Device | None:

@@ -64,16 +64,12 @@ def plan(
     """
     configs.check(config)
     n, classes = data_of(config)
-    config = by_number.decide(config, n, 1 if topologies else make_mesh().size)
-    if config.batch_size > n:
-        raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
-    per_epoch = n // config.batch_size
-    total = steps_of(config.duration, per_epoch, name="duration")
-    extent = Extent(max(1, total), per_epoch, classes)
     rows, errors = [], []
     for topology in topologies or (LOCAL,):
+        devices = make_mesh().size if topology == LOCAL else chips.devices_of(topology)
         try:
-            found = _plan_one(make_method, config, topology, extent, quick)
+            decided, extent = _extent(config, n, classes, devices)
+            found = _plan_one(make_method, decided, topology, extent, quick)
         except UserError as error:  # the other slices are still useful
             errors.append(str(error))
             continue
@@ -85,6 +81,16 @@ def plan(
     if errors:
         raise UserError("; ".join(dict.fromkeys(errors)))
     return rows
+
+
+def _extent(config: ConfigDict, n: int, classes: int, devices: int) -> tuple[ConfigDict, Extent]:
+    """The config with what a run on so many devices decides, and how long that run is."""
+    config = by_number.decide(config, n, devices)
+    if config.batch_size > n:
+        raise UserError(f"batch_size={config.batch_size}: the data has only {n} images")
+    per_epoch = n // config.batch_size
+    total = steps_of(config.duration, per_epoch, name="duration")
+    return config, Extent(max(1, total), per_epoch, classes)
 
 
 def _plan_one(

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 import main
 from common.errors import UserError
 from common.plan import chips, collectives, measure, table, traffic
+from common.plan import plan as plan_module
 from common.plan.plan import data_of, plan
 from common.sharding import AXIS, make_mesh
 from common.train.prepare import Extent
@@ -45,6 +46,17 @@ ENTRY %main.1 (p: u8[100]) -> u8[100] {
   %f = f32[9]{0} fusion(%all-reduce.3), calls=%all-reduce-computation
 }
 """
+
+
+def test_devices_of_a_slice():
+    found = {t: chips.devices_of(t) for t in ("v5e:4x8", "v4:2x2x4", "v3:4x4", "v5e", "v9:2x2")}
+    assert found == {"v5e:4x8": 32, "v4:2x2x4": 16, "v3:4x4": 32, "v5e": 1, "v9:2x2": 1}
+
+
+def test_an_open_batch_is_that_of_the_slice():
+    c = tiny.config("moco", batch_size=0)
+    decided = {n: plan_module._extent(c, 300, 0, n)[0].batch_size for n in (1, 64)}
+    assert decided == {1: 32, 64: 64}
 
 
 def test_collectives_of_a_text():
