@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from common.data.feed.recipe import FeedRecipe
 from common.data.sources import slices
@@ -14,7 +15,8 @@ from common.evaluate import everything, feature_files, query, spreadsheet
 from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
-from common.evaluate.pretrained import Pretrained
+from common.evaluate.pretrained import Pretrained, say_summary
+from common.run import files, jsonl
 from common.sharding import of_first_process
 from common.train import summary
 
@@ -36,6 +38,9 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             f"eval.embed.clusters={c.clusters}: expected at least 0, 1 and 0"
         )
     source = _open(opened)
+    about = _about(opened, source)
+    stem = _stem(about, opened.settings)
+    of_first_process(_check_free, opened, f"{stem}.npz")
     shrink = opened.config.data.get("shrink", 0)
     queries = of_first_process(query.read, c.query, source, shrink)
     images = everything.features_of(opened, source, c.examples)
@@ -43,13 +48,10 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     embedded = Embedded(
         features, labels, images.ids, names,
         source.class_names or tuple(f"class {i}" for i in range(source.num_classes)),
-        _about(opened, source), images.left_out,
+        about, images.left_out,
     )  # fmt: skip
     searched = query.search(opened, queries, features)
-    written = [
-        opened.workdir / f"{_stem(embedded.about)}.{kind}"
-        for kind in dict.fromkeys([*formats, "csv"])
-    ]
+    written = [opened.workdir / f"{stem}.{kind}" for kind in dict.fromkeys([*formats, "csv"])]
     if c.report:
         written += [opened.workdir / name for name in ("duplicates.csv", "report.html")]
     of_first_process(_write, opened, source, embedded, searched, formats, written)
@@ -129,6 +131,7 @@ def _open(opened: Pretrained) -> Source:
     source = _named(opened)
     named = opened.settings.embed.split or opened.settings.test_split
     if named or source.num_classes or slices.parse(source.split)[1] is None:
+        say_summary(source)
         return source
     return everything.open_all(opened)
 
@@ -139,10 +142,10 @@ def _named(opened: Pretrained) -> Source:
         if split:  # opened as a test split, so that its classes are numbered as those of train
             with opened.config.unlocked():
                 opened.config.data.test_split = split
-        return opened.open("test")
+        return opened.open("test", quiet=True)
     except UserError as error:
         if not split and not opened.settings.test_split:
-            return opened.open("train")
+            return opened.open("train", quiet=True)
         raise UserError(f"{error} (Here: --eval.embed.split=NAME.)") from error
 
 
@@ -167,8 +170,33 @@ def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
     }
 
 
-def _stem(about: dict[str, Any]) -> str:
-    """Name of the files: one for each split, layer and encoder, so that none overwrites another.
+def _check_free(opened: Pretrained, name: str) -> None:
+    """Refuses to replace the features of other images, of a folder of the same name.
+
+    Raises:
+        UserError: by results.jsonl, the file is of another source.
+    """
+    if not (opened.workdir / name).exists():
+        return
+    records, source = jsonl.results(opened.workdir), opened.config.data.source
+    sources = [r.get("embedded_source") for r in records if name in r.get("files", ())]
+    if sources and sources[-1] and _whole(sources[-1]) != _whole(source):
+        raise UserError(
+            f"{opened.workdir / name} holds features of {sources[-1]}, and {source} has the same "
+            "name: move that file and its table away first, or rename the folder"
+        )
+
+
+def _whole(source: str) -> str:
+    """A source with the whole path of its folder, as far as that can be told now."""
+    kind, _, path = source.partition(":")
+    if kind not in ("folder", "shards") or files.is_remote(path):
+        return source
+    return f"{kind}:{files.path(path).resolve()}"
+
+
+def _stem(about: dict[str, Any], settings: ConfigDict) -> str:
+    """Name of the files: one for each question, so that none overwrites the answer to another.
 
     Names come from the user's disk and flags, and must not lead out of the workdir.
     """
@@ -177,4 +205,10 @@ def _stem(about: dict[str, Any]) -> str:
         parts.append(about["features"])
     if about.get("layer", "backbone") != "backbone":
         parts.append(about["layer"])
+    if settings.step:
+        parts.append(f"step{settings.step}")
+    if settings.image_size:
+        parts.append(f"{settings.image_size}px")
+    if settings.embed.examples:
+        parts.append(f"{settings.embed.examples}images")
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in "-".join(parts))[:150]

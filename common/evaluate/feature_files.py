@@ -35,6 +35,11 @@ class Embedded:
     about: dict[str, Any]
     left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.array([], str))
 
+    @property
+    def shown_names(self) -> list[str]:
+        """`shown_names` of the rows, the same whichever images are damaged."""
+        return shown_names([*self.names, *self.left_out])[: len(self.names)]
+
 
 def formats_of(text: str) -> list[str]:
     """Parses `eval.embed.format`; npz is always among them, and csv means features in the table.
@@ -73,6 +78,12 @@ def below(names: Iterable[object]) -> tuple[str, list[str]]:
 def rooted(folder: str) -> bool:
     """Whether a path tells where on a disk or in a bucket it is (shards keep such names)."""
     return folder.startswith("/") or "://" in folder
+
+
+def shown_names(names: Iterable[object]) -> list[str]:
+    """Names for people: valid UTF-8; absolute paths (shards keep them) without what they share."""
+    folder, found = below(names)
+    return found if rooted(folder) else [folder + name for name in found]
 
 
 def write_npz(path: epath.Path, embedded: Embedded) -> None:

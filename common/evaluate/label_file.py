@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import re
 import unicodedata
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from common.run import files, jsonl
 
 FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
 _SEPARATORS = ("\t", ";", ",")  # Excel writes semicolons where the comma is the decimal sign
+_TELLS_SEPARATOR = re.compile(r"sep=([,;\t])(?:\r\n|\r|\n)", re.IGNORECASE)  # Excel's first line
 _WORKBOOK = b"PK\x03\x04"  # .xlsx and .ods are zip files
 
 
@@ -42,11 +44,7 @@ class Row:
 
 def read_all(paths: str, flag: str) -> list[Row]:
     """The rows of one table, or of several with commas between their paths; see `read`."""
-    whole = files.path(paths)
-    if "," not in paths or whole.exists():
-        return read(whole, flag)
-    parts = [part.strip() for part in paths.split(",") if part.strip()]
-    return [row for part in parts for row in read(files.path(part), flag)]
+    return [row for path in files.several(paths) for row in read(files.path(path), flag)]
 
 
 def read(path: epath.Path, flag: str) -> list[Row]:
@@ -64,9 +62,11 @@ def read(path: epath.Path, flag: str) -> list[Row]:
     Raises:
         UserError: no such file, or not text, or without two columns.
     """
+    if path.is_dir():
+        raise UserError(f"{shown(path)} is a folder; --{flag} takes the path of a CSV file")
     try:
         data = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise UserError(
             f"no file {shown(path)}; --{flag} takes a table with the columns file,label, such as "
             "the label_these.csv that --mode=suggest writes"
@@ -109,13 +109,19 @@ def _table(text: str, path: epath.Path) -> list[tuple[int, list[str]]]:
     """(line, cells) of each row that is not empty, with the separator that fits best."""
     found: list[tuple[tuple[bool, int], list[tuple[int, list[str]]]]] = []
     faults: list[str] = []
-    for separator in _SEPARATORS:
+    told = _TELLS_SEPARATOR.match(text)
+    first = told.end() if told else 0
+    for separator in told[1] if told else _SEPARATORS:
         # strict: a quote that is never closed would take all rows behind it for one cell
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        reader = csv.reader(io.StringIO(text[first:], newline=""), delimiter=separator, strict=True)
         try:
-            table = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+            table = [
+                (reader.line_num + bool(told), cells)
+                for cells in reader
+                if any(map(str.strip, cells))
+            ]
         except csv.Error as error:
-            faults.append(f"{error}, line {reader.line_num}")
+            faults.append(f"{error}, line {reader.line_num + bool(told)}")
             continue
         head = [cell.strip().lower() for cell in table[0][1]] if table else []
         fits = FILE in head and LABEL in head, sum(len(cells) > 1 for _, cells in table)

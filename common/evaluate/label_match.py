@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from common.data.sources.base import listed
+from common.data.sources.base import Source, listed
 from common.data.sources.folder_source import shown
 from common.errors import UserError
 from common.evaluate import feature_files, spreadsheet
@@ -50,7 +50,7 @@ def match(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
         raise UserError(
             f"{_first(unknown)} {'are' if len(unknown) > 1 else 'is'} not among the {len(names):,} "
             f"images, whose names are like {shown(names[0])!r}: give the path below the folder, or "
-            "the file name"
+            f"the file name{_heading(unknown)}"
         )
     if ambiguous:
         row, several = ambiguous[0]
@@ -65,6 +65,11 @@ def match(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
             f"{row.label!r} in {row.place}: keep one of them"
         )
     return {i: found[i].label for i in sorted(found)}
+
+
+def check(rows: Sequence[Row], source: Source) -> dict[int, str]:
+    """`match` of the images of a source, damaged or not, before minutes are spent on encoding."""
+    return match(rows, feature_files.shown_names(source.names(np.arange(source.num_examples))))
 
 
 def given(rows: Sequence[Row], images: Images) -> tuple[dict[int, str], str]:
@@ -83,11 +88,22 @@ def given(rows: Sequence[Row], images: Images) -> tuple[dict[int, str], str]:
 
 
 def names_of(images: Images) -> list[str]:
-    """`shown_names` of all images: of the rows of the features, and behind them of damaged ones.
+    """Names for people of all images: of the rows of the features, and behind them of damaged ones.
 
     What a table calls an image must not change with the images that are damaged.
     """
-    return shown_names([*images.names, *images.left_out])
+    return feature_files.shown_names([*images.names, *images.left_out])
+
+
+def _heading(unknown: Sequence[Row]) -> str:
+    """What to do where the first line, which names no image, may name the columns."""
+    row = next((row for row in unknown if row.line == 1), None)
+    if row is None:
+        return ""
+    return (
+        f"; if the first line ({shown(row.file)}, {shown(row.label)}) is a heading, call the "
+        "columns 'file' and 'label'"
+    )
 
 
 def _spellings(text: str) -> Iterator[str]:
@@ -96,6 +112,7 @@ def _spellings(text: str) -> Iterator[str]:
     yield text.strip()
     yield spreadsheet.content(text)
     yield spreadsheet.content(text.strip())
+    yield text.strip().replace("\\", "/")  # of Windows
 
 
 def _lookups(names: Sequence[str]) -> list[Callable[[str], list[int]]]:
@@ -131,12 +148,6 @@ def _lookups(names: Sequence[str]) -> list[Callable[[str], list[int]]]:
 def _first(rows: Sequence[Row]) -> str:
     more = f" and {len(rows) - _MOST:,} more" if len(rows) > _MOST else ""
     return ", ".join(str(row) for row in rows[:_MOST]) + more
-
-
-def shown_names(names: Iterable[str]) -> list[str]:
-    """Names for people: valid UTF-8; absolute paths (shards keep them) without what they share."""
-    folder, below = feature_files.below(names)
-    return below if feature_files.rooted(folder) else [folder + name for name in below]
 
 
 def classes_of(labels: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:

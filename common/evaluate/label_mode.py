@@ -5,7 +5,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -43,24 +42,23 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         raise UserError(f"eval.label.l2={s.label.l2:g}: expected a number above 0")
     table = of_first_process(label_file.read_all, s.label.csv, _FLAG)
     source = everything.open_all(opened, s.label.split, "eval.label.split")
+    early = list(label_match.check(table, source).values())
+    _check(early, shown(s.label.csv))
+    _say_spellings(early)
     images = everything.features_of(opened, source)
     names = label_match.names_of(images)
     given, damaged = label_match.given(table, images)
     classes, labels = label_match.classes_of(given.values())
-    _check(given, classes, shown(s.label.csv))
+    _check(list(given.values()), shown(s.label.csv))
     rows = np.array(list(given), np.int64)
     trainer = few_labels.Trainer.of(images.features, len(classes), s)
     estimate = few_labels.cross_validate(trainer, rows, labels, s.seed)
     rest = np.setdiff1d(np.arange(len(images.ids)), rows)
     found = _together(estimate.predictions, rows, trainer.predict(rows, labels, rest), rest)
-    path = label_file.free(
-        opened.workdir / _NAME,
-        lambda old: label_file.as_written(old) and _covered(old, table, names),
-    )
-    if jax.process_index() == 0:
-        lines = _lines(names[: len(images.names)], given, classes, found)
-        spreadsheet.write(path, _COLUMNS, lines)
-    if path.name != _NAME:
+    lines = _lines(names[: len(images.names)], given, classes, found)
+    name, digest = of_first_process(_write, opened.workdir, lines, table, names)
+    path = opened.workdir / name
+    if name != _NAME:
         console.say(
             f"{shown(opened.workdir / _NAME)} was changed, or has labels that {s.label.csv} lacks: "
             "it is kept."
@@ -75,7 +73,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "protocol": "logistic regression on frozen features of un-augmented images",
         "images": len(images.ids),
         "given": len(rows),
-        "sha256": label_file.digest(path) if jax.process_index() == 0 else "",
+        "sha256": digest,
         "classes": len(classes),
         **_recorded(estimate),
         "predicted": dict(counts),
@@ -86,24 +84,27 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "labelled_split": source.split,
         "files": [path.name],
     }
-    return metrics, _sentence(opened, source, metrics, estimate, classes, labels, path, unsure) + (
-        damaged + images.damage
-    )
+    text = _sentence(opened, source, metrics, estimate, classes, labels, path, unsure)
+    return metrics, f"{text.removesuffix('.')}{damaged}{images.damage}."
 
 
-def _check(given: dict[int, str], classes: Sequence[str], csv: str) -> None:
+def _check(given: Sequence[str], csv: str) -> None:
     if len(given) < 2:
         raise UserError(
             f"{csv} has labels for {len(given)} images: expected two or more, of two "
             "classes at least (a row without a label does not count)"
         )
-    if len(classes) < 2:
+    if len(set(given)) < 2:
         raise UserError(
-            f"all {len(given):,} labels in {csv} are {classes[0]!r}: expected two classes "
+            f"all {len(given):,} labels in {csv} are {given[0]!r}: expected two classes "
             "or more, also one for images that are none of these"
         )
+
+
+def _say_spellings(given: Sequence[str]) -> None:
+    """Names two classes whose names differ in upper and lower case alone."""
     spelt: dict[str, str] = {}
-    for name in classes:
+    for name in sorted(set(given)):
         other = spelt.setdefault(name.casefold(), name)
         if other != name:
             console.say(f"{other!r} and {name!r} are taken for two classes.")
@@ -134,6 +135,20 @@ def _lines(
             told = ("", "", "", "")
         lines.append((name, classes[label], "yes" if i in given else "no", *told))
     return lines
+
+
+def _write(
+    workdir: epath.Path,
+    lines: Sequence[tuple[str, ...]],
+    table: Sequence[label_file.Row],
+    names: Sequence[str],
+) -> tuple[str, str]:
+    """Writes `labels.csv`, under another name where one must be kept; its name and digest."""
+    path = label_file.free(
+        workdir / _NAME, lambda old: label_file.as_written(old) and _covered(old, table, names)
+    )
+    spreadsheet.write(path, _COLUMNS, lines)
+    return path.name, label_file.digest(path)
 
 
 def _covered(old: epath.Path, table: Sequence[label_file.Row], names: Sequence[str]) -> bool:

@@ -56,9 +56,7 @@ def read(text: str, like: Source, shrink: int = 0) -> Files | None:
     Raises:
         UserError: a file that is not there, or that is no whole image.
     """
-    one = bool(text.strip()) and files.path(text.strip()).exists()  # its name may have a comma
-    parts = [part.strip() for part in ([text] if one else text.split(","))]
-    paths = list(dict.fromkeys(filter(None, parts)))
+    paths = list(dict.fromkeys(files.several(text)))
     if not paths:
         return None
     data = np.empty(len(paths), object)

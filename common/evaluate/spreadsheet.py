@@ -63,7 +63,7 @@ def images(
         places: (x, y) of the rows that are on the map.
         features: whether to add f0, f1, ...
     """
-    n = len(embedded.ids)
+    n, names = len(embedded.ids), embedded.shown_names
     header = ["id", "file", "label", "class"]
     if structure:
         header += ["cluster", "x", "y", "oddness", "nearest", "nearest_cosine", "duplicate_group"]
@@ -79,9 +79,7 @@ def images(
         if i < 0:
             return [None, x, y, None, None, None, None]
         near = structure.neighbours[i]
-        nearest = (
-            (str(embedded.names[near[0]]), structure.cosines[i, 0]) if len(near) else (None,) * 2
-        )
+        nearest = (names[near[0]], structure.cosines[i, 0]) if len(near) else (None,) * 2
         return [
             structure.clusters.labels[i] + 1, x, y, structure.oddness[i], *nearest,
             group_of.get(row),
@@ -90,7 +88,7 @@ def images(
     def row_of(row: int) -> list[object]:
         label = int(embedded.labels[row])
         named = 0 <= label < len(embedded.class_names)
-        out: list[object] = [embedded.ids[row], str(embedded.names[row])]
+        out: list[object] = [embedded.ids[row], names[row]]
         out += [label if label >= 0 else None, embedded.class_names[label] if named else None]
         out += found(row) if structure else []
         return out + (list(embedded.features[row]) if features else [])
@@ -105,10 +103,10 @@ def duplicates(embedded: Embedded, groups: Sequence[Group]) -> tuple[list[str], 
     """
     header = ["group", "id", "file", "compared_with", "cosine", "pixel_difference", "mirrored"]
     rows: list[list[object]] = []
+    names = embedded.shown_names
     for number, group in enumerate(groups, 1):
-        first = str(embedded.names[group.rows[0]])
+        first = names[group.rows[0]]
         for i, row in enumerate(group.rows):
             found = (first, group.cosines[i], group.differences[i], group.mirrored[i])
-            name = str(embedded.names[row])
-            rows.append([number, embedded.ids[row], name, *(found if i else (None,) * 4)])
+            rows.append([number, embedded.ids[row], names[row], *(found if i else (None,) * 4)])
     return header, rows

@@ -1,11 +1,12 @@
 """`--mode=suggest`: a list of the images to label first."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
+from common.data.sources.base import Source
 from common.data.sources.folder_source import shown
 from common.errors import UserError, one_of
 from common.evaluate import everything, few_labels, label_file, label_match, spreadsheet
@@ -38,6 +39,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
             "labels of two classes: give --eval.label.csv=FILE, or leave it at clusters"
         )
     source = everything.open_all(opened, c.split, "eval.suggest.split")
+    if table:
+        label_match.check(table, source)
     images = everything.features_of(opened, source)
     names = label_match.names_of(images)[: len(images.names)]
     given, damaged = label_match.given(table, images)
@@ -52,19 +55,17 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         margins = few_labels.margins(trainer.predict(rows, labels, rest).probabilities)
         pool = np.sort(rest[np.argsort(margins, kind="stable")[: _POOL * c.number]])
     found = suggest(images.features, rows, pool, c.number, s.seed)
-    path = label_file.free(opened.workdir / f"{NAME}.csv", label_file.as_written)
-    page = path.with_suffix(".html")
     chosen = [names[i] for i in found.rows]
-    sizes = found.sizes.tolist()
-    if jax.process_index() == 0:
-        spreadsheet.write(path, _COLUMNS, zip(chosen, [""] * len(chosen), sizes, strict=True))
-        known = sorted(set(given.values()))
-        ids = images.ids[found.rows]
-        label_page.write(page, opened, source, ids, chosen, sizes, known, path.name)
+    known = sorted(set(given.values()))
+    name, digest = of_first_process(
+        _write, opened, source, images.ids[found.rows], chosen, found.sizes.tolist(), known
+    )
+    path = opened.workdir / name
+    page = path.with_suffix(".html")
     _say_kept(opened.workdir / f"{NAME}.csv", path, s.label.csv)
     metrics = {
         "suggested": len(chosen),
-        "sha256": label_file.digest(path) if jax.process_index() == 0 else "",
+        "sha256": digest,
         "by": c.by,
         "images": len(names),
         "passed_over": found.passed_over,
@@ -80,6 +81,26 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         + damaged
         + images.damage
     )
+
+
+def _write(
+    opened: Pretrained,
+    source: Source,
+    ids: np.ndarray,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    classes: Sequence[str],
+) -> tuple[str, str]:
+    """Writes the table and its page, under another name where one must be kept.
+
+    Returns:
+        Name and digest of the table.
+    """
+    path = label_file.free(opened.workdir / f"{NAME}.csv", label_file.as_written)
+    spreadsheet.write(path, _COLUMNS, zip(names, [""] * len(names), sizes, strict=True))
+    page = path.with_suffix(".html")
+    label_page.write(page, opened, source, ids, names, sizes, classes, path.name)
+    return path.name, label_file.digest(path)
 
 
 def _fewer(wanted: int, found: int, left: int) -> str:

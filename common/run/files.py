@@ -23,6 +23,28 @@ def path(text: str | epath.PathLike) -> epath.Path:
     return epath.Path(text).expanduser()
 
 
+def several(text: str) -> list[str]:
+    """The paths in a list with commas between them; a comma in the name of a file is none of these.
+
+    Of a path that is not there, what is before the next comma.
+    """
+    parts, found = text.split(","), []
+    while parts:
+        joined = (",".join(parts[:n]).strip() for n in range(1, len(parts) + 1))
+        there = (n for n, one in enumerate(joined, 1) if one and _is_there(one))
+        n = next(there, 1)
+        found.append(",".join(parts[:n]).strip())
+        parts = parts[n:]
+    return [one for one in found if one]
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return path(text).exists()
+    except OSError:  # longer than names can be
+        return False
+
+
 def is_remote(path: str | epath.PathLike) -> bool:
     """Whether `path` is in an object store."""
     return "://" in os.fspath(path)

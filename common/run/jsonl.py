@@ -40,6 +40,12 @@ def each(path: str | epath.PathLike) -> Iterator[dict[str, Any]]:
     return (record for _, record in _parse(epath.Path(path)))
 
 
+def results(workdir: epath.Path) -> list[dict[str, Any]]:
+    """Returns the records of a workdir's `results.jsonl`, in order; [] without one."""
+    path = workdir / RESULTS
+    return [record for _, record in _records(path)] if path.exists() else []
+
+
 def append(path: epath.Path, record: Mapping[str, Any]) -> None:
     """Appends one record to a file, on the disk when it returns."""
     lines = Lines(path)
@@ -73,11 +79,15 @@ def discard_after(workdir: epath.Path, step: int) -> None:
 
 
 def _parse(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return (found for found in _records(path) if isinstance(found[1].get("step"), int))
+
+
+def _records(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # After a power cut the bytes may not be text.
     for line in path.read_bytes().decode("utf-8", "replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict):
                 yield line, record
 
 

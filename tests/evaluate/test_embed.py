@@ -324,7 +324,7 @@ def test_features_that_are_no_numbers():
 
 def test_no_name_leaves_the_workdir():
     about = {"data": "../../etc", "split": "train[:10%]/..", "features": "pixels"}
-    assert embed_mode._stem(about) == "features-______etc-train__10_____-pixels"
+    assert embed_mode._stem(about, eval_settings()) == ("features-______etc-train__10_____-pixels")
     assert feature_files.shortened("folder:/home/me/photos/") == "folder:photos"
     assert feature_files.shortened("folder:gs://bucket/photos") == "folder:photos"
     assert feature_files.shortened("gs://bucket/a/b") == "b"
@@ -363,6 +363,9 @@ def test_colours_and_legend():
     colours, legend = feature_map.colour(np.array([2, 0, -1, 2]), names)
     assert [(e.name, e.count) for e in legend] == [("n0", 1), ("n2", 2), ("no label", 1)]
     assert colours[0] == colours[3] and len(set(colours)) == 3
+    few = np.array([2, 0, 2])  # of all the images, whose labels are these
+    _, legend = feature_map.colour(few, names, np.array([2, 0, 2, 2, 0, 1, -1]))
+    assert [(e.name, e.count) for e in legend] == [("n0", 2), ("n2", 3)]
     colours, legend = feature_map.colour(np.arange(30), names)
     assert len(legend) == 30 and len(set(colours)) == 30
 

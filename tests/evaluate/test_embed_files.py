@@ -20,7 +20,9 @@ from PIL import Image
 
 from common.cli import usage
 from common.data.feed.pipeline import images_of
+from common.errors import UserError
 from common.evaluate import embed_mode, pretrained, query
+from common.run import jsonl
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,15 @@ def test_a_file_of_data_that_are_made_smaller_finds_itself(tmp_path):
     assert (image != plain).any()
 
 
+def test_one_line_says_which_images_are_taken(folder, capsys):
+    root, opened = folder
+    run = reopened(opened, root / "run", eval_settings(batch_size=8, embed__report=False))
+    with run.config.unlocked():
+        run.config.data.train_split, run.config.data.test_split = "train[:75%]", "train[75%:]"
+    embed_mode.run(run)
+    assert capsys.readouterr().err.count("photos (train") == 1
+
+
 def test_files_beside_the_npz(folder):
     root, opened = folder
     s = eval_settings(batch_size=8, embed__format="csv")
@@ -117,6 +128,46 @@ def test_files_beside_the_npz(folder):
     s = eval_settings(batch_size=8, embed__report=False)
     embed_mode.run(reopened(opened, root / "run", s))
     assert list(rows_of(root / "run" / f"{stem}.csv")[0]) == ["id", "file", "label", "class"]
+
+
+def test_no_question_takes_the_files_of_another(folder, tmp_path):
+    root, opened = folder
+    for changes, end in (
+        ({"embed__examples": 5}, "-5images"),
+        ({"step": 0, "image_size": 12}, "-12px"),
+    ):
+        s = eval_settings(batch_size=8, embed__report=False, **changes)
+        run = reopened(opened, root / "run", s)
+        metrics, _ = embed_mode.run(run)
+        assert metrics["files"][0] == f"features-photos-train-untrained{end}.npz"
+    about = {"data": "photos", "split": "train", "features": "trained"}
+    assert embed_mode._stem(about, eval_settings(step=7)) == "features-photos-train-step7"
+
+
+def test_features_of_another_folder_of_the_same_name_are_kept(folder, tmp_path, monkeypatch):
+    _root, opened = folder
+    for place in ("one", "two"):
+        write_images(tmp_path / place / "photos", [f"{place}{i}.png" for i in range(4)])
+
+    def embed(source):
+        s = eval_settings(batch_size=8, embed__report=False)
+        run = reopened(opened, tmp_path / "run", s)
+        with run.config.unlocked():
+            run.config.data.source = f"folder:{source}"
+        metrics, _ = embed_mode.run(run)
+        jsonl.append(run.workdir / jsonl.RESULTS, metrics)
+        with np.load(run.workdir / metrics["files"][0]) as found:
+            return found["names"][0]
+
+    (tmp_path / "run").mkdir()
+    assert embed(tmp_path / "one" / "photos") == "one0.png"
+    monkeypatch.chdir(tmp_path)
+    assert embed("one/photos") == "one0.png"  # the same folder
+    refused = r"folder:one/photos, and .*two/photos has the same name: move"
+    with pytest.raises(UserError, match=refused):
+        embed(tmp_path / "two" / "photos")
+    (tmp_path / "run" / "features-photos-train-untrained.npz").rename(tmp_path / "kept.npz")
+    assert embed(tmp_path / "two" / "photos") == "two0.png"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from common.errors import UserError
-from common.evaluate import label_file, label_match, spreadsheet
+from common.evaluate import feature_files, label_file, label_match, spreadsheet
 from common.evaluate.everything import Images
 
 NAMES = ["a/1.jpg", "a/2.JPG", "b/1.jpg", "b/Blüte rot.jpg", "c/x,y.png", "\\udcff.png", "B/3.JPG"]
@@ -37,6 +37,8 @@ WANTED = [(RED, "Rosé"), ("1.jpg", "x; y")]
         f'{RED};Rosé\n1.jpg;"x; y"',
         f" cluster_size,Label , FILE\n7,Rosé,{RED}\n8,,2.JPG\n9,x; y, 1.jpg \n",
         f"file,label,cluster_size\n{RED},Rosé,\n2.JPG,  ,4\n1.jpg,x; y\n3.jpg\n",
+        f'sep=;\r\nfile;label\r\n{RED};Rosé\r\n1.jpg;"x; y"\r\n',  # Excel
+        f"SEP=\t\n{RED}\tRosé\n1.jpg\tx; y\n",
         f'file,label,given\n{RED},Rosé,yes\n2.JPG,no rose,no\n1.jpg,"x; y",\n',
     ],
 )
@@ -65,6 +67,8 @@ def test_several_tables_are_one(tmp_path):
     (tmp_path / "a.csv").write_text("3.jpg,z")
     rows = label_file.read_all(f"{tmp_path}/a.csv, {tmp_path}/c.csv,{tmp_path}/d.csv", "")
     assert pairs(rows) == [("3.jpg", "z"), ("2.jpg", "y")]
+    both = label_file.read_all(f"{tmp_path}/c.csv,{tmp_path}/a,b.csv", "")
+    assert pairs(both) == [("2.jpg", "y"), ("1.jpg", "x")]  # of `files.several`
     assert rows[1].place == f"line 2 of {tmp_path}/c.csv"
 
 
@@ -82,9 +86,10 @@ def test_files_that_are_no_tables(tmp_path, data, message):
 
 
 def test_no_file(tmp_path):
-    for path in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(UserError, match=r"no file .*--eval.label.csv takes a table with the"):
-            label_file.read(epath.Path(path), "eval.label.csv")
+    with pytest.raises(UserError, match=r"no file .*--eval.label.csv takes a table with the"):
+        label_file.read(epath.Path(tmp_path / "none.csv"), "eval.label.csv")
+    with pytest.raises(UserError, match=r"is a folder; --eval.label.csv takes the path of a CSV"):
+        label_file.read(epath.Path(tmp_path), "eval.label.csv")
 
 
 def rows_of(*cells):
@@ -104,6 +109,7 @@ def rows_of(*cells):
         ("x,y.png", 4),
         ("\\udcff.png", 5),  # a byte that is no UTF-8, as it is shown
         ("B/3.JPG", 6),
+        ("b\\Blüte rot.jpg", 3),  # of Windows
     ],
 )
 def test_names_that_fit_one_image(file, found):
@@ -157,6 +163,23 @@ def test_rows_that_fit_no_image_or_too_many(cells, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_first_line_that_may_be_a_heading_is_named():
+    rows = [label_file.Row("t.csv", i, *cell) for i, cell in enumerate(
+        [("name", "class"), ("a/1.jpg", "x")], 1)]  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        label_match.match(rows, NAMES)
+    assert "'name' (line 1 of t.csv) is not among" in str(caught.value)
+    assert str(caught.value).endswith(
+        "if the first line (name, class) is a heading, call the columns 'file' and 'label'"
+    )
+
+
+def test_the_line_that_tells_the_separator_counts(tmp_path):
+    assert [row.line for row in read(tmp_path, "sep=;\nfile;label\n1.jpg;x\n")] == [3]
+    with pytest.raises(UserError, match=r"line 2 of .* has no second column"):
+        read(tmp_path, "sep=;\n1.jpg,x\n")
+
+
 def test_labels_of_damaged_images_are_counted():
     images = Images(
         np.zeros((2, 1)), np.full(2, -1), np.array([0, 2]),
@@ -169,9 +192,9 @@ def test_labels_of_damaged_images_are_counted():
 
 
 def test_names_of_shards_lose_the_folder_that_they_share():
-    shown = label_match.shown_names(["/home/me/a/b.png", "/home/me/a/bc/d.png"])
+    shown = feature_files.shown_names(["/home/me/a/b.png", "/home/me/a/bc/d.png"])
     assert shown == ["b.png", "bc/d.png"]
-    assert label_match.shown_names(["a/b.png", "\udcff.png"]) == ["a/b.png", "\\udcff.png"]
+    assert feature_files.shown_names(["a/b.png", "\udcff.png"]) == ["a/b.png", "\\udcff.png"]
 
 
 def test_names_do_not_change_with_the_images_that_are_damaged():

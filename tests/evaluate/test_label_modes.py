@@ -417,7 +417,7 @@ def test_shards_and_sums_of_tfds_stay_as_they_are(run, monkeypatch):
         assert everything._whole(opened) == data.train_split
 
 
-def test_mistakes(run, go, tmp_path):
+def test_mistakes(run, go, tmp_path, monkeypatch):
     workdir, truth = run
     typed, names = tmp_path / "typed.csv", list(truth)
 
@@ -434,6 +434,10 @@ def test_mistakes(run, go, tmp_path):
     fails("has labels for 1 images: expected two", text=f"{names[0]},red")
     fails("all 2 labels in .* are 'red': expected two classes", text="".join(
         f"{name},red\n" for name in names[:2]))  # fmt: skip
+    with monkeypatch.context() as nothing_is_encoded:  # which takes minutes
+        nothing_is_encoded.setattr(everything, "features_of", None)
+        for mode in ("label", "suggest"):
+            fails("'x.png' .line 1 of .*is not among the 40", mode, text="x.png,red\n" + good)
     fails("'x.png' .line 1 of .*typed.csv. is not among the 40", text="x.png,red\n" + good)
     fails("eval.label.l2=0: expected a number above 0", text=good, label__l2=0.0)
     fails(

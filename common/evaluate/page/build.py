@@ -54,17 +54,18 @@ def draw(
     chosen = np.random.default_rng(seed).permutation(len(embedded.ids))[:points]
     show = Gallery(source, embedded, 0)
     names = show.folder_and_names[1]
-    features, labels = embedded.features[chosen], embedded.labels[chosen]
+    features, labels_of_all = embedded.features[chosen], embedded.labels
     classes, nearest = show.classes, None
     if (embedded.labels < 0).all():
         found = findings.structure
-        clusters = found.spread_out(found.clusters.labels, len(embedded.ids), -1)
-        labels = clusters[chosen]
+        labels_of_all = found.spread_out(found.clusters.labels, len(embedded.ids), -1)
         classes = tuple(f"cluster {i + 1}" for i in range(len(found.clusters.centres)))
     elif len(chosen) > 1:
         nearest = structure.nearest_others(features, 1)[0][:, 0]
     shown = [names[i] for i in chosen]
-    return chosen, feature_map.make(features, labels, nearest, shown, classes, seed)
+    return chosen, feature_map.make(
+        features, labels_of_all[chosen], nearest, shown, classes, seed, labels_of_all
+    )
 
 
 def write(

@@ -21,7 +21,7 @@ _PICTURE = 40  # side of a picture on the map, of 1,000, where there are more
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A class in the legend, and how many points it has; `label` is -1 for those without one."""
+    """A class in the legend, and how many images it has; `label` is -1 for those without one."""
 
     name: str
     label: int
@@ -71,6 +71,7 @@ def make(
     names: list[str],
     class_names: tuple[str, ...],
     seed: int,
+    labels_of_all: np.ndarray | None = None,
 ) -> Map:
     """Makes a map.
 
@@ -81,10 +82,11 @@ def make(
         names: of the images.
         class_names: of the labels 0, 1, ...
         seed: of t-SNE.
+        labels_of_all: of all images, where the map has some of them; the legend counts them.
     """
     xy = project(features, seed)
     xy = 10 + 980 * (xy - xy.min(0) if len(xy) > 1 else xy)
-    colours, legend = colour(labels, class_names)
+    colours, legend = colour(labels, class_names, labels_of_all)
     side = picture_side(len(xy))
     unit = features.astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -168,18 +170,23 @@ def pictured(xy: np.ndarray, side: int) -> list[int]:
     return chosen
 
 
-def colour(labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[list[str], list[Entry]]:
+def colour(
+    labels: np.ndarray, class_names: tuple[str, ...], labels_of_all: np.ndarray | None = None
+) -> tuple[list[str], list[Entry]]:
     """Assigns a colour to each point, and an entry in the legend to each class.
 
     Args:
         labels: int `[n]`, -1 where unlabelled.
         class_names: of the labels 0, 1, ...
+        labels_of_all: see `make`.
 
     Returns:
         The colour of each point, and the legend of the classes that occur. Up to 20 classes get
         the colours of `PALETTE`; more of them run around the colour wheel in their order.
     """
-    present, counts = np.unique(labels, return_counts=True)
+    present = np.unique(labels)
+    counted = labels if labels_of_all is None else labels_of_all
+    counts = [(counted == c).sum() for c in present]
     classes = [int(c) for c in present if c >= 0]
     colours = dict(zip(classes, PALETTE, strict=False))
     if len(classes) > len(PALETTE):

@@ -62,15 +62,9 @@ def label_free(workdir: epath.Path) -> list[dict[str, str]]:
 
 def results(workdir: epath.Path) -> list[dict[str, Any]]:
     """The lines of `results.jsonl` with scores, which `embed` and `suggest` do not have."""
-    path = workdir / jsonl.RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # truncated by a full disk
-            continue
-        if not isinstance(record, dict) or record.get("mode") in ("embed", "suggest"):
+    for record in jsonl.results(workdir):
+        if record.get("mode") in ("embed", "suggest"):
             continue
         measured = {k: v for k, v in record.items() if k not in _PROTOCOL and v is not None}
         rows.append(
