@@ -243,7 +243,7 @@ def test_embed_of_another_encoder_or_layer_has_files_of_its_own(opened, changes,
 def test_embed_of_some_examples_spreads_them_over_the_split(opened, tmp_path):
     metrics, _ = embed_mode.run(opened(embed__examples=9, embed__report=False))
     some = np.arange(9) * SIZES["test"] // 9
-    with np.load(tmp_path / "features-fake-test.npz") as found:
+    with np.load(tmp_path / "features-fake-test-9images.npz") as found:
         np.testing.assert_array_equal(found["ids"], some)
         np.testing.assert_allclose(found["features"], table("test")[0][some])
         np.testing.assert_array_equal(found["labels"], table("test")[1][some])
