@@ -80,7 +80,10 @@ def check(values: flags.FlagValues, evaluations: Iterable[str], others: Sequence
         _check_compare(values, others)
         return
     if others:
-        raise UserError(f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE")
+        raise UserError(
+            f"unexpected argument {others[0]!r}: options are --config.NAME=VALUE, in quotes if "
+            "there is a space in them"
+        )
     if values.workdirs:
         raise UserError(f"--workdirs goes with --mode=compare, and --mode={mode} takes --workdir")
     if not values.workdir and mode != "plan":
@@ -155,7 +158,10 @@ def parse(
             of_modes = methods.keys() & MODES.keys()
             overrides.refuse_without_mode(argv, of_modes - {config.get("method", "")})
         if any(argument in _HELP for argument in argv):
-            print(usage.text(values, MODES, methods, config))
+            try:
+                print(usage.text(values, MODES, methods, config), flush=True)
+            except BrokenPipeError:  # `-h | head`: the rest, also at the exit, goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         trees = {"config": config, "eval": configs.eval_config()}
         rest = overrides.apply(argv, trees)

@@ -13,7 +13,7 @@ from etils import epath
 from common.data.sources.folder_source import shown
 from common.errors import UserError
 from common.evaluate import spreadsheet
-from common.run import files, jsonl
+from common.run import console, files, jsonl
 
 FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
 _SEPARATORS = ("\t", ";", ",")  # Excel writes semicolons where the comma is the decimal sign
@@ -86,13 +86,19 @@ def read(path: epath.Path, flag: str) -> list[Row]:
             f"line {line} of {shown(path)} has no second column: expected a file name and a label "
             "in each line, separated by a comma, a semicolon or a tab"
         )
-    rows = []
+    rows, predictions = [], 0
     for line, cells in table[named:]:
         cells = [unicodedata.normalize("NFC", cell) for cell in cells] + [""] * len(head)
         file, label = cells[columns[0]], spreadsheet.content(cells[columns[1]].strip())
         predicted = given is not None and cells[given].strip().lower() == "no"
+        predictions += predicted
         if label and not predicted:
             rows.append(Row(str(path), line, file, label))
+    if predictions:
+        console.say(
+            f"{shown(path)}: labels that count: {len(rows):,}; predictions, which do not (given: "
+            f"no): {predictions:,}. Write yes there where you have changed one."
+        )
     return rows
 
 

@@ -18,7 +18,6 @@ from common.evaluate.pretrained import Pretrained
 from common.run import console
 from common.sharding import of_first_process
 
-_NAME = "labels.csv"
 _COLUMNS = (
     label_file.FILE, label_file.LABEL, label_file.GIVEN,
     "probability", "second", "second_probability", "knn",
@@ -56,12 +55,13 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     rest = np.setdiff1d(np.arange(len(images.ids)), rows)
     found = _together(estimate.predictions, rows, trainer.predict(rows, labels, rest), rest)
     lines = _lines(names[: len(images.names)], given, classes, found)
-    name, digest = of_first_process(_write, opened.workdir, lines, table, names)
+    first = _name(s.features)
+    name, digest = of_first_process(_write, opened.workdir / first, lines, table, names)
     path = opened.workdir / name
-    if name != _NAME:
+    if name != first:
         console.say(
-            f"{shown(opened.workdir / _NAME)} was changed, or has labels that {s.label.csv} lacks: "
-            "it is kept."
+            f"{shown(opened.workdir / first)} was changed, or has labels that {s.label.csv} lacks: "
+            f"it is kept, and {name} is new."
         )
     predicted = found.probabilities[rest].argmax(1)
     counts = collections.Counter({name: 0 for name in classes})
@@ -86,6 +86,11 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     }
     text = _sentence(opened, source, metrics, estimate, classes, labels, path, unsure)
     return metrics, f"{text.removesuffix('.')}{damaged}{images.damage}."
+
+
+def _name(features: str) -> str:
+    """Of the table; what another encoder predicts, for comparison, must not replace it."""
+    return "labels.csv" if features == "trained" else f"labels_{features}.csv"
 
 
 def _check(given: Sequence[str], csv: str) -> None:
@@ -138,29 +143,30 @@ def _lines(
 
 
 def _write(
-    workdir: epath.Path,
+    first: epath.Path,
     lines: Sequence[tuple[str, ...]],
     table: Sequence[label_file.Row],
     names: Sequence[str],
 ) -> tuple[str, str]:
-    """Writes `labels.csv`, under another name where one must be kept; its name and digest."""
+    """Writes the table, under another name where one must be kept; its name and digest."""
     path = label_file.free(
-        workdir / _NAME, lambda old: label_file.as_written(old) and _covered(old, table, names)
+        first, lambda old: label_file.as_written(old) and _covered(old, table, names)
     )
     spreadsheet.write(path, _COLUMNS, lines)
     return path.name, label_file.digest(path)
 
 
 def _covered(old: epath.Path, table: Sequence[label_file.Row], names: Sequence[str]) -> bool:
-    """Whether the table has all labels that were given in an older `labels.csv`, image by image.
+    """Whether the table labels all images that had labels given in an older `labels.csv`.
 
-    Not if the older one cannot be read, or names images that are not there any more.
+    A label may be another now: somebody has put right a mistake. Not if the older one cannot be
+    read, or names images that are not there any more.
     """
     try:
         before = label_match.match(label_file.read(old, _FLAG), names)
     except UserError:
         return False
-    return before.items() <= label_match.match(table, names).items()
+    return before.keys() <= label_match.match(table, names).keys()
 
 
 def _by_folders(

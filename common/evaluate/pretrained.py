@@ -110,7 +110,8 @@ class Pretrained:
             raise UserError(
                 f"{source.name} ({source.split}) has no labels, and this mode needs some: give "
                 "labelled data, e.g. --eval.source=folder:PATH with a folder for each class (and "
-                "--eval.labels if they are hidden)"
+                "--eval.labels if they are hidden); or label a few images, which --mode=suggest "
+                "chooses, and all others by --mode=label"
             )
         return source
 
@@ -153,7 +154,7 @@ class Pretrained:
 def say_summary(source: Source) -> None:
     """Says what was opened, where there is something to say of how it was read."""
     if source.account:
-        console.say("\n  ".join(source.summary()))
+        console.say(in_eval("\n  ".join(source.summary())))
 
 
 def in_eval(text: str) -> str:

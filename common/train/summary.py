@@ -73,7 +73,9 @@ def start_up(
         "code": f"version {version.in_words()}",
     }
     if test is not None and "[" in test.split:
-        lines["held out"] = f"{test.num_examples:,} images to score by: {test.split}"
+        # a slice of what is not TFDS's is of a random order: "[-100:]" are not the last files
+        drawn = "" if config.data.source.startswith("tfds:") else ", drawn at random,"
+        lines["held out"] = f"{test.num_examples:,} images{drawn} to score by: {test.split}"
     elif test is not None and test.account:
         lines["test data"] = "\n            ".join(test.summary())
     if start:

@@ -3,6 +3,7 @@
 `python tests/cli/test_command_line.py` writes docs/reference/config.md.
 """
 
+import os
 import pathlib
 import sys
 
@@ -297,6 +298,25 @@ def test_the_help_lists_modes_flags_and_fields_in_80_columns(flag, printed):
         assert {n for n in names if not n.startswith("augment_view2.")} <= starts
     assert "  batch_size=256" in text and "images of the global batch" in text
     assert "  moco.queue_length=65536" in text and "  simclr.temperature=0.1" in text
+
+
+def test_a_reader_of_the_help_may_have_read_enough(monkeypatch, tmp_path):
+    closed = os.open(tmp_path / "pipe", os.O_CREAT | os.O_WRONLY)
+
+    class Pipe:
+        encoding, fileno, write = "utf-8", staticmethod(lambda: closed), len
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    values = flags.FlagValues()
+    command_line.define(modes.MODES, values)
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(["main.py", "-h"], values, main.METHODS)
+    assert not ended.value.code
+    os.write(closed, b"lost")  # as the interpreter does at its exit
+    assert (tmp_path / "pipe").read_bytes() == b""
 
 
 def test_the_help_with_a_config_shows_its_values(printed):

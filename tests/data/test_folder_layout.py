@@ -126,10 +126,10 @@ REFUSED = [
     (below("pets", CLASSES), "train",
      ["pets has all its images in folders below, cat, dog", "pets if those are classes"]),
     ({"2019/jan": 2, "2019/feb": 2, "2020/jan": 2}, "train",
-     ["2019 has all its images in folders below, feb, jan: set data.labels=none, or "
-      "data.labels=folders if 2019, 2020 are the classes"]),
+     ["2019 has all its images in folders below, feb, jan: set --config.data.labels=none, or "
+      "--config.data.labels=folders if 2019, 2020 are the classes"]),
     (CLASSES | {"x.png": None, "y.png": None}, "train",
-     ["has 2 images (x.png) and the folders cat, dog: set data.labels=none, or"]),
+     ["has 2 images (x.png) and the folders cat, dog: set --config.data.labels=none, or"]),
     ({"cat/": 0, "a/x.csv": None, "a/IMG_1.RAW": None}, "train",
      ["no image in", "(left out: 1 .csv, 1 .raw)", ".jpg"]),
     (CLASSES, "test", ["no split 'test'", "it has no folder for any split"]),
@@ -243,6 +243,27 @@ def test_the_user_is_told_what_was_read_and_what_was_not(tmp_path):
     make(tmp_path, {"one/only": 2})
     account = opened(tmp_path / "one").account
     assert account[1] == "one class: any accuracy is 100 % and says nothing"
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("2021", "2022 summer", "phone"), True),
+        (("06 June", "07_jul", "may"), True),
+        (("20230501", "IMG 2023-05-02", "cats"), True),
+        (("100CANON", "101_PANA"), True),
+        (("marigold", "may", "octopus"), False),
+        (("n01440764", "n02102040"), False),
+        (("12019", "0012"), False),
+    ],
+)
+def test_folders_that_are_named_like_occasions_are_pointed_out(names, told, tmp_path):
+    make(tmp_path, {f"train/{name}": 1 for name in names})
+    source = opened(tmp_path)
+    assert source.class_names == tuple(sorted(names))  # as ever
+    line = "named like dates or cameras: if these folders are no classes, begin a run with "
+    assert (f"{line}--config.data.labels=none" in source.account) is told
+    assert line not in "".join(opened(tmp_path, labels="folders").account)
 
 
 @pytest.mark.parametrize(

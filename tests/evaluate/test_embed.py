@@ -109,8 +109,9 @@ def test_page_reports_the_numbers(labelled):
     text = " ".join(page.text.split())
     assert "6 images of the split test , 2 classes" in text.replace("test,", "test ,")
     assert "loss went from 3.00 to 1.00" in text
-    cells = "<td>RankMe</td><td><b>60.5</b></td><td>4.25</td><td>187</td>"
+    cells = "<td>RankMe</td><td><b>60.5</b></td><td>4.2</td><td>187.0</td><td>more, of networks"
     assert cells in html and "<td>view agreement</td><td><b>12.5 %</b></td><td>-</td>" in html
+    assert "damaged" not in text.partition("Near-duplicates")[0]
     assert "from 25.0 % to 30.0 % right; on raw pixels it reaches 50.0 %" in text
     assert "top1 12.50 %" in text and "folder:x" in text
     (curves,) = (a["src"] for t, a in page.elements if a.get("alt", "").startswith("Training loss"))
@@ -127,15 +128,16 @@ def test_page_reports_the_numbers(labelled):
 
 @pytest.fixture(scope="module")
 def rebuild(labelled):
-    """Writes the page of the same features again: `rebuild(path, class_names=None)`."""
+    """Writes the page of the same features again: `rebuild(path, class_names, left_out)`."""
     opened = labelled[2]
     source = opened.open("test")
     features, labels, ids = opened.extract(source)
     names = source.names(ids)
     about = embed_mode._about(opened, source)
 
-    def write(path, class_names=source.class_names):
-        embedded = feature_files.Embedded(features, labels, ids, names, class_names, about)
+    def write(path, class_names=source.class_names, left_out=()):
+        gone = np.array(left_out, str)
+        embedded = feature_files.Embedded(features, labels, ids, names, class_names, about, gone)
         tables = ("features-data-test-untrained.csv", "duplicates.csv")
         write_page(path, embed_mode._page_run(opened, source, tables), source, embedded, 3000)
         return path.read_text()
@@ -154,6 +156,14 @@ def test_a_class_name_cannot_end_the_script(rebuild, tmp_path):
     page = Page(rebuild(tmp_path / "evil.html", (evil, "plain")))
     assert len(page.scripts) == 2 and json.loads(page.scripts[0])["classes"] == [evil, "plain"]
     assert evil in page.text
+
+
+def test_page_names_damaged_images(rebuild, tmp_path):
+    page = Page(rebuild(tmp_path / "one.html", left_out=["a<b.png"]))
+    assert "1 damaged image is left out: a<b.png." in page.text
+    page = Page(rebuild(tmp_path / "many.html", left_out=[f"{i}.png" for i in range(22)]))
+    assert "22 damaged images are left out: 0.png, 1.png" in page.text
+    assert "19.png and 2 more." in page.text
 
 
 def page_of(workdir, n, classes, size=8, kind="pixels"):

@@ -85,6 +85,15 @@ def test_files_that_are_no_tables(tmp_path, data, message):
         read(tmp_path, data)
 
 
+def test_predictions_that_do_not_count_are_counted(tmp_path, capsys):
+    text = "file,label,given\n1.jpg,x,yes\n2.jpg,y,no\n3.jpg,x,no\n"
+    assert pairs(read(tmp_path, text)) == [("1.jpg", "x")]
+    assert (
+        "labels that count: 1; predictions, which do not (given: no): 2. Write"
+        in capsys.readouterr().err
+    )
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match=r"no file .*--eval.label.csv takes a table with the"):
         label_file.read(epath.Path(tmp_path / "none.csv"), "eval.label.csv")

@@ -102,7 +102,7 @@ def test_from_a_suggestion_to_labels_of_all_images(run, go, capsys):
     out = capsys.readouterr().out
     assert "40 images of photos (train) labelled by raw pixels from 6 labels of 3 classes" in out
     assert "standard error, for" in out and "Least sure of: " in out
-    labels = table(workdir / "labels.csv")
+    labels = table(workdir / "labels_pixels.csv")
     assert list(labels[0]) == [
         "file", "label", "given", "probability", "second", "second_probability", "knn"
     ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_every_row_has_what_its_own_features_say(run, go):
     assert record["cv_accuracy"] == estimate.accuracy and record["cv_images"] == estimate.scored
     rest = np.setdiff1d(np.arange(40), rows)
     p = trainer.predict(rows, y, rest).probabilities
-    labels = table(workdir / "labels.csv")
+    labels = table(workdir / "labels_pixels.csv")
     for i, row in zip(rest, p, strict=True):
         ranked = np.argsort(-row)
         assert labels[i]["label"] == classes[ranked[0]] and labels[i]["given"] == "no"
@@ -182,31 +182,38 @@ def test_labels_that_were_corrected_by_hand_are_kept(run, go, capsys):
     target.write_text("".join(f"{n},{truth[n]}\n" for n in names[:12]))
     go("label", label__csv=str(target))
     target.write_text("".join(f"{n},{truth[n]}\n" for n in names[:15]))
-    assert go("label", label__csv=str(target))["files"] == ["labels.csv"]  # knows all of its labels
-    text = (workdir / "labels.csv").read_text("utf-8-sig")
+    assert go("label", label__csv=str(target))["files"] == [
+        "labels_pixels.csv"
+    ]  # knows all of its labels
+    text = (workdir / "labels_pixels.csv").read_text("utf-8-sig")
     line = next(x for x in text.splitlines() if x.startswith(names[20]))
     corrected = text.replace(line, f"{names[20]},violet,yes")
-    (workdir / "labels.csv").write_text(corrected)
-    assert go("label", label__csv=str(target))["files"] == ["labels_2.csv"]
-    assert (workdir / "labels.csv").read_text() == corrected
-    assert "labels.csv was changed, or has labels that" in capsys.readouterr().err
+    (workdir / "labels_pixels.csv").write_text(corrected)
+    assert go("label", label__csv=str(target))["files"] == ["labels_pixels_2.csv"]
+    assert (workdir / "labels_pixels.csv").read_text() == corrected
+    told = capsys.readouterr().err
+    assert (
+        "labels_pixels.csv was changed, or has labels that" in told
+        and "labels_pixels_2.csv is new" in told
+    )
     # its own table counts what was given in it, and nothing that was predicted
-    record = go("label", label__csv=str(workdir / "labels.csv"))
-    assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels_2.csv"])
+    record = go("label", label__csv=str(workdir / "labels_pixels.csv"))
+    assert (record["given"], record["classes"], record["files"]) == (16, 4, ["labels_pixels_2.csv"])
 
 
 @pytest.mark.parametrize(
     ("typed", "covered"),
     [
         ("a/1.jpg,cat\n", False),  # another image has the same name
-        ("a/1.jpg,cat\nb/1.jpg,dog\n", False),
+        ("a/1.jpg,cat\n2.jpg,dog\n", False),
+        ("a/1.jpg,cat\nb/1.jpg,dog\n", True),  # a mistake put right
         ("B/1.JPG,cat\n./a/1.jpg,cat\n2.jpg,dog\n", True),
     ],
-    ids=["one", "another label", "both"],
+    ids=["one", "others", "another label", "both"],
 )
 def test_labels_of_files_with_one_name_are_told_apart(tmp_path, typed, covered):
     names = ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
-    old, table = tmp_path / "labels.csv", tmp_path / "typed.csv"
+    old, table = tmp_path / "labels_pixels.csv", tmp_path / "typed.csv"
     old.write_text("file,label,given\na/1.jpg,cat,yes\nb/1.jpg,cat,yes\na/2.jpg,dog,no\n")
     table.write_text(typed)
     rows = label_file.read(table, "")
@@ -229,13 +236,53 @@ def test_names_and_labels_that_are_formulas(go, tmp_path):
     typed = {spreadsheet.cell(name): labels[colour] for name, colour in truth.items()}
     fill(workdir / "label_these.csv", typed)
     assert go("label", workdir, label__csv=str(workdir / "label_these.csv"))["given"] == 6
-    found = table(workdir / "labels.csv")
+    found = table(workdir / "labels_pixels.csv")
     assert {row["file"]: row["label"] for row in found} == {
         name: f"'{label}" for name, label in typed.items()
     }
-    record = go("label", workdir, label__csv=str(workdir / "labels.csv"))
-    assert (record["given"], record["files"]) == (6, ["labels.csv"])
+    record = go("label", workdir, label__csv=str(workdir / "labels_pixels.csv"))
+    assert (record["given"], record["files"]) == (6, ["labels_pixels.csv"])
     assert list(record["predicted"]) == ["+", "-", "=B1"]
+
+
+def test_labels_by_other_features_have_a_file_of_their_own():
+    names = {features: label_mode._name(features) for features in ("trained", "untrained")}
+    assert names == {"trained": "labels.csv", "untrained": "labels_untrained.csv"}
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script")
+def test_the_page_keeps_what_was_typed():
+    """With the little of a browser that it takes: what is typed into one page is in the next."""
+    script = pathlib.Path(label_page.__file__).with_name("label_page.js").read_text()
+    browser = """
+      const kept = {}, nothing = () => {};
+      globalThis.localStorage = { getItem: (k) => kept[k] ?? null, setItem(k, v) { kept[k] = v; } };
+      globalThis.location = { pathname: "/runs/mine/label_these.html" };
+      globalThis.window = { addEventListener: nothing };
+      class Element {
+        heard = {}; dataset = {}; value = ""; classList = { add: nothing };
+        addEventListener(name, act) { this.heard[name] = act; }
+      }
+      const input = (name) => Object.assign(new Element(), { dataset: { name, size: "1" } });
+      function page(names) {
+        const inputs = names.map(input), options = [], count = {};
+        globalThis.document = {
+          querySelectorAll: () => inputs, createElement: () => ({}),
+          getElementById: () => ({ options, append: (option) => options.push(option) }),
+          querySelector: (wanted) => wanted === ".bar span" ? count : new Element(),
+          documentElement: new Element(),
+        };
+        new Function(SCRIPT)();
+        return [inputs, options, count];
+      }
+      const [one] = page(["a.jpg", "b.jpg", "__proto__"]);
+      one[1].value = " rose ";
+      one[1].heard.input();
+      const [two, options, count] = page(["b.jpg", "c.jpg", "toString"]);
+      console.log(JSON.stringify([two.map((x) => x.value), options, count.textContent]));
+    """.replace("SCRIPT", json.dumps(script))
+    out = subprocess.run(["node", "-e", browser], check=True, capture_output=True, text=True).stdout
+    assert json.loads(out) == [[" rose ", "", ""], [{"value": "rose"}], "1 of 3 labelled"]
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script")
@@ -273,7 +320,7 @@ def test_labels_of_all_images_are_checked(run, go, capsys):
     record = go("label", label__csv=str(target))
     assert record["predicted"] == dict.fromkeys(sorted(COLOURS), 0) and record["given"] == 40
     assert "Predicted" not in capsys.readouterr().out
-    rows = {row["file"]: float(row["probability"]) for row in table(workdir / "labels.csv")}
+    rows = {row["file"]: float(row["probability"]) for row in table(workdir / "labels_pixels.csv")}
     assert min(rows, key=rows.get) == name
     assert record["cv_accuracy"] == pytest.approx(39 / 40)
 
@@ -294,7 +341,7 @@ def test_margin_suggests_what_the_classifier_is_least_sure_of(run, go):
     (row,) = table(workdir / "label_these.csv")
     assert row["cluster_size"] == "10"
     go("label", label__csv=str(target))
-    rest = [x for x in table(workdir / "labels.csv") if x["given"] == "no"]
+    rest = [x for x in table(workdir / "labels_pixels.csv") if x["given"] == "no"]
     rest.sort(key=lambda x: float(x["probability"]) - float(x["second_probability"]))
     assert row["file"] in [x["file"] for x in rest[:11]]  # of ten, but the table rounds
 
@@ -305,8 +352,8 @@ def test_page_shows_the_images_and_escapes_names(tmp_path, go):
     workdir = opened_run.write(
         tmp_path / "run", data__source=f"folder:{tmp_path}/photos", data__test_split=""
     )
-    (tmp_path / "labels.csv").write_text("c.png,\"<b onclick='x'>\"\n")
-    go("suggest", workdir, label__csv=str(tmp_path / "labels.csv"))
+    (tmp_path / "labels_pixels.csv").write_text("c.png,\"<b onclick='x'>\"\n")
+    go("suggest", workdir, label__csv=str(tmp_path / "labels_pixels.csv"))
     text = (workdir / "label_these.html").read_text()
     page = Page(text)
     assert len(page.scripts) == 1 and "http" not in text.replace("http-equiv", "")
@@ -340,7 +387,7 @@ def test_damaged_images_have_no_row_and_are_named(run, go, tmp_path, capsys):
     assert "; 1 label of a damaged image unused: 02.png; 2 damaged images left out: 02" in out
     assert "Not scored, since it has one label: blue." in out
     assert (record["given"], record["images"], record["left_out"]) == (5, 10, 2)
-    names = [row["file"] for row in table(workdir / "labels.csv")]
+    names = [row["file"] for row in table(workdir / "labels_pixels.csv")]
     assert names == [f"{i:02d}.png" for i in range(12) if i not in (2, 5)]
     assert go("suggest", workdir)["left_out"] == 2
     assert "02.png" not in (workdir / "label_these.csv").read_text()

@@ -35,11 +35,13 @@ def test_a_run_without_labels_ends_with_its_figures_a_verdict_and_what_to_do():
     assert lines[2].startswith("No test images with labels, so no accuracy. Without labels, on")
     table = [line.split() for line in lines[3:8]]
     assert table[0] == ["trained", "untrained", "raw", "pixels"]
-    assert table[1] == ["view", "agreement", *["80.0", "%", "30.0", "%", "40.0", "%"]]
-    assert table[2:] == [
-        ["alignment", "ratio", "0.2", "0.6", "0.7"], ["RankMe", "60", "20", "180"],
-        ["uniformity", "-2", "-0.1", "-0.6"],
-    ]  # fmt: skip
+    more, less = (f"{word} is better".split() for word in ("more", "less"))
+    assert table[1:] == [
+        ["view", "agreement", "80.0", "%", "30.0", "%", "40.0", "%", *more],
+        ["alignment", "ratio", "0.200", "0.600", "0.700", *less],
+        ["RankMe", "60.0", "20.0", "180.0", "more,", "of", "networks"],
+        ["uniformity", "-2.000", "-0.100", "-0.600", *less],
+    ]
     assert lines[8] == (
         "So it learned to recognise views of images that it has not seen, better than its "
         "untrained state and raw pixels. Whether it also puts together what belongs together, no "
@@ -148,7 +150,13 @@ def test_figures_reach_log_summary_page_and_pictures_also_of_a_resumed_run(tmp_p
     assert [(s, r["rankme"]) for s, r in found.items()] == [(0, 2), (2, 4), (4, 6), (6, 8), (7, 9)]
     assert (found[0]["alignment_at_init"], found[0]["alignment_raw_pixels"]) == (2, 0.25)
     rows = history.label_free(epath.Path(tmp_path))
-    assert rows[2] == {"name": "RankMe", "trained": "9", "at_init": "2", "raw_pixels": "0.25"}
+    assert rows[2] == {
+        "name": "RankMe",
+        "trained": "9.0",
+        "at_init": "2.0",
+        "raw_pixels": "0.2",
+        "better": "more, of networks",
+    }
     assert len(rows) == 5 and rows[0]["trained"] == "900.0 %"
     pictures = {p.name: p.read_text() for p in tmp_path.glob("nearest*.png")}
     assert pictures == {

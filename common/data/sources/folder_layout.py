@@ -5,6 +5,7 @@ to choose one. What is taken, and what is left out, goes into `Reading.account`.
 """
 
 import dataclasses
+import re
 
 from absl import logging
 from etils import epath
@@ -22,6 +23,14 @@ _SPLITS = {
 }
 _KIND = {name: kind for kind, names in _SPLITS.items() for name in names}
 _LEGACY = {name: _KIND[name] for name in ("train", "test", "val", "validation")}
+# What cameras and people call folders that are no classes: 2021, 2022 summer, 06 June, 100CANON
+_MONTHS = "january february march april may june july august september october november december"
+_OCCASION = re.compile(
+    r".*(?<!\d)(19|20)\d\d(\d{4})?(?!\d).*"
+    rf"|(\d+\W+)?({'|'.join(f'{m[:3]}|{m}' for m in _MONTHS.split())})"
+    r"|\d{3}[a-z_]{5}|dcim|camera|i?phone|whatsapp.*",
+    re.IGNORECASE,
+)
 _STAND_IN = {"test": "val", "val": "test"}  # where there is no folder of the kind itself
 
 
@@ -87,6 +96,11 @@ def read(base: epath.Path, split: str, labels: str = "auto") -> Reading:
     names = tuple(folder.name for folder in folders)
     how = f"{_count(names, 'class')} by folder: {first_few(names)}" if names else "without labels"
     account = [f"read from {shown(root)}, {how}"]
+    if labels == "auto" and 2 * sum(map(_is_occasion, names)) > len(names):
+        account.append(
+            "named like dates or cameras: if these folders are no classes, begin a run with "
+            "--config.data.labels=none"
+        )
     if len(names) == 1:
         account.append("one class: any accuracy is 100 % and says nothing")
     if left_out:
@@ -228,7 +242,7 @@ class _Layout:
                 )
             return folders
         names = [f.name for f in folders]
-        choose = "set data.labels=none, or data.labels=folders if"
+        choose = "set --config.data.labels=none, or --config.data.labels=folders if"
         if folders and (files := tree.files(root)):
             raise UserError(
                 f"{root} has {_count(files, 'image')} ({shown(files[0].rsplit('/', 1)[-1])}) and "
@@ -245,6 +259,10 @@ class _Layout:
                     f"{first_few(names)} {'is the class' if len(names) == 1 else 'are the classes'}"
                 )
         return folders
+
+
+def _is_occasion(name: str) -> bool:
+    return bool(_OCCASION.fullmatch(name))
 
 
 def _siblings(folder: epath.Path) -> list[str]:

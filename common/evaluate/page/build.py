@@ -102,6 +102,7 @@ def write(
         split=printable(source.split),
         folder=folder,
         tables=run.tables,
+        left_out=[printable(str(name)).removeprefix(folder) for name in embedded.left_out],
         n=len(embedded.ids),
         compared=len(found.rows),
         dimensions=embedded.features.shape[1],

@@ -16,6 +16,7 @@ from common.train import verdict
 _PROTOCOL = {
     "mode", "features", "layer", "checkpoint_step", "method", "supervised", "source",
     "train_split", "test_split", "seed", "run_seed", "device", "jax", "command", "time",
+    "sha256", "files", "l2", "cv_folds", "cv_repeats", "folders_images",
 }  # fmt: skip
 
 
@@ -41,8 +42,8 @@ def label_free(workdir: epath.Path) -> list[dict[str, str]]:
     """The last figures without labels, beside those of raw pixels and before training.
 
     Returns:
-        A row each: `name`, `trained`, `at_init`, `raw_pixels`, as text ("-": not known); [] where
-        the run has none.
+        A row each: `name`, `trained`, `at_init`, `raw_pixels`, as text ("-": not known), and
+        which values are `better`; [] where the run has none.
     """
     path = workdir / jsonl.FILE
     records = jsonl.read(path) if path.exists() else []
@@ -56,7 +57,8 @@ def label_free(workdir: epath.Path) -> list[dict[str, str]]:
         }  # fmt: skip
         if len(found["trained"]):
             texts = {k: verdict.text(name, x[-1]) if len(x) else "-" for k, x in found.items()}
-            rows.append({"name": verdict.TITLES[name], **texts})
+            better = verdict.BETTER[name]
+            rows.append({"name": verdict.TITLES[name], **texts, "better": better})
     return rows
 
 

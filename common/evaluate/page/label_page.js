@@ -14,20 +14,37 @@
   const quoted = (text) => /[",;\t\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   const cell = (text) => quoted(plain(text));
 
+  // What was typed is still there after the page was closed, where the browser keeps it.
+  const place = `labels of ${location.pathname}`;
+  function keep() {
+    const typed = inputs.filter(label).map((x) => [x.dataset.name, x.value]);
+    try { localStorage.setItem(place, JSON.stringify(Object.fromEntries(typed))); } catch { }
+  }
+  function restore() {
+    let typed = {};
+    try { typed = JSON.parse(localStorage.getItem(place)) || {}; } catch { }
+    for (const input of inputs) {
+      if (!Object.hasOwn(typed, input.dataset.name)) continue;
+      input.value = typed[input.dataset.name];
+      offer(input);
+    }
+  }
+  function offer(input) {
+    const known = [...offered.options].map((option) => option.value);
+    if (!label(input) || known.includes(label(input))) return;
+    const option = document.createElement("option");
+    option.value = label(input);
+    offered.append(option);
+  }
+
   function show() {
     const labels = inputs.map(label).filter(Boolean);
     count.textContent = `${labels.length} of ${inputs.length} labelled` + (saved ? "" : ", not saved");
   }
 
   inputs.forEach((input, i) => {
-    input.addEventListener("input", () => { saved = false; show(); });
-    input.addEventListener("change", () => {
-      const known = [...offered.options].map((option) => option.value);
-      if (!label(input) || known.includes(label(input))) return;
-      const option = document.createElement("option");
-      option.value = label(input);
-      offered.append(option);
-    });
+    input.addEventListener("input", () => { saved = false; keep(); show(); });
+    input.addEventListener("change", () => offer(input));
     input.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && inputs[i + 1]) inputs[i + 1].focus();
     });
@@ -45,5 +62,6 @@
   });
 
   window.addEventListener("beforeunload", (event) => { if (!saved) event.preventDefault(); });
+  restore();
   show();
 })();
