@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def find(texts: Sequence[str]) -> tuple[list[Run], int]:
     for text in texts:
         name, path = _named(text)
         paths = _matching(text) if _is_pattern(path) else [path]
-        holding = [p for p in paths if _holds_run(p)]
+        holding = [p for p in paths if _holds_run(p) and not (_is_pattern(path) and _broken(p))]
         if not holding and _is_pattern(path):
             raise UserError(
                 f"--workdirs={text}: no directory that fits this pattern holds a run "
@@ -153,6 +154,19 @@ def _matching(pattern: str) -> list[epath.Path]:
 
 def _holds_run(path: epath.Path) -> bool:
     return (path / saved_config.FILE).exists() or (path / jsonl.FILE).exists()
+
+
+def _broken(path: epath.Path) -> bool:
+    """Whether a run's config cannot be read; says why."""
+    if not (path / saved_config.FILE).exists():
+        return False
+    try:
+        saved_config.read(path)
+    except UserError as error:
+        # `console` asks for this process's index, and so takes the devices
+        print(f"left out: {error}", file=sys.stderr)
+        return True
+    return False
 
 
 def short(paths: Sequence[epath.Path]) -> list[str]:

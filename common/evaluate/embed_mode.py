@@ -1,5 +1,6 @@
 """`--mode=embed`: the features of any images, as files and as a page to look at."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from common.data.sources import slices
 from common.data.sources.base import Source
 from common.data.sources.folder_source import shown
 from common.errors import UserError
-from common.evaluate import everything, feature_files, query, spreadsheet
+from common.evaluate import everything, feature_files, label_file, query, spreadsheet
 from common.evaluate.feature_files import Embedded
 from common.evaluate.findings import find
 from common.evaluate.page import build
-from common.evaluate.pretrained import Pretrained, say_summary
-from common.run import files, jsonl
+from common.evaluate.pretrained import Pretrained, canonical, say_summary
+from common.run import console, jsonl
 from common.sharding import of_first_process
 from common.train import summary
 
@@ -40,7 +41,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     source = _open(opened)
     about = _about(opened, source)
     stem = _stem(about, opened.settings)
-    of_first_process(_check_free, opened, f"{stem}.npz")
+    of_first_process(_check_free, opened, source, f"{stem}.npz")
     shrink = opened.config.data.get("shrink", 0)
     queries = of_first_process(query.read, c.query, source, shrink)
     images = everything.features_of(opened, source, c.examples)
@@ -54,7 +55,8 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
     written = [opened.workdir / f"{stem}.{kind}" for kind in dict.fromkeys([*formats, "csv"])]
     if c.report:
         written += [opened.workdir / name for name in ("duplicates.csv", "report.html")]
-    of_first_process(_write, opened, source, embedded, searched, formats, written)
+    tables = of_first_process(_write, opened, source, embedded, searched, formats, written)
+    written = [path.with_name(tables.get(path.name, path.name)) for path in written]
     n, d = features.shape
     metrics = {
         "examples": n,
@@ -64,6 +66,7 @@ def run(opened: Pretrained) -> tuple[dict[str, Any], str]:
         "embedded_source": opened.config.data.source,
         "embedded_split": source.split,
         "files": [path.name for path in written],
+        "tables": of_first_process(_digests, written),
     }
     if searched:
         metrics["query"] = {
@@ -88,30 +91,52 @@ def _write(
     searched: list[query.Query],
     formats: list[str],
     written: list[epath.Path],
-) -> None:
-    """Writes the files of features, and with `eval.embed.report` the page and its tables."""
+) -> dict[str, str]:
+    """Writes the files of features, and with `eval.embed.report` the page and its tables.
+
+    Returns:
+        The names of the tables, by those that they have unless somebody has changed the old one.
+    """
     c, s = opened.settings.embed, opened.settings
+    free = {
+        path: label_file.free(path, _as_written) if path.suffix == ".csv" else path
+        for path in written
+    }
     found, groups, places = None, None, {}
     if c.report:
         findings = find(source, embedded, opened.image_size, s.seed, c.clusters, searched)
         found, groups = findings.structure, findings.duplicates
         chosen, drawn = build.draw(source, embedded, findings, c.points, s.seed)
         places = {int(row): point[:2] for row, point in zip(chosen, drawn.points, strict=True)}
-        tables = tuple(path.name for path in written if path.suffix == ".csv")
+        tables = tuple(path.name for path in free.values() if path.suffix == ".csv")
         page = _page_run(opened, source, tables)
         build.write(
             opened.workdir / "report.html", page, source, embedded, findings, (chosen, drawn)
         )
     for path in written:
         if path.name == "duplicates.csv":
-            spreadsheet.write(path, *spreadsheet.duplicates(embedded, groups or []))
+            spreadsheet.write(free[path], *spreadsheet.duplicates(embedded, groups or []))
         elif path.suffix == ".csv":
             table = spreadsheet.images(
                 embedded, found, groups or (), places, features="csv" in formats
             )
-            spreadsheet.write(path, *table)
+            spreadsheet.write(free[path], *table)
         elif path.suffix[1:] in feature_files.WRITERS:
             feature_files.WRITERS[path.suffix[1:]](path, embedded)
+    for path, other in free.items():
+        if path != other:
+            console.say(f"{shown(path)} was changed and stays as it is; {other.name} is new.")
+    return {path.name: other.name for path, other in free.items() if path.suffix == ".csv"}
+
+
+def _digests(written: list[epath.Path]) -> dict[str, str]:
+    return {path.name: label_file.digest(path) for path in written if path.suffix == ".csv"}
+
+
+def _as_written(path: epath.Path) -> bool:
+    """Whether nobody has typed into a table, e.g. labels, since this mode wrote it."""
+    ours = any(path.name in record.get("tables", ()) for record in jsonl.results(path.parent))
+    return not ours or label_file.as_written(path)
 
 
 def _found(q: query.Query, names: np.ndarray) -> str:
@@ -126,11 +151,13 @@ def _found(q: query.Query, names: np.ndarray) -> str:
 def _open(opened: Pretrained) -> Source:
     """Opens the split named, else test, else train (a folder of photos has no other).
 
-    Of images without labels of which the test split is a part held out, all are opened.
+    Of images without labels, or of other data than the run's, of which the test split is a part
+    held out, all are opened.
     """
     source = _named(opened)
     named = opened.settings.embed.split or opened.settings.test_split
-    if named or source.num_classes or slices.parse(source.split)[1] is None:
+    scored = source.num_classes and not opened.settings.source  # other data have trained nothing
+    if named or scored or slices.parse(source.split)[1] is None:
         say_summary(source)
         return source
     return everything.open_all(opened)
@@ -170,29 +197,33 @@ def _about(opened: Pretrained, source: Source) -> dict[str, Any]:
     }
 
 
-def _check_free(opened: Pretrained, name: str) -> None:
+def _check_free(opened: Pretrained, source: Source, name: str) -> None:
     """Refuses to replace the features of other images, of a folder of the same name.
+
+    Images of the same names are the same: their folder has moved.
 
     Raises:
         UserError: by results.jsonl, the file is of another source.
     """
-    if not (opened.workdir / name).exists():
+    path, now = opened.workdir / name, opened.config.data.source
+    if not path.exists():
         return
-    records, source = jsonl.results(opened.workdir), opened.config.data.source
-    sources = [r.get("embedded_source") for r in records if name in r.get("files", ())]
-    if sources and sources[-1] and _whole(sources[-1]) != _whole(source):
-        raise UserError(
-            f"{opened.workdir / name} holds features of {sources[-1]}, and {source} has the same "
-            "name: move that file and its table away first, or rename the folder"
-        )
-
-
-def _whole(source: str) -> str:
-    """A source with the whole path of its folder, as far as that can be told now."""
-    kind, _, path = source.partition(":")
-    if kind not in ("folder", "shards") or files.is_remote(path):
-        return source
-    return f"{kind}:{files.path(path).resolve()}"
+    sources = [
+        record.get("embedded_source")
+        for record in jsonl.results(opened.workdir)
+        if name in record.get("files", ())
+    ]
+    if not sources or not sources[-1] or canonical(sources[-1]) == canonical(now):
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as file:
+        found = np.load(file)
+        before = {*found["names"].tolist(), *found["left_out"].tolist()}
+        if before == set(source.names(np.arange(source.num_examples)).tolist()):
+            return
+    raise UserError(
+        f"{path} holds features of {sources[-1]}, and {now} has the same "
+        "name: move that file and its table away first, or rename the folder"
+    )
 
 
 def _stem(about: dict[str, Any], settings: ConfigDict) -> str:

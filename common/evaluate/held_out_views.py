@@ -22,7 +22,7 @@ def obstacle(test: Source | None) -> str:
     if test is None:
         return (
             "no images are held out from training; --config.data.test_split=auto holds out a tenth "
-            "of a folder"
+            "of a folder, or 100 images if that is more, but at most a quarter"
         )
     if test.kind == "stream":
         return f"{test.name} ({test.split}) is streamed, and its images cannot be read again"

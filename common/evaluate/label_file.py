@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.evaluate import spreadsheet
 from common.run import console, files, jsonl
 
+_NOT_GIVEN = ("no", "n", "false", "0")  # as spreadsheets and people write it
 FILE, LABEL, GIVEN = "file", "label", "given"  # columns; the last is of what `--mode=label` wrote
 _SEPARATORS = ("\t", ";", ",")  # Excel writes semicolons where the comma is the decimal sign
 _TELLS_SEPARATOR = re.compile(r"sep=([,;\t])(?:\r\n|\r|\n)", re.IGNORECASE)  # Excel's first line
@@ -90,7 +91,7 @@ def read(path: epath.Path, flag: str) -> list[Row]:
     for line, cells in table[named:]:
         cells = [unicodedata.normalize("NFC", cell) for cell in cells] + [""] * len(head)
         file, label = cells[columns[0]], spreadsheet.content(cells[columns[1]].strip())
-        predicted = given is not None and cells[given].strip().lower() == "no"
+        predicted = given is not None and cells[given].strip().lower() in _NOT_GIVEN
         predictions += predicted
         if label and not predicted:
             rows.append(Row(str(path), line, file, label))

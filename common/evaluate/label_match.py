@@ -50,7 +50,7 @@ def match(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
         raise UserError(
             f"{_first(unknown)} {'are' if len(unknown) > 1 else 'is'} not among the {len(names):,} "
             f"images, whose names are like {shown(names[0])!r}: give the path below the folder, or "
-            f"the file name{_heading(unknown)}"
+            f"the file name, and leave out rows of images that are gone{_heading(unknown)}"
         )
     if ambiguous:
         row, several = ambiguous[0]

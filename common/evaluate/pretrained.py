@@ -245,7 +245,7 @@ def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
     Returns:
         Whether these are other data than the run's own.
     """
-    own = _canonical(source) == _canonical(data.source)
+    own = canonical(source) == canonical(data.source)
     if not own and data.value_range != UPPER_8:
         data.value_range = AUTO
     data.value_range = settings.value_range or data.value_range
@@ -254,7 +254,7 @@ def set_source(settings: ConfigDict, data: ConfigDict, source: str) -> bool:
     return not own
 
 
-def _canonical(source: str) -> str:
+def canonical(source: str) -> str:
     """One name for a source: a folder has many paths."""
     kind, colon, path = source.partition(":")
     if kind not in ("folder", "shards") or files.is_remote(path):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from common.data.feed.pipeline import images_of
+from common.data.images import decoding
 from common.data.sources import shrunk
 from common.data.sources.base import ArraySource, Source
 from common.data.sources.folder_source import shown
@@ -96,9 +97,10 @@ def _bytes(text: str, side: int) -> bytes:
     data = path.read_bytes()
     fault = decode.fault_of(data)
     if fault:
+        heif = path.suffix.lower() in decoding.HEIF and not decoding.register_heif()
         raise UserError(
             f"eval.embed.query: cannot decode {shown(text)} ({fault}); expected an image file, "
-            "such as a JPEG"
+            f"such as a JPEG{' (for HEIC: pip install pillow-heif)' if heif else ''}"
         )
     return (shrunk.smaller(data, side) if side else None) or bytes(data)
 

@@ -171,7 +171,9 @@ class Checkpoints:
             state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
             record = checkpoint_files.read_record(self._directory(step))
             digests.compare(step, digests.of_state(state), record)
-        except (OSError, ValueError, KeyError) as error:
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # whatever a reader makes of damaged files
             raise self._damaged(step, reason(error)) from error
         return state
 

@@ -45,6 +45,14 @@ def _is_there(text: str) -> bool:
         return False
 
 
+def whole(source: str) -> str:
+    """A `data.source` with the whole path of its folder, which means the same from anywhere."""
+    kind, colon, where = source.partition(":")
+    if kind not in ("folder", "shards") or not where or is_remote(where):
+        return source
+    return kind + colon + os.path.abspath(path(where))
+
+
 def is_remote(path: str | epath.PathLike) -> bool:
     """Whether `path` is in an object store."""
     return "://" in os.fspath(path)

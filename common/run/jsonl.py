@@ -48,7 +48,10 @@ def results(workdir: epath.Path) -> list[dict[str, Any]]:
 
 def append(path: epath.Path, record: Mapping[str, Any]) -> None:
     """Appends one record to a file, on the disk when it returns."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
     lines = Lines(path)
+    if torn:  # a process died in it; this record must not become a part of it
+        lines.add("")
     lines.add(dump(record))
     lines.close()
 

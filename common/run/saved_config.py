@@ -72,7 +72,7 @@ def load(workdir: epath.Path, methods: Mapping[str, Any]) -> ConfigDict:
 def moved_from(config: ConfigDict, workdir: epath.Path) -> str:
     """Where the data of the run in `workdir` was, if that is not where `config` has it; else ""."""
     saved = read(workdir)["data"]["source"]
-    return saved if saved != config.data.source else ""
+    return saved if files.whole(saved) != files.whole(config.data.source) else ""
 
 
 def note_changes(config: ConfigDict, workdir: epath.Path) -> None:
@@ -84,7 +84,7 @@ def note_changes(config: ConfigDict, workdir: epath.Path) -> None:
     if jax.process_index() != 0 or current == saved:
         return
     write(workdir, current)
-    if before != config.data.source:
+    if files.whole(before) != files.whole(config.data.source):
         logging.warning(
             "the data of this run was %s and is now %s: config.json says so", before,
             config.data.source,

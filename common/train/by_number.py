@@ -10,6 +10,7 @@ import math
 from ml_collections import ConfigDict
 
 from common import config as configs
+from common.errors import UserError
 
 FEW = 150  # images to train on, which are left of 200
 _LEAST_BATCH = 32  # NT-Xent learns little from fewer negatives, and batch norm from fewer images
@@ -23,6 +24,9 @@ def decide(config: ConfigDict, images: int | None, devices: int = 1) -> ConfigDi
         config: of a run; it is not changed.
         images: in the training split; None where nobody knows: as if there were very many.
         devices: of the mesh; a batch that is decided here can be split among them.
+
+    Raises:
+        UserError: fewer images than the smallest batch.
     """
     queue, method = f"{config.method}.queue_length", config.get(config.method, {})
     values = {"batch_size": config.batch_size, "duration": config.duration}
@@ -34,6 +38,12 @@ def decide(config: ConfigDict, images: int | None, devices: int = 1) -> ConfigDi
     if configs.is_open("batch_size", config.batch_size):
         multiple = math.lcm(devices, config.model.bn_groups)
         config.batch_size = batch_size(images, rule.batch_size, multiple)
+        if images is not None and images < max(2, config.batch_size):
+            raise UserError(
+                f"{images} image{'s' * (images != 1)} to train on (the others are held out, with "
+                f"data.test_split=auto): this recipe takes {max(2, multiple)} at least, and learns "
+                f"something from {FEW} on"
+            )
     if configs.is_open("duration", config.duration):
         config.duration = f"{epochs(images, rule)} epochs"
     if configs.is_open(queue, values[queue]):

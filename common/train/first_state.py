@@ -19,7 +19,9 @@ from common.train.prepare import Prepared
 from common.train.weights import Weights, fit, load_weights
 
 
-def check_start(run: Prepared, checkpoints: Checkpoints, workdir: epath.Path) -> bool:
+def check_start(
+    run: Prepared, checkpoints: Checkpoints, workdir: epath.Path, scored: str = ""
+) -> bool:
     """Refuses what a start cannot go on from, before minutes of compiling.
 
     Also before arrays of other shapes would seem to be damaged.
@@ -28,6 +30,7 @@ def check_start(run: Prepared, checkpoints: Checkpoints, workdir: epath.Path) ->
         run: what is trained.
         checkpoints: of the workdir.
         workdir: of the run.
+        scored: `listing_of` the images that it is scored by now.
 
     Returns:
         Whether the run has ended: its last step is saved.
@@ -42,6 +45,7 @@ def check_start(run: Prepared, checkpoints: Checkpoints, workdir: epath.Path) ->
         saved = (checkpoints.position(step) for step in reversed(checkpoints.all_steps()) if step)
         if known := next(filter(None, saved), None):
             Position.of(known).check_same_data(run.source, moved)
+            Position.of(known).check_same_scored(scored)
     # (step 0 is what `--mode=import` left: weights, which init_from reads, and no run yet)
     if run.config.resume_from and not checkpoints.latest_step:
         resume_from.source_of(run.config.resume_from, workdir)

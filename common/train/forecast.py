@@ -38,7 +38,8 @@ class Forecast:
     """
 
     def __init__(self, run: Prepared, due: Due, start: int) -> None:
-        self._run, self._due, self._left = run, due, run.extent.total_steps - start
+        self._run, self._due, self._start = run, due, start
+        self._left = run.extent.total_steps - start
         self._mark: tuple[float, int] | None = None
         self._begin, self._scoring, self._done = time.perf_counter(), 0.0, False
 
@@ -53,10 +54,8 @@ class Forecast:
         if flops > 0 and self._left > STEPS:
             share = _SHARE.get(device.platform, _SHARE["gpu"])
             seconds = self._left * flops / (share * rate(device, self._run.config.model.dtype))
-            console.say(
-                f"Expected: {in_words(seconds)}, from its arithmetic alone; measured after "
-                f"{STEPS} steps."
-            )
+            later = f"; measured after {STEPS} steps" if self._left > 2 * STEPS else ""
+            console.say(f"Expected: {in_words(seconds)}, from its arithmetic alone{later}.")
             self._advise(seconds)
         self._begin = time.perf_counter()
 
@@ -65,29 +64,32 @@ class Forecast:
         # of raw pixels and of the untrained encoder; the later ones are of an encoder only
         self._scoring = (time.perf_counter() - self._begin) / 2
 
-    def after(self, step: int) -> None:
+    def after(self, step: int, rate: float | None = None) -> None:
         """Counts a step, or several in one dispatch; says how long the rest takes when it knows.
 
         Args:
             step: updates done.
+            rate: images a second by the log, for runs that pause too often to count steps here.
         """
         now = time.perf_counter()
         if self._done:
             return
         if self._mark is None or self._due.anything(step):  # a pause does not count as steps
             self._mark = now, step
-            return
         begun, first = self._mark
-        if step - first < STEPS:
+        steps_left, counted = self._run.extent.total_steps - step, step - first
+        if counted >= STEPS:
+            a_step = (now - begun) / counted
+        elif rate and steps_left and step - self._start >= 2 * STEPS:
+            a_step, counted = self._run.config.batch_size / rate, step - self._start
+        else:
             return
         self._done = True
-        steps_left = self._run.extent.total_steps - step
-        a_step = (now - begun) / (step - first)
         scores = sum(self._due.scores(s) for s in _ends(self._due, step))
         seconds = steps_left * a_step + scores * self._scoring
         images = self._run.config.batch_size / a_step
         console.say(
-            f"{step - first} steps took {in_words(now - begun)} ({images:,.0f} images/s): "
+            f"{counted} steps took {in_words(counted * a_step)} ({images:,.0f} images/s): "
             f"{in_words(seconds)} to go, with {scores} evaluation{'' if scores == 1 else 's'}."
         )
         self._advise(seconds)

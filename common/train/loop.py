@@ -26,6 +26,7 @@ from common.train.evaluator import MakeEvaluator
 from common.train.first_state import check_start, first_state
 from common.train.forecast import Forecast
 from common.train.milestones import Due, Milestones
+from common.train.position import listing_of
 from common.train.preemption import Preemption
 from common.train.prepare import batches_from, open_evaluation, prepare, resident_data
 from common.train.profiling import Profile
@@ -62,12 +63,15 @@ def train(
     """
     begin = time.perf_counter()
     workdir = files.path(workdir)
+    config = config.copy_and_resolve_references()
+    config.data.source = files.whole(config.data.source)
     config = as_begun(config, workdir)
     tracking.check(config.log.wandb)
     profile = Profile(config.profile, workdir)
     run = prepare(make_method, config, mesh or make_mesh(), workdir=workdir)
     config, total = run.config, run.extent.total_steps
     bank, test = open_evaluation(config.data, run.source)
+    scored = listing_of(bank, test)
     evaluator = make_evaluator(run, bank, test)
     due = Due.of(config, run.extent)
     keep = config.checkpoint
@@ -78,7 +82,7 @@ def train(
         claim(workdir, config) as (workdir, lock),
         Checkpoints(workdir, keep.keep, every=due.keep_every, best=keep.keep_best) as checkpoints,
     ):
-        ended = check_start(run, checkpoints, workdir)
+        ended = check_start(run, checkpoints, workdir, scored)
         if ended and (result := summary.finished(workdir)):
             note_changes(config, workdir)
             return result
@@ -101,7 +105,7 @@ def train(
         with writer, Preemption() as preemption, contextlib.closing(profile):
             milestones = Milestones(
                 run, workdir, due, evaluator, checkpoints, lock, writer, watch, batches,
-                start=start, position=position, begin=begin,
+                start=start, position=position, begin=begin, scored=scored,
             )  # fmt: skip
             milestones.before(state)
             forecast.begin()
@@ -121,7 +125,7 @@ def train(
                     writer.write(step, metrics)
                     checkpoints.check()  # a full disk shows now, not at the next one
                 milestones.after(step, state, ids[-1], preemption)
-                forecast.after(step)
+                forecast.after(step, writer.images_per_second)
         checkpoints.wait()
         result = summary.finish(run, workdir, evaluator, state, milestones.position)
         tracker.finish(result, [workdir / name for name in summary.PICTURES])

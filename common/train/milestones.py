@@ -80,6 +80,7 @@ class Milestones:
         start: step at which this start began.
         position: of the checkpoint it began from.
         begin: `time.perf_counter()` when the process began.
+        scored: `listing_of` the images of the scores.
 
     Attributes:
         position: of the newest checkpoint, with the newest scores.
@@ -99,12 +100,13 @@ class Milestones:
         start: int,
         position: Position,
         begin: float,
+        scored: str,
     ) -> None:
         self._run, self._workdir, self._due, self._evaluator = run, workdir, due, evaluator
         self._checkpoints, self._lock = checkpoints, lock
         self._writer, self._watch, self._batches = writer, watch, batches
         self._start, self._before, self._begin = start, position, begin
-        self._first = time.perf_counter()
+        self._first, self._scored = time.perf_counter(), scored
         self._results = dict(position.results)
         self.position = position
 
@@ -187,6 +189,7 @@ class Milestones:
             readers=self._batches.readers,
             num_examples=source.num_examples,
             listing=source.listing,
+            scored=self._scored,
             results=dict(self._results),
             skipped=self._watch.skipped,
             images_per_second=self._writer.images_per_second or before.images_per_second or alone,

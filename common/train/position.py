@@ -17,6 +17,7 @@ class Position:
         readers: of a streamed dataset, how many files at a time; None of any other.
         num_examples: of the training split; None before the first checkpoint.
         listing: of the training split, see `Source.listing`; None in old checkpoints of shards.
+        scored: `listing_of` the images that score the run; None in old checkpoints.
         results: the newest scores by name.
         skipped: updates that were dropped since the run began.
         images_per_second: training rate, without evaluation and checkpoints.
@@ -28,6 +29,7 @@ class Position:
     readers: int | None = None
     num_examples: int | None = None
     listing: str | None = None
+    scored: str | None = None
     results: Mapping[str, float] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     images_per_second: float | None = None
@@ -72,3 +74,30 @@ class Position:
                 "or added and removed, since this run began: restore the data, or give another "
                 "--workdir"
             )
+
+    def check_same_scored(self, scored: str) -> None:
+        """Refuses other images to score the run by: scores of both would stand in one table.
+
+        Args:
+            scored: `listing_of` them now.
+
+        Raises:
+            UserError: they have changed.
+        """
+        if self.scored is not None and self.scored != scored:
+            raise UserError(
+                f"the images that score this run have changed (now {_in_words(scored)}; when it "
+                f"began {_in_words(self.scored)}): restore them, or give another --workdir"
+            )
+
+
+def listing_of(bank: Source, test: Source | None) -> str:
+    """What changes when images that vote or are scored are added, removed or renamed."""
+    sources = [bank] if test is None else [bank, test]
+    return " ".join(f"{source.num_examples}:{source.listing}" for source in sources)
+
+
+def _in_words(scored: str) -> str:
+    counts = [f"{int(part.partition(':')[0]):,}" for part in scored.split()]
+    verbs = ("vote", "are scored")[: len(counts)]
+    return " and ".join(f"{n} {verb}" for n, verb in zip(counts, verbs, strict=True))

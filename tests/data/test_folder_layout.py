@@ -119,6 +119,8 @@ REFUSED = [
      ["train can be a split, or a class as bus, car beside it", "data.labels=folders", "/train"]),
     ({"bus": 4, "car": 4, "test": 4}, "train",
      ["no split 'train'", "it has test", "if test is a class as bus, car: data.train_split=."]),
+    ({"val/cat": 4}, "train",
+     ["it has val", "or parts of one: data.train_split=val[:80%] and data.test_split=val[80%:]"]),
     (below("Train", CLASSES) | below("training", CLASSES), "train",
      ["Train and training in", "can both be the split 'train': name one of them"]),
     (below("pets/train", CLASSES) | below("pets/test", CLASSES), "train",

@@ -63,6 +63,8 @@ def test_a_run_under_way_beside_one_that_has_ended(tmp_path, capsys, monkeypatch
     ended = {"steps": 6, "images_per_second": 1234.5, "seconds": 3725.0}
     write_run(tmp_path / "runs" / "old", steps=(0, 2, 4, 6), summary=ended)
     (tmp_path / "runs" / "notes").mkdir()
+    write_run(tmp_path / "runs" / "torn")
+    (tmp_path / "runs" / "torn" / "config.json").write_text("{")
     (tmp_path / "runs" / "a_file").write_text("")
     said, rows = compared(tmp_path, capsys, tmp_path / "runs" / "*")
     assert said.splitlines()[:3] == [
@@ -71,7 +73,7 @@ def test_a_run_under_way_beside_one_that_has_ended(tmp_path, capsys, monkeypatch
         "young   67 %    2.0  2.000   50.0   30.0       103     0:04",
     ]
     assert "Their configs differ. Most common: seed=0\nyoung: seed=1\n" in said
-    assert "1 directory without a run skipped" in said
+    assert "2 directories without a run skipped" in said
     assert [(r["run"], r["step"], r["total_steps"], r["config.seed"]) for r in rows] == [
         ("old", "6", "6", "0"), ("young", "4", "6", "1"),
     ]  # fmt: skip

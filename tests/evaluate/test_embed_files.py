@@ -62,6 +62,13 @@ def test_search_finds_the_image_itself_first(folder, tmp_path):
     assert query.read("", found) is None and query.search(opened, None, features) == []
 
 
+def test_a_query_that_takes_a_package_to_read(folder, tmp_path, monkeypatch):
+    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setattr(query.decoding, "register_heif", lambda: False)
+    with pytest.raises(UserError, match=r"such as a JPEG .for HEIC: pip install pillow-heif"):
+        query.read(f"{tmp_path}/photo.HEIC", folder[1].open("train"))
+
+
 def test_queries_with_one_name_are_told_apart(folder, tmp_path):
     root, opened = folder
     for sub, file in (("a", "03"), ("b/c", "05")):
@@ -144,6 +151,48 @@ def test_no_question_takes_the_files_of_another(folder, tmp_path):
     assert embed_mode._stem(about, eval_settings(step=7)) == "features-photos-train-step7"
 
 
+def test_a_table_into_which_somebody_has_typed_is_kept(folder, tmp_path, capsys):
+    root, opened = folder
+
+    def embed():
+        run = reopened(opened, tmp_path, eval_settings(batch_size=8))
+        metrics, _ = embed_mode.run(run)
+        jsonl.append(tmp_path / jsonl.RESULTS, metrics)
+        return [name for name in metrics["files"] if name.endswith(".csv")]
+
+    shutil.copy(root / "run" / "config.json", tmp_path)
+    stem = "features-photos-train-untrained"
+    assert embed() == embed() == [f"{stem}.csv", "duplicates.csv"]
+    typed = (tmp_path / f"{stem}.csv").read_text().replace("01.png,,", "01.png,rose,")
+    (tmp_path / f"{stem}.csv").write_text(typed)
+    (tmp_path / "duplicates.csv").write_text("mine")
+    capsys.readouterr()
+    assert embed() == embed() == [f"{stem}_2.csv", "duplicates_2.csv"]
+    assert "rose" in typed and (tmp_path / f"{stem}.csv").read_text() == typed
+    assert (tmp_path / "duplicates.csv").read_text() == "mine"
+    assert f"{stem}.csv was changed and stays as it is; {stem}_2.csv is new" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert f"<code>{stem}_2.csv</code>" in (tmp_path / "report.html").read_text()
+
+
+def test_of_other_data_with_labels_nothing_is_held_out(folder, tmp_path):
+    root, _ = folder
+    for kind in ("one", "two"):
+        write_images(tmp_path / "other" / kind, [f"{i}.png" for i in range(60)])
+    c = {"data__labels": "none", "data__train_split": "auto", "data__test_split": "auto"}
+    make_run(tmp_path / "run", data__source=f"folder:{root}/photos", **c)
+    s = eval_settings(
+        batch_size=32, features="pixels", source=f"folder:{tmp_path}/other", embed__report=False
+    )
+    metrics, _ = embed_mode.run(pretrained.load(tmp_path / "run", s, tiny.METHODS))
+    assert (metrics["examples"], metrics["labelled"], metrics["embedded_split"]) == (
+        120,
+        120,
+        "train",
+    )
+
+
 def test_features_of_another_folder_of_the_same_name_are_kept(folder, tmp_path, monkeypatch):
     _root, opened = folder
     for place in ("one", "two"):
@@ -166,6 +215,8 @@ def test_features_of_another_folder_of_the_same_name_are_kept(folder, tmp_path, 
     refused = r"folder:one/photos, and .*two/photos has the same name: move"
     with pytest.raises(UserError, match=refused):
         embed(tmp_path / "two" / "photos")
+    shutil.copytree(tmp_path / "one" / "photos", tmp_path / "moved" / "photos")
+    assert embed(tmp_path / "moved" / "photos") == "one0.png"  # images of the same names
     (tmp_path / "run" / "features-photos-train-untrained.npz").rename(tmp_path / "kept.npz")
     assert embed(tmp_path / "two" / "photos") == "two0.png"
 

@@ -39,6 +39,7 @@ WANTED = [(RED, "Rosé"), ("1.jpg", "x; y")]
         f"file,label,cluster_size\n{RED},Rosé,\n2.JPG,  ,4\n1.jpg,x; y\n3.jpg\n",
         f'sep=;\r\nfile;label\r\n{RED};Rosé\r\n1.jpg;"x; y"\r\n',  # Excel
         f"SEP=\t\n{RED}\tRosé\n1.jpg\tx; y\n",
+        f'file;label;given\n{RED};Rosé;WAHR\n2.JPG;no rose;FALSE\n1.jpg;"x; y";\n',
         f'file,label,given\n{RED},Rosé,yes\n2.JPG,no rose,no\n1.jpg,"x; y",\n',
     ],
 )
@@ -158,6 +159,7 @@ def test_rows_that_agree_and_order():
     [
         ([("9.jpg", "x")], "'9.jpg' (line 2 of t.csv) is not among the 7 images, whose names are "
          "like 'a/1.jpg': give the path below the folder"),
+        ([("8.jpg", "x")], "or the file name, and leave out rows of images that are gone"),
         ([("1.jpg", "x")], "'1.jpg' (line 2 of t.csv) fits several images, a/1.jpg, b/1.jpg: give"),
         ([("c/1.jpg", "x")], "'c/1.jpg' (line 2 of t.csv) is not among"),
         ([("a/1.jpg", "x"), ("./a/1.jpg", "y")],

@@ -360,6 +360,7 @@ FILES = {
         lambda p: p.write_bytes(save(p, encoder()).read_bytes()[:-300]), "cannot be read as .npz",
     ),
     "weights.h5": (lambda p: p.write_bytes(b"x"), "unknown file extension: expected one of"),
+    "absent": (lambda p: None, "there is no file or workdir .*absent: give one of weights, or"),
     "absent.npz": (lambda p: None, "absent.npz: No such file .*; give a file of weights or a w"),
     "directory": (lambda p: p.mkdir(), r"is a directory and holds no run \(no config.json\)"),
     "vit.npz": (

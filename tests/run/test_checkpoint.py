@@ -254,6 +254,18 @@ def test_reading_only_notices_damage_and_changes_nothing(two, tmp_path):
     assert half.exists() and (tmp_path / "checkpoints" / "5").exists()
 
 
+def test_whatever_a_reader_makes_of_a_damaged_part_is_one_line(two, tmp_path, monkeypatch):
+    _, abstract, shardings = two
+
+    def fail(*_, **__):
+        raise Exception("one of no special kind")  # as Orbax does of some truncated files
+
+    with Checkpoints(tmp_path, None, read_only=True) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(UserError, match=r"step 5 in .* is damaged .*one of no special kind"):
+            checkpoints.restore_part(5, {"w": abstract["w"]}, {"w": shardings["w"]})
+
+
 def test_a_value_that_changed_on_its_way_is_named(two, tmp_path):
     """A record beside the state that parses well and says something else."""
     _, abstract, shardings = two

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from tensorboardX.proto import event_pb2
 
 from common.errors import UserError
@@ -159,6 +160,16 @@ def test_a_torn_last_line(tmp_path, torn):
     run(tmp_path, 4, 6)
     assert steps(path) == [1, 2, 3, 4, 5, 6]
     assert steps(tmp_path / jsonl.DISCARDED) == ([5, 8] if whole else [5])
+
+
+def test_a_result_behind_a_torn_one_is_a_line_of_its_own(tmp_path):
+    path = epath.Path(tmp_path / jsonl.RESULTS)
+    jsonl.append(path, {"mode": "knn", "top1": 0.5})
+    path.write_text(path.read_text() + '{"mode": "embed", "fil')
+    jsonl.append(path, {"mode": "label"})
+    jsonl.append(path, {"mode": "suggest"})
+    assert [r["mode"] for r in jsonl.results(epath.Path(tmp_path))] == ["knn", "label", "suggest"]
+    assert jsonl.results(epath.Path(tmp_path / "none")) == []
 
 
 def test_a_line_that_only_lacks_its_newline_is_kept(tmp_path):

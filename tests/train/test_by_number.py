@@ -10,6 +10,7 @@ from PIL import Image
 
 from common import config as configs
 from common.config import base_config, section
+from common.errors import UserError
 from common.run import saved_config
 from common.train import by_number
 from configs import moco_photos
@@ -72,6 +73,22 @@ def test_values_that_stand_for_others_are_no_mistakes_and_are_replaced_once():
     assert configs.as_dict(begun) == saved and not newer
     configs.check_same_run(now, saved, "w")  # of weights that were imported
     assert not configs.is_open("seed", 0) and not configs.is_open("batch_size", False)
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "words"),
+    [
+        (0, 1, "0 images to train on"),
+        (1, 1, "1 image to train on (the others are held out, with data.test_split=auto): this "
+         "recipe takes 2 at least, and learns something from 150 on"),
+        (6, 8, "6 images to train on .*: this recipe takes 8 at least"),
+    ],
+)  # fmt: skip
+def test_fewer_images_than_a_batch_can_be(images, groups, words):
+    c = tiny.config("moco", batch_size=0, model__bn_groups=groups)
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        by_number.decide(c, images)
+    assert by_number.decide(c, max(2, groups)).batch_size == max(2, groups)
 
 
 def write_photos(folder, n, side=12):

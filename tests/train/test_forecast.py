@@ -67,6 +67,9 @@ def test_before_the_first_step_from_the_arithmetic(run):
     made, said = run(1_000, flops=0.24e9, start=500)
     made.before(None)
     assert "about 5 minutes" in said[0]
+    made, said = run(30, flops=0.24e9)
+    made.before(None)
+    assert said == ["Expected: about 18 seconds, from its arithmetic alone."]
     for total, flops in ((1_000, 0.0), (20, 1e9)):
         made, said = run(total, flops=flops)
         made.before(None)
@@ -106,6 +109,22 @@ def test_a_pause_is_not_counted_as_steps(run, monkeypatch):
         clock.now += 1 + 500 * (step == 25)
         made.after(step)
     assert said[0].startswith("20 steps took about 20 seconds (16 images/s): about 16 minutes")
+
+
+def test_a_run_of_many_pauses_is_measured_by_the_rate_of_the_log(run, monkeypatch):
+    clock = Clock(monkeypatch)
+    made, said = run(1_000, evaluate=15)
+    made.before(None)
+    made.begin()
+    for step in range(1, 60):
+        clock.now += 1 + 500 * (step % 15 == 0)
+        made.after(step, 8.0 if step > 10 else None)
+        assert bool(said) == (step >= 40)
+    assert said[0].startswith("40 steps took about 80 seconds (8 images/s): about 32 minutes to go")
+    made, said = run(40, evaluate=15)
+    for step in range(1, 41):
+        made.after(step, 8.0)
+    assert not said  # nothing is left
 
 
 def test_several_steps_in_one_dispatch(run, monkeypatch):

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import toy
+from etils import epath
 from test_end_to_end import TOTAL, lines
 from test_sources import write
 
@@ -15,7 +16,7 @@ from common import config as configs
 from common.data.sources import fake
 from common.data.sources.fake import FakeSource
 from common.errors import UserError
-from common.run import saved_config
+from common.run import files, saved_config
 from common.run import workdir as workdirs
 from common.run.writer import NonFiniteLossError
 from common.train import loop, milestones, preemption, prepare
@@ -218,6 +219,40 @@ def test_the_same_files_in_another_place_continue_a_run(tmp_path, monkeypatch, c
     c.data.source = "embedded"
     with pytest.raises(UserError, match=r"holds the run of another config: data.source"):
         toy.train(c, copy)
+
+
+def test_scores_of_other_images_do_not_follow_in_one_run(tmp_path):
+    for i in range(24):
+        write(tmp_path / "photos" / ("train" if i < 16 else "test") / f"{i}.png", i)
+    c = toy.config(data__source=f"folder:{tmp_path}/photos", data__test_split="test")
+    run = tmp_path / "run"
+    toy.train_until(5, c, run)
+    (tmp_path / "photos/test/20.png").rename(tmp_path / "photos/test/x.png")
+    with pytest.raises(UserError, match=r"now 16 vote and 8 are scored; when it began 16 vote a"):
+        toy.train(c, run)
+    (tmp_path / "photos/test/x.png").unlink()
+    with pytest.raises(UserError, match=r"score this run have changed .now 16 vote and 7 are sc"):
+        toy.train(c, run)
+    write(tmp_path / "photos/test/20.png", 20)
+    toy.train(c, run)
+    Position.of({"num_examples": 3}).check_same_scored("16:a 7:b")  # of before there was a list
+
+
+def test_a_folder_means_the_same_from_every_directory(tmp_path, monkeypatch):
+    for i in range(16):
+        write(tmp_path / "here" / "photos" / "train" / f"{i}.png", i)
+    monkeypatch.chdir(tmp_path / "here")
+    c = toy.config(data__source="folder:photos/")
+    toy.train_until(5, c, tmp_path / "run")
+    saved = saved_config.read(tmp_path / "run")
+    assert saved["data"]["source"] == f"folder:{tmp_path}/here/photos"
+    assert c.data.source == "folder:photos/"
+    saved["data"]["source"] = "folder:photos"  # of an older run
+    saved_config.write(epath.Path(tmp_path / "run"), saved)
+    toy.train(c, tmp_path / "run")
+    assert saved_config.read(tmp_path / "run")["data"]["source"].endswith("/here/photos")
+    kept = ("tfds:cifar10", "embedded", "folder:gs://bucket/a", "shards:", "folder:/a/b")
+    assert [files.whole(source) for source in kept] == list(kept)
 
 
 def test_a_run_from_the_weights_of_another_one(tmp_path, monkeypatch):

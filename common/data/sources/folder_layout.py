@@ -200,10 +200,11 @@ class _Layout:
     def _no_split(self, base: epath.Path, split: str) -> UserError:
         present = [f.name for f in self.tree.folders(base) if self.kind(f.name)]
         found = f"it has {', '.join(present)}" if present else "it has no folder for any split"
+        part = present[0] if present and "train" not in map(self.kind, present) else "train"
         text = (
             f"no split {split!r} in {base} ({found}); expected the folder {base / split}. Make it, "
             "or name another one in data.train_split or data.test_split, or parts of one: "
-            "data.train_split=train[:80%] and data.test_split=train[80%:]"
+            f"data.train_split={part}[:80%] and data.test_split={part}[80%:]"
         )
         if self.kind(base.name) and any(self.kind(n) for n in _siblings(base)):
             text += f"; {base} is itself a split by its name: data.source=folder:{base.parent}"

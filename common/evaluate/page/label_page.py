@@ -14,6 +14,7 @@ from common.evaluate.page import inline, template
 from common.evaluate.pretrained import Pretrained
 from common.run import files
 
+_AT_ONCE = 256  # images in memory
 _SIDE = 224  # pixels, at least, of files: more than many encoders see
 
 
@@ -41,10 +42,14 @@ def write(
     """
     part = subset.select(source, ids)
     side = opened.image_size if part.kind in ("pixels", "views") else max(opened.image_size, _SIDE)
-    pictures = [images_of(part, np.array([i]), side)[0] for i in range(len(ids))]
+    uris = [
+        inline.image_uri(image)
+        for i in range(0, len(ids), _AT_ONCE)
+        for image in images_of(part, np.arange(i, min(i + _AT_ONCE, len(ids))), side)
+    ]
     shown = [
-        {"uri": inline.image_uri(image), "name": name, "size": size}
-        for image, name, size in zip(pictures, names, sizes, strict=True)
+        {"uri": uri, "name": name, "size": size}
+        for uri, name, size in zip(uris, names, sizes, strict=True)
     ]
     text = template.render(
         "label_page.html",
