@@ -54,7 +54,9 @@ class Forecast:
         if flops > 0 and self._left > STEPS:
             share = _SHARE.get(device.platform, _SHARE["gpu"])
             seconds = self._left * flops / (share * rate(device, self._run.config.model.dtype))
-            later = f"; measured after {STEPS} steps" if self._left > 2 * STEPS else ""
+            later = (
+                f"; measured after {STEPS} to {2 * STEPS} steps" if self._left > 2 * STEPS else ""
+            )
             console.say(f"Expected: {in_words(seconds)}, from its arithmetic alone{later}.")
             self._advise(seconds)
         self._begin = time.perf_counter()
