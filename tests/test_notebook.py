@@ -131,8 +131,8 @@ def test_the_summary_has_figures_for_photos_without_labels(labelled, tmp_path, c
     if labelled:
         assert lines == [["knn_top1", "75.0%"]]
     else:
-        assert ["view", "agreement", "62.5", "%", "-"] in lines
-        assert ["RankMe", "31.2", "9.5"] in lines
+        assert ["view", "agreement", "62.5", "%", "-", "more", "is", "better"] in lines
+        assert ["RankMe", "31.2", "9.5", "more,", "of", "networks"] in lines
 
 
 @pytest.mark.notebook
