@@ -51,9 +51,9 @@ def read(path: epath.Path) -> tuple[Arrays, dict[str, Any], str]:
             than arrays, or
             a PyTorch file where PyTorch is not installed.
     """
-    if path.suffix not in SUFFIXES and not path.exists():
-        raise UserError(f"there is no file or workdir {path}: give one of weights, or of a run")
     if path.suffix not in SUFFIXES:
+        if not path.exists():
+            raise UserError(f"there is no file or workdir {path}: give one of weights, or of a run")
         raise UserError(
             f"{path} has an unknown file extension: expected one of {', '.join(SUFFIXES)}"
         )

@@ -26,9 +26,8 @@ _SIDES = {"trained": "", "at_init": AT_INIT, "raw_pixels": RAW_PIXELS, "evaluati
 _ONE_POINT = {"rankme": 1.5, "uniformity": -0.01}
 _TRUSTED = {"view_agreement": 1, "alignment_ratio": -1}  # 1: more is better
 _EASY = 0.5  # share of views that raw pixels recognise, above which the task is not one
-_RISING = (
-    0.03  # of the view agreement between the last two evaluations: beyond the noise of 1,000 views
-)
+# Rise of the view agreement between the last two evaluations: beyond the noise of 1,000 views.
+_RISING = 0.03
 
 
 def earlier(results: Mapping[str, float]) -> dict[str, float]:
